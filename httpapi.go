@@ -1,0 +1,78 @@
+package main
+
+// The HTTP endpoint: who this relay is (for clients) and whether it is up (for
+// monitors). It is handed plain values and knows nothing of libp2p.
+
+import (
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// identityPath is fixed in the deployed clients.
+const identityPath = "/api/v1/identity"
+
+// identityResponse is the body of GET /api/v1/identity. Field names and their
+// order are the old relay's, on which deployed clients rely.
+type identityResponse struct {
+	PeerID string `json:"peer_id"`
+
+	// Addresses are multiaddrs without /p2p: announced ones first, then the
+	// sockets, which clients complete with the host they asked.
+	Addresses       []string `json:"addresses"`
+	ProtocolVersion string   `json:"protocol_version"`
+	AgentVersion    string   `json:"agent_version"`
+}
+
+// apiHandler answers every HTTP request.
+type apiHandler struct {
+	http.ServeMux
+
+	// stopping turns /healthz to 503, so that a load balancer or monitor
+	// looks elsewhere while open circuits finish.
+	stopping atomic.Bool
+}
+
+// newAPIHandler answers with identity, which does not change while it serves.
+// HEAD comes with each GET pattern, 404 and 405 with the mux.
+func newAPIHandler(identity identityResponse) *apiHandler {
+	body, err := json.Marshal(identity)
+	if err != nil {
+		panic(err) // a struct of strings always marshals
+	}
+	h := &apiHandler{}
+	h.HandleFunc("GET "+identityPath, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Write(body)
+	})
+	h.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Header().Set("Cache-Control", "no-store")
+		if h.stopping.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			io.WriteString(w, "stopping")
+			return
+		}
+		io.WriteString(w, "ok")
+	})
+	return h
+}
+
+// newHTTPServer serves h with bounds on what a slow or hostile client can hold:
+// a request is one short line and a few headers, so seconds and kilobytes are
+// generous.
+func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      5 * time.Second,
+		IdleTimeout:       30 * time.Second,
+		MaxHeaderBytes:    4 << 10, // net/http adds 4 KiB of slack
+		// net/http's complaints are about one connection each: debug.
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}

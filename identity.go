@@ -1,0 +1,169 @@
+package main
+
+// The identity: one file holding the ed25519 private key whose public half is
+// the peer ID that clients know. This file reads it, creates it, and never
+// changes one that exists.
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+)
+
+// The file is a libp2p PrivateKey message, as rust-libp2p's to_protobuf_encoding
+// writes it: field 1 (type) = 1 (Ed25519), field 2 (data) = 64 bytes, which are
+// the 32-byte seed and the 32-byte public key.
+// https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md#keys
+var identityPrefix = []byte{0x08, 0x01, 0x12, 0x40}
+
+const identitySize = 4 + ed25519.PrivateKeySize
+
+// identity is a loaded key and what the operator should hear about its file.
+type identity struct {
+	key ed25519.PrivateKey
+
+	// created says that the file was made by this call.
+	created bool
+
+	// exposed says that others than the owner may read the file.
+	exposed bool
+}
+
+// loadOrCreateIdentity reads the key at path and, where there is no file,
+// creates one. An existing file is left as it is whatever is in it. Every error
+// names the path; none carries key bytes.
+func loadOrCreateIdentity(path string) (identity, error) {
+	id, err := loadIdentity(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return id, err
+	}
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return identity{}, fmt.Errorf("make key: %w", err)
+	}
+	err = createIdentity(path, key)
+	created := err == nil
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return identity{}, err
+	}
+	// Read it back: another start may have been first, and then its key is ours.
+	id, err = loadIdentity(path)
+	id.created = created
+	return id, err
+}
+
+func loadIdentity(path string) (identity, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return identity{}, err
+	}
+	if info.IsDir() {
+		return identity{}, fmt.Errorf("%s is a directory, not a key file", path)
+	}
+	if !info.Mode().IsRegular() { // opening a pipe would wait for a writer
+		return identity{}, fmt.Errorf("%s is not a regular file", path)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return identity{}, err
+	}
+	defer f.Close()
+	// One byte more than a key tells a longer file without reading it all.
+	data, err := io.ReadAll(io.LimitReader(f, identitySize+1))
+	if err != nil {
+		return identity{}, err
+	}
+	key, err := decodeIdentity(data)
+	if err != nil {
+		return identity{}, fmt.Errorf("%s %w", path, err)
+	}
+	return identity{
+		key: key,
+		// Windows has no such bits: Go makes them up from the read-only flag.
+		exposed: runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0,
+	}, nil
+}
+
+// decodeIdentity returns the key in data. Its errors continue the sentence
+// "FILE …".
+func decodeIdentity(data []byte) (ed25519.PrivateKey, error) {
+	switch {
+	case len(data) == 0:
+		return nil, errors.New("is empty, not a key file")
+	case len(data) >= 2 && data[0] == 0x08 && data[1] != 0x01:
+		// KeyType: RSA 0, Ed25519 1, Secp256k1 2, ECDSA 3.
+		kinds := map[byte]string{0: "an RSA", 2: "a Secp256k1", 3: "an ECDSA"}
+		kind, known := kinds[data[1]]
+		if !known {
+			return nil, errors.New("is not a libp2p key file")
+		}
+		return nil, fmt.Errorf("holds %s key, only Ed25519 is supported", kind)
+	case !bytes.HasPrefix(data, identityPrefix[:min(len(data), len(identityPrefix))]):
+		return nil, errors.New("is not a libp2p Ed25519 key file")
+	case len(data) < identitySize:
+		return nil, fmt.Errorf("is truncated: %d of %d bytes", len(data), identitySize)
+	case len(data) > identitySize:
+		return nil, fmt.Errorf("is longer than the %d bytes of a key", identitySize)
+	}
+	key := ed25519.NewKeyFromSeed(data[len(identityPrefix):][:ed25519.SeedSize])
+	if !bytes.Equal(key, data[len(identityPrefix):]) {
+		return nil, errors.New("is damaged: its public half does not belong to its private half")
+	}
+	return key, nil
+}
+
+func encodeIdentity(key ed25519.PrivateKey) []byte {
+	return append(bytes.Clone(identityPrefix), key...)
+}
+
+// createIdentity writes key to path, mode 0600, whole or not at all: whatever
+// happens meanwhile, path is afterwards absent or a complete key. The error is
+// fs.ErrExist where a file is there already.
+func createIdentity(path string, key ed25519.PrivateKey) (err error) {
+	dir := filepath.Dir(path)
+	tmp, err := os.CreateTemp(dir, ".relay-identity-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(encodeIdentity(key))
+	if err := errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+
+	// A link, unlike a rename, fails where another start was first.
+	err = os.Link(tmp.Name(), path)
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		// A file system without hard links (FAT, some network shares). Two first
+		// starts within the same microseconds could both get past this check;
+		// the loser would have another peer ID until its next start.
+		if _, statErr := os.Lstat(path); statErr == nil {
+			return fs.ErrExist
+		}
+		err = os.Rename(tmp.Name(), path)
+	}
+	if err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+// syncDir makes a new name in dir survive a power cut.
+func syncDir(dir string) error {
+	if runtime.GOOS == "windows" { // which cannot sync a directory
+		return nil
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,218 @@
+package main
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/hex"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
+)
+
+// oldKeyFile is a key file as the old relay wrote it (libp2p-identity,
+// to_protobuf_encoding), from the first ed25519 test vector of RFC 8032, section
+// 7.1, and oldPeerID the peer ID that it had.
+var (
+	oldKeyFile = unhex("08011240" +
+		"9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60" +
+		"d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
+	oldPeerID = "12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV"
+)
+
+func unhex(s string) []byte {
+	b, err := hex.DecodeString(s)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+func peerIDOf(t testing.TB, key ed25519.PrivateKey) string {
+	t.Helper()
+	k, err := crypto.UnmarshalEd25519PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := peer.IDFromPrivateKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id.String()
+}
+
+// Every client knows the relay by this ID: another one is another relay.
+func TestOldRelaysKeyKeepsItsPeerID(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(path, oldKeyFile, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	id, err := loadOrCreateIdentity(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := peerIDOf(t, id.key); got != oldPeerID {
+		t.Errorf("peer ID = %s, want %s", got, oldPeerID)
+	}
+	if id.created {
+		t.Error("says it created the file that was there")
+	}
+	// The old relay wrote 0644: that works, with a warning.
+	if runtime.GOOS != "windows" && !id.exposed {
+		t.Error("a file that others can read is not reported")
+	}
+	// The library that the clients' one was modelled on agrees about the bytes.
+	k, err := crypto.UnmarshalPrivateKey(oldKeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if raw, _ := k.Raw(); !bytes.Equal(raw, id.key) {
+		t.Error("libp2p reads another key from the same bytes")
+	}
+}
+
+func TestIdentitySurvivesRestart(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "key")
+	first, err := loadOrCreateIdentity(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !first.created || first.exposed {
+		t.Errorf("created = %v, exposed = %v, want true and false", first.created, first.exposed)
+	}
+	again, err := loadOrCreateIdentity(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !first.key.Equal(again.key) || again.created {
+		t.Errorf("the second start has another key (created = %v)", again.created)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil || !bytes.Equal(data, append([]byte{8, 1, 0x12, 0x40}, first.key...)) {
+		t.Errorf("file = %x (%v), want the libp2p encoding of the key", data, err)
+	}
+	if info, err := os.Stat(path); runtime.GOOS != "windows" && (err != nil || info.Mode().Perm() != 0o600) {
+		t.Errorf("mode = %v (%v), want 0600", info.Mode(), err)
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil || len(entries) != 1 {
+		t.Errorf("directory holds %v (%v), want the key alone", entries, err)
+	}
+}
+
+// Two units started by mistake end with one key, whoever was first.
+func TestStartsAtOnceEndWithOneKey(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "key")
+	type result struct {
+		id  identity
+		err error
+	}
+	results := make(chan result)
+	const starts = 16
+	for range starts {
+		go func() {
+			id, err := loadOrCreateIdentity(path)
+			results <- result{id, err}
+		}()
+	}
+	keys, created := map[string]bool{}, 0
+	for range starts {
+		res := <-results
+		if res.err != nil {
+			t.Fatal(res.err)
+		}
+		keys[string(res.id.key)] = true
+		if res.id.created {
+			created++
+		}
+	}
+	if len(keys) != 1 || created != 1 {
+		t.Errorf("%d starts have %d keys, %d made one; want one and one", starts, len(keys), created)
+	}
+}
+
+// A bad file may be the only copy of something: it stays as it is, and the
+// operator is told which file and what about it.
+func TestBadKeyFileIsLeftAlone(t *testing.T) {
+	damaged := bytes.Clone(oldKeyFile)
+	damaged[len(damaged)-1] ^= 1
+	tests := []struct {
+		name string
+		data []byte
+		says string
+	}{
+		{"empty", nil, "is empty"},
+		{"one byte", oldKeyFile[:1], "truncated"},
+		{"truncated", oldKeyFile[:67], "truncated"},
+		{"longer", append(bytes.Clone(oldKeyFile), 0), "longer than"},
+		{"public half does not match", damaged, "does not belong"},
+		{"RSA", unhex("080012020102"), "an RSA key"},
+		{"Secp256k1", append(unhex("08021220"), make([]byte, 32)...), "a Secp256k1 key"},
+		{"ECDSA", unhex("0803120130"), "an ECDSA key"},
+		{"unknown type", unhex("08091200"), "not a libp2p key file"},
+		{"PEM", []byte("-----BEGIN PRIVATE KEY-----\n"), "not a libp2p Ed25519 key file"},
+		{"bare seed", make([]byte, 32), "not a libp2p Ed25519 key file"},
+		{"huge", make([]byte, 1<<20), "not a libp2p Ed25519 key file"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "key")
+			if err := os.WriteFile(path, tt.data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := loadOrCreateIdentity(path)
+			if err == nil || !strings.Contains(err.Error(), tt.says) || !strings.Contains(err.Error(), path) {
+				t.Errorf("error = %v, want one that names the file and says %q", err, tt.says)
+			}
+			if left, err := os.ReadFile(path); err != nil || !bytes.Equal(left, tt.data) {
+				t.Errorf("the file was changed (%v)", err)
+			}
+		})
+	}
+}
+
+func TestKeyPathThatIsNoFile(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := loadOrCreateIdentity(dir); err == nil || !strings.Contains(err.Error(), dir+" is a directory") {
+		t.Errorf("directory: error = %v, want one that says so", err)
+	}
+	missing := filepath.Join(dir, "no", "key")
+	if _, err := loadOrCreateIdentity(missing); err == nil || !strings.Contains(err.Error(), filepath.Dir(missing)) {
+		t.Errorf("missing directory: error = %v, want one that names it", err)
+	}
+	if runtime.GOOS != "windows" && os.Geteuid() != 0 { // root reads everything
+		secret := filepath.Join(dir, "secret")
+		if err := os.WriteFile(secret, oldKeyFile, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := loadOrCreateIdentity(secret); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("unreadable: error = %v, want permission denied", err)
+		}
+	}
+}
+
+// The file may hold anything: never a panic, never a change, and what is
+// accepted is written back as the same bytes.
+func FuzzIdentityFile(f *testing.F) {
+	f.Add(oldKeyFile)
+	f.Add(oldKeyFile[:40])
+	f.Add([]byte{})
+	f.Add(unhex("080012020102"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		path := filepath.Join(t.TempDir(), "key")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		id, err := loadOrCreateIdentity(path)
+		if err == nil && !bytes.Equal(encodeIdentity(id.key), data) {
+			t.Errorf("%x was read as a key that is written %x", data, encodeIdentity(id.key))
+		}
+		if left, err := os.ReadFile(path); err != nil || !bytes.Equal(left, data) {
+			t.Errorf("the file was changed (%v)", err)
+		}
+	})
+}

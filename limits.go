@@ -1,0 +1,304 @@
+package main
+
+// Every number that bounds what clients can make the relay hold: memory,
+// connections, streams, circuits, records. Each follows from the two that the
+// operator chooses, --max-clients and --max-clients-per-ip, so that no default
+// of a library bites first. Who applies them is in the other files.
+
+import (
+	"errors"
+	"io/fs"
+	"math"
+	"net/netip"
+	"os"
+	"path"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/protocol"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
+	"github.com/libp2p/go-libp2p/x/rate"
+	"github.com/pbnjay/memory"
+)
+
+const (
+	// maxAnnounce addresses fit into one reservation, which is a message of at
+	// most 4096 bytes (circuit relay v2, in both implementations): with a DNS
+	// name of 253 characters and the relay's ID each takes about 310.
+	maxAnnounce = 8
+
+	// maxOfferedAddrs is the same bound for the machine's own addresses, which
+	// take about 70 each. A host of many containers has dozens.
+	maxOfferedAddrs = 16
+
+	// maxAddrsPerPeer and maxAddrBytesPerPeer bound what an answer says of one
+	// peer: with 21 peers, two copies of the key and a record, an answer stays
+	// below the 16 KiB above which rust-libp2p drops it (max_packet_size in its
+	// kad protocol.rs).
+	maxAddrsPerPeer     = 8
+	maxAddrBytesPerPeer = 288
+
+	// maxKadMessage is the longest DHT request that is read, in bytes. It is
+	// rust-libp2p's own limit, so no deployed client can send more; kad-dht
+	// would allocate up to 4 MiB on the word of four bytes.
+	maxKadMessage = 16 << 10
+
+	// maxRecordValue and maxRecordKey bound a DHT record, in bytes. The clients'
+	// keys have 53 (/privstack/syncgroup/ and a hash), their values some hundreds.
+	maxRecordValue = 8 << 10
+	maxRecordKey   = 256
+
+	// maxRecordAge is how long a record is served unless it is put again; the
+	// clients do so every 30 s.
+	maxRecordAge = 48 * time.Hour
+
+	// maxCircuitDuration is the longest that fits the protocol's field, which
+	// counts seconds in 32 bits.
+	maxCircuitDuration = math.MaxUint32 * time.Second
+
+	// maxMaxClients is a typo's distance above anything one UDP port carries.
+	maxMaxClients = 1_000_000
+)
+
+const (
+	// clientMemory is what one client costs, in bytes: connected, reserved and
+	// serving kad, with a record. Measured: 87 KiB of RSS each at 2 000.
+	clientMemory = 96 << 10
+
+	// baseMemory is what the relay takes with nobody connected: 25 MiB of RSS,
+	// and some for a burst.
+	baseMemory = 48 << 20
+
+	// circuitBuffer is the relay's copy buffer for one direction of a circuit,
+	// in bytes; both live as long as the circuit. go-libp2p's 2 KiB costs half
+	// as much CPU again per byte, more than 64 KiB gains almost nothing.
+	circuitBuffer = 16 << 10
+
+	// circuitsPerPeer is how many circuits one device can be part of: one for
+	// each other device of its user that only a relay can reach.
+	circuitsPerPeer = 64
+
+	// streamsPerPeer bounds the streams open from one peer, and those to it. A
+	// circuit takes one, a DHT request one for as long as it runs.
+	streamsPerPeer = 2 * circuitsPerPeer
+
+	// connsPerPeer leaves room for a device that comes back over another path
+	// before its old connection has timed out.
+	connsPerPeer = 4
+
+	// peerMemory is what the resource manager lets one peer's connections grow
+	// to, in bytes: go-libp2p's largest QUIC connection window (15 MiB) once.
+	peerMemory = 16 << 20
+
+	// rateWindow is the time in which one network can open as many connections
+	// as it may hold: an office is back at once after a restart of the relay,
+	// and nobody can keep it busy with handshakes.
+	rateWindow = 30 * time.Second
+)
+
+// loopback is exempt from the per-network limits: a reverse proxy, a test, or
+// the operator is no stranger.
+var loopback = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+
+// limits are the two chosen numbers; its methods derive the others.
+type limits struct {
+	// clients is the most connections, and so reservations, at once.
+	clients int
+
+	// perNetwork is the most connections from one IPv4 address or IPv6 /56,
+	// the smallest block that providers give to one customer (RIPE-690).
+	perNetwork int
+
+	// exempt are the networks to which perNetwork does not apply.
+	exempt []netip.Prefix
+}
+
+// newLimits derives clients from the memory available where maxClients is 0.
+func newLimits(maxClients, perIP int) limits {
+	if maxClients == 0 {
+		maxClients = clientsFor(availableMemory(os.DirFS("/")))
+	}
+	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback}
+}
+
+// clientsFor is how many clients fit into memory bytes, a quarter of which is
+// left to circuits, the kernel's socket buffers and the rest of the machine. 0
+// bytes is unknown: then as for half a gigabyte.
+func clientsFor(memory uint64) int {
+	if memory == 0 {
+		memory = 512 << 20
+	}
+	usable := int64(min(memory, 1<<40))/4*3 - baseMemory
+	return int(min(max(usable/clientMemory, 64), maxMaxClients))
+}
+
+// circuits is the most open at once: every client in one with another.
+func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
+
+// records bounds the DHT's values: how many, and how many bytes all together.
+// Two for each client leave room for those who were here and are not now.
+func (l limits) records() (n int, bytes int64) {
+	n = max(2*l.clients, 1024)
+	return n, int64(n) * 2 << 10
+}
+
+// resources bounds the circuit relay service. A duration or a number of bytes
+// (each way) of 0 is unlimited.
+func (l limits) resources(duration time.Duration, bytes int64) circuit.Resources {
+	res := circuit.Resources{
+		ReservationTTL:  time.Hour,
+		MaxReservations: l.clients,
+		MaxCircuits:     circuitsPerPeer,
+		BufferSize:      circuitBuffer,
+		// A reservation ends with its peer's last connection, so the limits on
+		// connections per network are the limits on reservations too. These
+		// would count loopback, and whole providers by IPv6 ASN.
+		MaxReservationsPerIP:  l.clients,
+		MaxReservationsPerASN: l.clients,
+	}
+	if duration != 0 || bytes != 0 {
+		// go-libp2p has one Limit for both. The largest numbers stand for no limit.
+		res.Limit = &circuit.RelayLimit{Duration: maxCircuitDuration, Data: math.MaxInt64}
+		if duration != 0 {
+			res.Limit.Duration = duration
+		}
+		if bytes != 0 {
+			res.Limit.Data = bytes
+		}
+	}
+	return res
+}
+
+// resourceLimits bounds the libp2p host. What it leaves out is unlimited,
+// because the limits above it hold. Nothing may go out: the relay dials nobody.
+func (l limits) resourceLimits(kad protocol.ID) rcmgr.ConcreteLimitConfig {
+	streams := rcmgr.LimitVal(max(8*l.clients, 8*streamsPerPeer))
+	// The resource manager counts QUIC windows beyond the first 768 KiB of a
+	// connection, circuit buffers and messages being parsed. It gives windows
+	// 60 % of the whole and buffers 80 %, so windows starve first.
+	circuitMemory := int64(l.circuits()) * (2*circuitBuffer + 4096)
+	memory := rcmgr.LimitVal64(circuitMemory*5/4 + int64(l.clients)*16<<10 + 8*peerMemory)
+
+	return rcmgr.PartialLimitConfig{
+		System: rcmgr.ResourceLimits{
+			Conns: rcmgr.LimitVal(l.clients), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: rcmgr.BlockAllLimit,
+			Streams: streams, StreamsInbound: streams, StreamsOutbound: streams,
+			Memory: memory,
+		},
+		// Transient: connections before the handshake has told who it is, streams
+		// before they have told what they are.
+		Transient: rcmgr.ResourceLimits{
+			Conns: rcmgr.LimitVal(l.clients), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: rcmgr.BlockAllLimit,
+			Streams: streams, StreamsInbound: streams, StreamsOutbound: streams,
+			Memory: memory / 4,
+		},
+		PeerDefault: rcmgr.ResourceLimits{
+			Conns: connsPerPeer, ConnsInbound: connsPerPeer, ConnsOutbound: rcmgr.BlockAllLimit,
+			Streams: 2 * streamsPerPeer, StreamsInbound: streamsPerPeer, StreamsOutbound: streamsPerPeer,
+			Memory: peerMemory,
+		},
+		ProtocolPeer: map[protocol.ID]rcmgr.ResourceLimits{
+			// rust-libp2p keeps at most 32 DHT requests to one peer open.
+			kad: {Streams: 64, StreamsInbound: 64, StreamsOutbound: 64},
+		},
+		Service: map[string]rcmgr.ResourceLimits{
+			circuit.ServiceName: {Memory: rcmgr.LimitVal64(circuitMemory * 5 / 4)},
+		},
+	}.Build(rcmgr.InfiniteLimits)
+}
+
+// resourceOptions are the limits per network.
+func (l limits) resourceOptions() []rcmgr.Option {
+	perNetwork := rate.Limit{RPS: float64(l.perNetwork) / rateWindow.Seconds(), Burst: l.perNetwork}
+	var free4, free6 []rcmgr.NetworkPrefixLimit
+	var freeRate []rate.PrefixLimit // an RPS of 0 is no limit
+	for _, prefix := range l.exempt {
+		free := rcmgr.NetworkPrefixLimit{Network: prefix, ConnCount: math.MaxInt}
+		if prefix.Addr().Is4() {
+			free4 = append(free4, free)
+		} else {
+			free6 = append(free6, free)
+		}
+		freeRate = append(freeRate, rate.PrefixLimit{Prefix: prefix})
+	}
+	return []rcmgr.Option{
+		rcmgr.WithLimitPerSubnet(
+			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 32, ConnCount: l.perNetwork}},
+			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 56, ConnCount: l.perNetwork}},
+		),
+		// Not nil even when empty, or go-libp2p's own exemptions stay.
+		rcmgr.WithNetworkPrefixLimit(append([]rcmgr.NetworkPrefixLimit{}, free4...), append([]rcmgr.NetworkPrefixLimit{}, free6...)),
+		rcmgr.WithConnRateLimiters(&rate.Limiter{
+			NetworkPrefixLimits: freeRate,
+			SubnetRateLimiter: rate.SubnetLimiter{
+				IPv4SubnetLimits: []rate.SubnetLimit{{PrefixLength: 32, Limit: perNetwork}},
+				IPv6SubnetLimits: []rate.SubnetLimit{{PrefixLength: 56, Limit: perNetwork}},
+				GracePeriod:      time.Minute,
+			},
+		}),
+	}
+}
+
+// availableMemory is how many bytes this process may use: the machine's, or less
+// where a cgroup or GOMEMLIMIT says so. 0 if unknown. root is the file system
+// at "/".
+func availableMemory(root fs.FS) uint64 {
+	available := uint64(math.MaxUint64)
+	// By sysinfo(2) and its like, not /proc/meminfo, which a sandbox may hide.
+	if total := memory.TotalMemory(); total > 0 {
+		available = total
+	}
+	if limit, err := cgroupMemory(root); err == nil {
+		available = min(available, limit)
+	}
+	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
+		available = min(available, uint64(limit))
+	}
+	if available == math.MaxUint64 {
+		return 0
+	}
+	return available
+}
+
+// cgroupMemory is the smallest memory limit of this process's cgroup and those
+// above it, in bytes, for cgroup v2 (memory.max) and v1 (memory.limit_in_bytes).
+// https://docs.kernel.org/admin-guide/cgroup-v2.html
+func cgroupMemory(root fs.FS) (uint64, error) {
+	self, err := fs.ReadFile(root, "proc/self/cgroup")
+	if err != nil {
+		return 0, err
+	}
+	limit, found := uint64(math.MaxUint64), false
+	for line := range strings.Lines(string(self)) {
+		// hierarchy:controllers:path, where version 2 has no controllers.
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) != 3 {
+			continue
+		}
+		mount, file := "sys/fs/cgroup", "memory.max"
+		if fields[1] != "" {
+			mount, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+			if !strings.Contains(","+fields[1]+",", ",memory,") {
+				continue
+			}
+		}
+		// A container sees its own cgroup at the root, whatever the path says:
+		// directories that are not there are skipped.
+		for dir := path.Clean("/" + fields[2]); ; dir = path.Dir(dir) {
+			data, err := fs.ReadFile(root, path.Join(mount, dir, file))
+			if n, parseErr := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err == nil && parseErr == nil {
+				limit, found = min(limit, n), true // "max" does not parse: none here
+			}
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	if !found {
+		return 0, errors.New("no memory limit")
+	}
+	return limit, nil
+}

@@ -1,0 +1,456 @@
+package main
+
+// The command line, and the built binary as operators and programs meet it.
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
+	ma "github.com/multiformats/go-multiaddr"
+)
+
+// The flags of the old relay keep their names, short forms and defaults: units
+// and scripts have them.
+func TestFlags(t *testing.T) {
+	bare := config{
+		port: 4001, httpPort: 4002, identityPath: "relay-identity.key",
+		circuitDuration: time.Hour, circuitBytes: 1 << 30, maxClientsPerIP: 256,
+	}
+	with := func(change func(*config)) config {
+		cfg := bare
+		change(&cfg)
+		return cfg
+	}
+	tests := []struct {
+		args []string
+		want config
+	}{
+		{nil, bare},
+		{[]string{"-p", "1", "-i", "k", "-v"}, with(func(c *config) { c.port, c.identityPath, c.verbose = 1, "k", true })},
+		{[]string{"--port", "1", "--identity=k", "--verbose"}, with(func(c *config) { c.port, c.identityPath, c.verbose = 1, "k", true })},
+		{[]string{"-port=1", "-http-port", "0"}, with(func(c *config) { c.port, c.httpPort = 1, 0 })},
+		{[]string{"--circuit-duration", "90m", "--circuit-bytes", "512MiB"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 90*time.Minute, 512<<20 })},
+		{[]string{"--circuit-duration=0", "--circuit-bytes=0"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 0, 0 })},
+		{[]string{"--max-clients=7", "--max-clients-per-ip=3"}, with(func(c *config) { c.maxClients, c.maxClientsPerIP = 7, 3 })},
+		{[]string{"--announce=1.2.3.4", "--announce", "relay.example.org"}, with(func(c *config) { c.announce = []string{"1.2.3.4", "relay.example.org"} })},
+	}
+	for _, tt := range tests {
+		got, err := parseFlags(tt.args)
+		if err != nil || fmt.Sprint(got) != fmt.Sprint(tt.want) {
+			t.Errorf("parseFlags(%q) = %+v, %v, want %+v", tt.args, got, err, tt.want)
+		}
+	}
+}
+
+func TestBadFlags(t *testing.T) {
+	for _, tt := range []struct{ arg, says string }{
+		{"--port=70000", "--port 70000 is not between"},
+		{"--port=-1", "not between"},
+		{"--http-port=65536", "--http-port 65536"},
+		{"--port=x", "invalid value"},
+		{"--identity=", "--identity needs"},
+		{"--nonsense", "not defined"},
+		{"stray", `unexpected argument "stray"`},
+		{"--circuit-duration=-1s", "negative"},
+		{"--circuit-duration=10ms", "under one second"},
+		{"--circuit-duration=2000000h", "use 0 for unlimited"},
+		{"--circuit-duration=5", "invalid value"},
+		{"--circuit-bytes=-1", "not between"},
+		{"--circuit-bytes=lots", "not a size"},
+		{"--max-clients=-1", "--max-clients -1"},
+		{"--max-clients=99999999", "--max-clients 99999999"},
+		{"--max-clients-per-ip=0", "below 1"},
+		{"--announce=not an address", "write an IP address"},
+	} {
+		_, err := parseFlags([]string{tt.arg})
+		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("parseFlags(%q) error = %v, want a usageError that says %q", tt.arg, err, tt.says)
+		}
+	}
+	many := slices.Repeat([]string{"--announce=192.0.2.1"}, maxAnnounce+1)
+	if _, err := parseFlags(many); !errors.As(err, new(usageError)) {
+		t.Errorf("parseFlags with %d addresses: error = %v, want a usageError", len(many), err)
+	}
+}
+
+func TestParseSize(t *testing.T) {
+	for s, want := range map[string]int64{
+		"0": 0, "1048576": 1 << 20, "1KiB": 1 << 10, "512MiB": 512 << 20, "1.5GiB": 3 << 29,
+		"2TiB": 2 << 40, "10MB": 10_000_000, "1 gib": 1 << 30, "7B": 7,
+	} {
+		if got, err := parseSize(s); err != nil || got != want {
+			t.Errorf("parseSize(%q) = %d, %v, want %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "MiB", "1XiB", "-1", "1e30", "NaN", "inf", "1 2", "0x"} {
+		if got, err := parseSize(s); err == nil {
+			t.Errorf("parseSize(%q) = %d, want an error", s, got)
+		}
+	}
+}
+
+// What an operator may write for --announce, and what clients are then told.
+func TestParseAnnounce(t *testing.T) {
+	const id = "12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV"
+	for s, want := range map[string]string{
+		"203.0.113.7":                              "/ip4/203.0.113.7/udp/4001/quic-v1",
+		"2001:db8::7":                              "/ip6/2001:db8::7/udp/4001/quic-v1",
+		"::ffff:203.0.113.7":                       "/ip4/203.0.113.7/udp/4001/quic-v1",
+		"relay.example.org":                        "/dns/relay.example.org/udp/4001/quic-v1",
+		"relay.example.org.":                       "/dns/relay.example.org/udp/4001/quic-v1",
+		"localhost":                                "/dns/localhost/udp/4001/quic-v1",
+		"/ip4/203.0.113.7/udp/1/quic-v1":           "/ip4/203.0.113.7/udp/1/quic-v1",
+		"/dns4/a.example/udp/443/quic-v1":          "/dns4/a.example/udp/443/quic-v1",
+		"/ip4/203.0.113.7/udp/1/quic-v1/p2p/" + id: "/ip4/203.0.113.7/udp/1/quic-v1/p2p/" + id,
+	} {
+		got, err := parseAnnounce(s, 4001)
+		if err != nil || got.String() != want {
+			t.Errorf("parseAnnounce(%q) = %v, %v, want %s", s, got, err, want)
+		}
+	}
+	for _, s := range []string{
+		"", "203.0.113.7:4001", "[2001:db8::7]:4001", "https://relay.example.org", "-x.org", "a..b", "1.2.3", "fe80::1%eth0",
+		"0.0.0.0", "::", "224.0.0.1", "/ip4/0.0.0.0/udp/1/quic-v1", "/ip4/1.2.3.4/tcp/1", "/ip4/1.2.3.4/udp/1", "/ip4/1.2.3.4",
+		"/ip4/1.2.3.4/udp/1/quic-v1/webtransport", "/ip4/1.2.3.4/udp/1/quic-v1/p2p/" + id + "/p2p-circuit",
+		"/p2p/" + id, "/dns/" + strings.Repeat("a", 300) + "/udp/1/quic-v1", "/nonsense", "/", strings.Repeat("a.", 200) + "org",
+	} {
+		if got, err := parseAnnounce(s, 4001); err == nil {
+			t.Errorf("parseAnnounce(%q) = %v, want an error", s, got)
+		}
+	}
+	key := newTestKey(t)
+	if _, err := startRelay(config{announce: []string{"/ip4/203.0.113.7/udp/1/quic-v1/p2p/" + id}, maxClientsPerIP: 1}, key, nil); err == nil || !strings.Contains(err.Error(), peerIDOf(t, key)) {
+		t.Errorf("announcing another relay's ID: error = %v, want one that names ours", err)
+	}
+}
+
+// buildDir holds the binary; TestMain makes and removes it.
+var buildDir string
+
+// buildBinary compiles the program once for all tests.
+var buildBinary = sync.OnceValues(func() (string, error) {
+	name := filepath.Join(buildDir, "privstack-relay")
+	if runtime.GOOS == "windows" {
+		name += ".exe"
+	}
+	out, err := exec.Command("go", "build", "-o", name, ".").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return name, nil
+})
+
+func TestMain(m *testing.M) {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "privstack-relay-test-"); err != nil {
+		panic(err)
+	}
+	code := m.Run()
+	os.RemoveAll(buildDir)
+	os.Exit(code)
+}
+
+func command(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	name, err := buildBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(name, args...)
+	cmd.Dir = t.TempDir()
+	return cmd
+}
+
+// process is a running binary.
+type process struct {
+	*exec.Cmd
+	peerID    string
+	bootstrap peer.AddrInfo // on loopback
+	http      string        // base URL
+	stdout    string        // the banner, whole
+	stderr    *bytes.Buffer // complete once wait has returned
+	rest      chan string   // what stdout said after the banner, once it is closed
+}
+
+// start runs the binary on free ports until its banner is complete.
+func start(t *testing.T, args ...string) *process {
+	t.Helper()
+	p := &process{Cmd: command(t, append([]string{"--port=0", "--http-port=0"}, args...)...), stderr: new(bytes.Buffer), rest: make(chan string, 1)}
+	p.Stderr = p.stderr
+	stdout, err := p.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Process.Kill() })
+
+	lines := bufio.NewReader(stdout)
+	for p.http == "" {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			p.Cmd.Wait()
+			t.Fatalf("no banner: %v\n%s", err, p.stderr)
+		}
+		p.stdout += line
+		switch key, value, _ := strings.Cut(strings.TrimSpace(line), ":"); key {
+		case "PeerId":
+			p.peerID = strings.TrimSpace(value)
+		case "Bootstrap":
+			info, err := peer.AddrInfoFromString(strings.TrimSpace(value))
+			if err != nil {
+				t.Fatalf("banner line %q: %v", line, err)
+			}
+			port, _ := info.Addrs[0].ValueForProtocol(ma.P_UDP)
+			p.bootstrap = peer.AddrInfo{ID: info.ID, Addrs: []ma.Multiaddr{ma.StringCast("/ip4/127.0.0.1/udp/" + port + "/quic-v1")}}
+		case "Identity":
+			p.http = strings.TrimSuffix(strings.TrimSpace(value), identityPath)
+		}
+	}
+	go func() {
+		rest, _ := io.ReadAll(lines)
+		p.rest <- string(rest)
+	}()
+	return p
+}
+
+// wait returns the exit status, -1 for a signal.
+func (p *process) wait(t *testing.T) int {
+	t.Helper()
+	timeout := time.AfterFunc(testTimeout, func() { p.Process.Kill() })
+	rest := <-p.rest // to its end before Wait, which closes the pipe
+	p.Cmd.Wait()
+	if !timeout.Stop() {
+		t.Fatalf("did not stop within %v\n%s", testTimeout, p.stderr)
+	}
+	if strings.TrimSpace(rest) != "" {
+		t.Errorf("stdout after the banner: %q, want nothing", rest)
+	}
+	return p.ProcessState.ExitCode()
+}
+
+func skipOnWindows(t *testing.T) {
+	t.Helper()
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no such signals")
+	}
+}
+
+// The first minute of every operator, and of every program that starts a relay
+// and parses what it prints.
+func TestProcessStartsAnswersAndStops(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	if !strings.Contains(p.stdout, "\n  PeerId:    12D3KooW") {
+		t.Errorf("banner = %q, want a line that begins \"  PeerId:    \"", p.stdout)
+	}
+	if p.bootstrap.ID.String() != p.peerID {
+		t.Errorf("bootstrap address names %v, want %s", p.bootstrap.ID, p.peerID)
+	}
+	resp, err := http.Get(p.http + "/api/v1/identity")
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if resp.StatusCode != 200 || !strings.HasPrefix(string(body), `{"peer_id":"`+p.peerID+`","addresses":["/ip4/0.0.0.0/udp/`) {
+		t.Errorf("identity = %d %s, want the banner's peer ID", resp.StatusCode, body)
+	}
+	if err := newClient(t).Connect(testContext(t), p.bootstrap); err != nil {
+		t.Errorf("connect: %v", err)
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	if code := p.wait(t); code != 0 {
+		t.Errorf("exit status %d after SIGTERM, want 0", code)
+	}
+	for _, want := range []string{"relay ready", "new identity key made", "msg=stopped peers_served=1 relayed_connections=0"} {
+		if !strings.Contains(p.stderr.String(), want) {
+			t.Errorf("log lacks %q:\n%s", want, p.stderr)
+		}
+	}
+	// Who was here is nobody's business who reads a log.
+	if n := strings.Count(p.stderr.String(), "12D3KooW"); n != 1 {
+		t.Errorf("%d peer IDs in a quiet log, want the relay's own once:\n%s", n, p.stderr)
+	}
+}
+
+func TestProcessSaysWhatItIsAskedFor(t *testing.T) {
+	for _, flag := range []string{"--help", "-h"} {
+		if out, err := command(t, flag).Output(); err != nil || string(out) != usage {
+			t.Errorf("%s = %q, %v, want the usage and exit status 0", flag, out, err)
+		}
+	}
+	if out, err := command(t, "--version").Output(); err != nil || !strings.HasPrefix(string(out), "privstack-relay ") {
+		t.Errorf("--version = %q, %v", out, err)
+	}
+}
+
+// Every failure to start is one sentence and a status, never a process that
+// looks alive.
+func TestProcessFailsClearly(t *testing.T) {
+	udp, err := net.ListenPacket("udp4", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer udp.Close()
+	tcp, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	udpPort := fmt.Sprint(udp.LocalAddr().(*net.UDPAddr).Port)
+	tcpPort := fmt.Sprint(tcp.Addr().(*net.TCPAddr).Port)
+	bad := filepath.Join(t.TempDir(), "bad.key")
+	if err := os.WriteFile(bad, []byte("junk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		name string
+		args []string
+		code int
+		says string
+	}{
+		{"UDP port taken", []string{"--http-port=0", "--port=" + udpPort}, 1, "bind UDP port " + udpPort + " on IPv4"},
+		{"TCP port taken", []string{"--port=0", "--http-port=" + tcpPort}, 1, "bind identity endpoint: listen tcp :" + tcpPort},
+		{"bad key", []string{"--identity=" + bad}, 1, bad + " is not a libp2p Ed25519 key file"},
+		{"key is a directory", []string{"--identity=" + t.TempDir()}, 1, "is a directory"},
+		{"no such directory", []string{"--identity=/nonexistent/key"}, 1, "identity: open /nonexistent/"},
+		{"unknown flag", []string{"--nonsense"}, 2, "nonsense"},
+		{"stray argument", []string{"start"}, 2, `unexpected argument "start"`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if runtime.GOOS == "windows" && strings.Contains(tt.says, "/nonexistent") {
+				t.Skip("a Unix path")
+			}
+			cmd := command(t, tt.args...)
+			var stdout, stderr bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+			defer cancel()
+			context.AfterFunc(ctx, func() {
+				if errors.Is(ctx.Err(), context.DeadlineExceeded) && cmd.Process != nil {
+					cmd.Process.Kill()
+				}
+			})
+			cmd.Run()
+			if code := cmd.ProcessState.ExitCode(); code != tt.code || !strings.Contains(stderr.String(), tt.says) || stdout.Len() > 0 {
+				t.Errorf("exit status %d, stdout %q, stderr %q, want %d, nothing, and %q", code, &stdout, &stderr, tt.code, tt.says)
+			}
+		})
+	}
+}
+
+// A restart of the relay in the middle of a sync: the sync's last seconds are
+// left to it, new work is refused, and a monitor sees it.
+func TestProcessDrainsOnSIGTERM(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	r := testRelay{info: p.bootstrap}
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, r, src, dst)
+	s := openEcho(t, src, dst)
+
+	p.Process.Signal(syscall.SIGTERM)
+	eventually(t, "health turns 503", func() bool {
+		resp, err := http.Get(p.http + "/healthz")
+		if err != nil {
+			t.Fatalf("healthz while stopping: %v", err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode == http.StatusServiceUnavailable
+	})
+	if _, err := circuitclient.Reserve(testContext(t), src, r.info); err == nil {
+		t.Error("a reservation was accepted while stopping")
+	}
+	if _, err := io.WriteString(s, "end"); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 3)
+	if _, err := io.ReadFull(s, got); err != nil || string(got) != "end" {
+		t.Errorf("the open circuit carried %q, %v", got, err)
+	}
+	// It is still open: after the grace it is closed, and all is well.
+	if code := p.wait(t); code != 0 {
+		t.Errorf("exit status %d, want 0", code)
+	}
+	if !strings.Contains(p.stderr.String(), "msg=stopped peers_served=2 relayed_connections=1") {
+		t.Errorf("log lacks the final counters:\n%s", p.stderr)
+	}
+}
+
+// An operator who asks twice wants it gone.
+func TestSecondSignalKills(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, testRelay{info: p.bootstrap}, src, dst)
+	openEcho(t, src, dst) // holds the first signal up for seconds
+
+	p.Process.Signal(os.Interrupt)
+	eventually(t, "the first signal is taken", func() bool {
+		resp, err := http.Get(p.http + "/healthz")
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err != nil || resp.StatusCode == http.StatusServiceUnavailable
+	})
+	p.Process.Signal(os.Interrupt)
+	if code := p.wait(t); code != -1 {
+		t.Errorf("exit status %d, want death by signal", code)
+	}
+}
+
+// With --verbose the libraries' own lines join ours, in the same form.
+func TestVerboseJoinsLibraryLogs(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t, "--verbose")
+	c := newClient(t)
+	serveKad(t, c)
+	if err := c.Connect(testContext(t), p.bootstrap); err != nil {
+		t.Fatal(err)
+	}
+	findNode(t, c, testRelay{info: p.bootstrap}, c.ID())
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	for line := range strings.Lines(p.stderr.String()) {
+		if !strings.HasPrefix(line, "time=") {
+			t.Errorf("log line %q is not of our handler", line)
+		}
+	}
+	for _, want := range []string{`msg="new peer"`, "logger=dht ", "logger=net/identify "} {
+		if !strings.Contains(p.stderr.String(), want) {
+			t.Errorf("verbose log lacks %s", want)
+		}
+	}
+}
+
+// The README shows the flags as --help prints them.
+func TestReadmeQuotesUsage(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(readme), usage) {
+		t.Error("README.md does not hold the usage text as --help prints it")
+	}
+}

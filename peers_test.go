@@ -1,0 +1,241 @@
+package main
+
+import (
+	"crypto/rand"
+	"fmt"
+	"math"
+	"slices"
+	"testing"
+
+	"github.com/libp2p/go-libp2p"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	kb "github.com/libp2p/go-libp2p-kbucket"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	ma "github.com/multiformats/go-multiaddr"
+	"google.golang.org/protobuf/proto"
+)
+
+func commonPrefix(a, b peer.ID) int {
+	return kb.CommonPrefixLen(kb.ConvertPeerID(a), kb.ConvertPeerID(b))
+}
+
+// A client that serves no DHT (or is still being identified) can be found too.
+func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	seeker, plain := newClient(t), newClient(t)
+	connect(t, seeker, r)
+	connect(t, plain, r)
+	addrs := waitFound(t, seeker, r, plain.ID())
+	if want := observed(t, plain, r); !addrs[0].Equal(want) {
+		t.Errorf("answer = %v, want the observed address %v first", addrs, want)
+	}
+	if r.dht.RoutingTable().Find(plain.ID()) != "" {
+		t.Error("a peer that serves no DHT is in the routing table")
+	}
+}
+
+// Mates behind one NAT reach each other at home only by the LAN address, which
+// go-libp2p's identify throws away; and nobody may make answers grow.
+func TestReportedAddrsAreHandedOutWithinBounds(t *testing.T) {
+	tests := []struct {
+		name     string
+		reported int
+	}{{"none", 0}, {"a few", 3}, {"hundreds", 300}}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newTestRelay(t, defaultConfig(t))
+			reported := make([]ma.Multiaddr, tt.reported)
+			for i := range reported {
+				reported[i] = ma.StringCast(fmt.Sprintf("/ip4/192.168.%d.%d/udp/4001/quic-v1", i/250, i%250+1))
+			}
+			seeker := newClient(t)
+			c := newClient(t, libp2p.AddrsFactory(func([]ma.Multiaddr) []ma.Multiaddr { return reported }))
+			connect(t, seeker, r)
+			connect(t, c, r)
+			want := min(tt.reported+1, maxAddrsPerPeer)
+			var addrs []ma.Multiaddr
+			eventually(t, fmt.Sprintf("%d addresses are named", want), func() bool {
+				addrs, _ = findNode(t, seeker, r, c.ID())
+				return len(addrs) >= want
+			})
+			if len(addrs) != want || !addrs[0].Equal(observed(t, c, r)) {
+				t.Errorf("answer = %v, want %d with the observed one first", addrs, want)
+			}
+		})
+	}
+}
+
+// What a client reports is sifted before others get to see it.
+func TestUsableAddrs(t *testing.T) {
+	self, other, relayID := newTestPeerID(t), newTestPeerID(t), newTestPeerID(t)
+	circuit := "/ip4/203.0.113.9/udp/4001/quic-v1/p2p/" + relayID.String() + "/p2p-circuit"
+	remote := "/ip4/198.51.100.1/udp/5/quic-v1"
+	tests := []struct {
+		name, remote string
+		reported     []string
+		want         []string
+	}{
+		{"circuit, public, LAN in this order", remote,
+			[]string{"/ip4/192.168.1.2/udp/1/quic-v1", "/ip4/8.8.8.8/udp/2/quic-v1", circuit},
+			[]string{circuit, "/ip4/8.8.8.8/udp/2/quic-v1", "/ip4/192.168.1.2/udp/1/quic-v1"}},
+		{"own ID is cut off", remote,
+			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + self.String(), circuit + "/p2p/" + self.String()},
+			[]string{circuit, "/ip4/8.8.8.8/udp/2/quic-v1"}},
+		{"another's ID", remote,
+			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(), circuit + "/p2p/" + other.String(), "/p2p/" + self.String()}, nil},
+		{"loopback from outside", remote, []string{"/ip4/127.0.0.1/udp/2/quic-v1", "/ip6/::1/udp/2/quic-v1"}, nil},
+		{"loopback from here", "/ip4/127.0.0.1/udp/5/quic-v1", []string{"/ip4/127.0.0.1/udp/2/quic-v1"}, []string{"/ip4/127.0.0.1/udp/2/quic-v1"}},
+		{"unspecified", remote, []string{"/ip4/0.0.0.0/udp/2/quic-v1", "/ip6/::/udp/2/quic-v1"}, nil},
+		{"names", remote, []string{"/dns4/home.example.org/udp/2/quic-v1"}, []string{"/dns4/home.example.org/udp/2/quic-v1"}},
+		{"not of an IP network", remote, []string{"/unix/tmp/sock", "/p2p-circuit", "/memory/4"}, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var reported []ma.Multiaddr
+			for _, s := range tt.reported {
+				reported = append(reported, ma.StringCast(s))
+			}
+			got := strs(usableAddrs(self, append(reported, nil), ma.StringCast(tt.remote)))
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("usableAddrs(%v) = %v, want %v", tt.reported, got, tt.want)
+			}
+		})
+	}
+}
+
+func newTestPeerID(t *testing.T) peer.ID {
+	t.Helper()
+	_, public, err := crypto.GenerateEd25519Key(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := peer.IDFromPublicKey(public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// The answers that a client gives, and the peers it puts into its requests, are
+// hearsay: none of it may come out under another peer's ID.
+func TestNobodyCanNameAnAddressForAnother(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	liar, seeker, victim := newClient(t), newClient(t), newClient(t)
+	serveKad(t, victim)
+	connect(t, seeker, r)
+	connect(t, victim, r)
+	honest := waitFound(t, seeker, r, victim.ID())
+
+	evil := ma.StringCast("/ip4/203.0.113.66/udp/6666/quic-v1")
+	absent := newTestPeerID(t)
+	lies := []*kadpb.Message_Peer{
+		{Id: []byte(victim.ID()), Addrs: [][]byte{evil.Bytes()}},
+		{Id: []byte(absent), Addrs: [][]byte{evil.Bytes()}},
+	}
+	// The liar answers every DHT request with the lies, and sends them too.
+	liar.SetStreamHandler(kadProtocol, func(s network.Stream) {
+		defer s.Close()
+		answer, _ := proto.Marshal(&kadpb.Message{Type: kadpb.Message_FIND_NODE, CloserPeers: lies})
+		s.Write(append([]byte{byte(len(answer))}, answer...))
+	})
+	connect(t, liar, r)
+	waitFound(t, seeker, r, liar.ID())
+	for typ := range kadpb.Message_MessageType_name {
+		req := &kadpb.Message{Type: kadpb.Message_MessageType(typ), Key: []byte(victim.ID()), CloserPeers: lies, ProviderPeers: lies}
+		tryAsk(testContext(t), liar, r, req) // some of these are refused
+	}
+
+	addrs, _ := findNode(t, seeker, r, victim.ID())
+	if !slices.EqualFunc(addrs, honest, ma.Multiaddr.Equal) {
+		t.Errorf("the victim's addresses are now %v, were %v", addrs, honest)
+	}
+	if addrs, found := findNode(t, seeker, r, absent); found {
+		t.Errorf("a peer that was never here is named with %v", addrs)
+	}
+}
+
+// A device that was switched off must not cost its mates ten seconds a dial.
+func TestLeaverIsNotNamed(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	seeker, leaver := newClient(t), newClient(t)
+	serveKad(t, leaver)
+	connect(t, seeker, r)
+	connect(t, leaver, r)
+	waitFound(t, seeker, r, leaver.ID())
+	eventually(t, "the leaver has its place", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) != "" })
+
+	leaver.Close()
+	eventually(t, "it is named no more", func() bool {
+		_, found := findNode(t, seeker, r, leaver.ID())
+		return !found
+	})
+	eventually(t, "its place is free", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) == "" })
+	r.peers.mu.Lock()
+	defer r.peers.mu.Unlock()
+	if _, ok := r.peers.identified[leaver.ID()]; ok {
+		t.Error("what it said is still kept")
+	}
+}
+
+// Fresh clients know nobody, and with kad-dht's own admission are refused for
+// it once the table has 20: here a bucket is filled to the last place, and the
+// place of one who leaves goes to one who has waited.
+func TestEmptyClientsFillTheRoutingTable(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	table := r.dht.RoutingTable()
+	inTable := func(c host.Host) bool { return table.Find(c.ID()) != "" }
+
+	var near, far []host.Host // at least one bit in common with the relay, and none
+	for range 4 {
+		near = append(near, newClient(t, libp2p.Identity(newClientKey(t, r, 1))))
+	}
+	for range 22 {
+		far = append(far, newClient(t, libp2p.Identity(newClientKey(t, r, 0))))
+	}
+	for _, c := range slices.Concat(far, near) {
+		serveKad(t, c)
+		connect(t, c, r)
+		eventually(t, "it is identified", func() bool {
+			r.peers.mu.Lock()
+			defer r.peers.mu.Unlock()
+			return r.peers.identified[c.ID()].kadPeer
+		})
+	}
+	eventually(t, "20 of one bucket and 4 of the others are in", func() bool { return table.Size() == 24 })
+	if i := slices.IndexFunc(near, func(c host.Host) bool { return !inTable(c) }); i >= 0 {
+		t.Error("a client whose bucket has room is not in the table")
+	}
+
+	i := slices.IndexFunc(far, inTable)
+	far[i].Close()
+	eventually(t, "its place is free", func() bool { return table.Size() == 23 })
+	i = slices.IndexFunc(far, func(c host.Host) bool {
+		return c.Network().Connectedness(r.info.ID) == network.Connected && !inTable(c)
+	})
+	ask(t, far[i], r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
+	if !inTable(far[i]) {
+		t.Error("the place did not go to the client that waited and asked")
+	}
+}
+
+// The operator's "unique peers" is exact at the sizes that people look at and
+// close at those that nobody can check.
+func TestUniqueCounter(t *testing.T) {
+	c := newUniqueCounter()
+	for n, next := 0, 1; n < 1_000_000; {
+		for ; n < next; n++ {
+			id := fmt.Sprint("peer", n)
+			c.add(id)
+			if c.add(id) {
+				t.Fatalf("%q counted twice", id)
+			}
+		}
+		if got, tolerance := c.count(), math.Ceil(float64(n)*0.002); math.Abs(float64(got-n)) > tolerance {
+			t.Errorf("count = %d after %d distinct ones, want within %v", got, n, tolerance)
+		}
+		next *= 10
+	}
+}

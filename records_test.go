@@ -1,0 +1,309 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	ds "github.com/ipfs/go-datastore"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	recpb "github.com/libp2p/go-libp2p-record/pb"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// groupKey is a client's record key: raw hash bytes, among them slashes, zeros
+// and bytes that are no UTF-8.
+var groupKey = append([]byte("/privstack/syncgroup/"),
+	0x00, '/', 0xff, 0xfe, '/', '/', 0x80, 0x01, 2, 3, 4, 5, 6, 7, 8, 9,
+	10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 0xff)
+
+// rustRecord is a record as rust-libp2p sends it, with its two own fields.
+func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.Record {
+	rec := &recpb.Record{Key: key, Value: []byte(value)}
+	rec.ProtoReflect().SetUnknown(rustFields(publisher, ttl))
+	return rec
+}
+
+func rustFields(publisher peer.ID, ttl uint64) []byte {
+	b := protowire.AppendTag(nil, 666, protowire.BytesType)
+	b = protowire.AppendBytes(b, []byte(publisher))
+	b = protowire.AppendTag(b, 777, protowire.VarintType)
+	return protowire.AppendVarint(b, ttl)
+}
+
+func put(t testing.TB, h host.Host, r testRelay, rec *recpb.Record) error {
+	t.Helper()
+	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, rec.Key, 0)
+	req.Record = rec
+	_, err := tryAsk(testContext(t), h, r, req)
+	return err
+}
+
+func get(t testing.TB, h host.Host, r testRelay, key []byte) *recpb.Record {
+	t.Helper()
+	return ask(t, h, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)).Record
+}
+
+// The contract of discovery: clients ignore a record without publisher, all
+// devices of a group write one key, and the last to write is the one found,
+// whatever its clock says.
+func TestRecordComesBackByteForByte(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	a, b := newClient(t), newClient(t)
+	connect(t, a, r)
+	connect(t, b, r)
+
+	first := rustRecord(groupKey, `{"device_name":"A","addresses":[],"timestamp":2000}`, a.ID(), 7200)
+	if err := put(t, a, r, first); err != nil {
+		t.Fatalf("PUT by A: %v", err)
+	}
+	got := get(t, b, r, groupKey)
+	if !bytes.Equal(got.GetKey(), first.Key) || !bytes.Equal(got.GetValue(), first.Value) {
+		t.Errorf("GET by B = %q, %q, want what A put", got.GetKey(), got.GetValue())
+	}
+	if fields := got.ProtoReflect().GetUnknown(); !bytes.Equal(fields, rustFields(a.ID(), 7200)) {
+		t.Errorf("publisher and ttl = %x, want %x", []byte(fields), rustFields(a.ID(), 7200))
+	}
+
+	second := rustRecord(groupKey, `{"device_name":"B","addresses":[],"timestamp":1000}`, b.ID(), 7200)
+	if err := put(t, b, r, second); err != nil {
+		t.Fatalf("PUT by B, with an older timestamp: %v", err)
+	}
+	if got := get(t, a, r, groupKey); !bytes.Equal(got.GetValue(), second.Value) {
+		t.Errorf("GET by A = %q, want B's, which arrived last", got.GetValue())
+	}
+}
+
+// Whatever is put, the relay goes on; what it refuses, it says so by ending the
+// stream.
+func TestRecordsThatAreRefused(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t)
+	connect(t, c, r)
+	long := func(n int) string { return string(bytes.Repeat([]byte("x"), n)) }
+	tests := []struct {
+		name string
+		rec  *recpb.Record
+		ok   bool
+	}{
+		{"largest", rustRecord(append([]byte("/privstack/"), long(maxRecordKey-11)...), long(maxRecordValue), c.ID(), 1), true},
+		{"any key below the prefix", rustRecord([]byte("/privstack/x"), "v", c.ID(), 1), true},
+		{"value too long", rustRecord(groupKey, long(maxRecordValue+1), c.ID(), 1), false},
+		{"value empty", rustRecord(groupKey, "", c.ID(), 1), false},
+		{"key too long", rustRecord(append([]byte("/privstack/"), long(maxRecordKey-10)...), "v", c.ID(), 1), false},
+		{"prefix alone", rustRecord([]byte("/privstack/"), "v", c.ID(), 1), false},
+		{"another prefix", rustRecord([]byte("/ipns/x"), "v", c.ID(), 1), false},
+		{"no prefix", rustRecord([]byte("x"), "v", c.ID(), 1), false},
+		{"publisher too long", rustRecord(groupKey, "v", peer.ID(long(200)), 1), false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			err := put(t, c, r, tt.rec)
+			if (err == nil) != tt.ok {
+				t.Errorf("PUT: error = %v, want ok = %v", err, tt.ok)
+			}
+			if got := get(t, c, r, tt.rec.Key); (got != nil) != tt.ok {
+				t.Errorf("GET finds %v, want found = %v", got, tt.ok)
+			}
+		})
+	}
+}
+
+// Fields that no client reads are not carried for whoever put them there.
+func TestUnknownFieldsAreNotStored(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t)
+	connect(t, c, r)
+	rec := rustRecord(groupKey, "v", c.ID(), 9)
+	want := bytes.Clone(rec.ProtoReflect().GetUnknown())
+	junk := protowire.AppendBytes(protowire.AppendTag(nil, 99, protowire.BytesType), make([]byte, 4000))
+	rec.ProtoReflect().SetUnknown(append(junk, want...))
+	if err := put(t, c, r, rec); err != nil {
+		t.Fatal(err)
+	}
+	if got := get(t, c, r, groupKey).ProtoReflect().GetUnknown(); !bytes.Equal(got, want) {
+		t.Errorf("unknown fields = %d bytes, want the %d of publisher and ttl", len(got), len(want))
+	}
+}
+
+// An attacker's records, however many, take the memory that was set aside.
+func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
+	ctx := context.Background()
+	key := func(i int) ds.Key { return ds.NewKey(fmt.Sprint("/privstack/", i)) }
+	tests := []struct {
+		name       string
+		maxRecords int
+		maxBytes   int64
+		value      int
+		want       int // records left of 100
+	}{
+		{"records", 10, 1 << 30, 100, 10},
+		{"bytes", 1000, 10 * (1000 + 256 + 14), 1000, 10},
+		{"one that is too large", 10, 1000, 1000, 0},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newRecordStore(tt.maxRecords, tt.maxBytes)
+			s.Put(ctx, key(0), make([]byte, tt.value))
+			for i := range 100 {
+				if i == 95 { // refreshed, so not the oldest any more
+					s.Put(ctx, key(90), make([]byte, tt.value))
+				}
+				s.Put(ctx, key(i), make([]byte, tt.value))
+			}
+			left := 0
+			for i := range 100 {
+				if _, err := s.Get(ctx, key(i)); err == nil {
+					left++
+					if i < 100-tt.want {
+						t.Errorf("record %d is left, which was put before others that are gone", i)
+					}
+				}
+			}
+			if left != tt.want || s.bytes > tt.maxBytes {
+				t.Errorf("%d records of %d bytes are left, want %d within %d", left, s.bytes, tt.want, tt.maxBytes)
+			}
+			for i := range 100 {
+				s.Delete(ctx, key(i))
+			}
+			if s.bytes != 0 || s.records.Len() != 0 {
+				t.Errorf("empty store holds %d records of %d bytes", s.records.Len(), s.bytes)
+			}
+		})
+	}
+}
+
+// A device that has been off for two days is not to be found where it was.
+func TestOldRecordsAreNotServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx := context.Background()
+		s := newRecordStore(10, 1<<20)
+		old, fresh := ds.NewKey("/privstack/old"), ds.NewKey("/privstack/fresh")
+		s.Put(ctx, old, []byte("x"))
+		time.Sleep(maxRecordAge)
+		if _, err := s.Get(ctx, old); err != nil {
+			t.Errorf("after %v: %v, want it served", maxRecordAge, err)
+		}
+		time.Sleep(time.Second)
+		if _, err := s.Get(ctx, old); !errors.Is(err, ds.ErrNotFound) {
+			t.Errorf("a second later: error = %v, want ErrNotFound", err)
+		}
+		s.Put(ctx, fresh, []byte("x"))
+		if n := s.records.Len(); n != 1 {
+			t.Errorf("%d records are kept, want the fresh one alone", n)
+		}
+	})
+}
+
+// Four bytes that announce 4 MiB must not make the relay set them aside.
+func TestOverlongKadMessageEndsTheStream(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t)
+	connect(t, c, r)
+	for _, length := range []uint64{maxKadMessage + 1, 4 << 20, 1 << 40, 1<<64 - 1} {
+		s, err := c.NewStream(testContext(t), r.info.ID, kadProtocol)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Write(binary.AppendUvarint(nil, length))
+		s.SetReadDeadline(time.Now().Add(testTimeout))
+		if _, err := s.Read(make([]byte, 1)); !errors.Is(err, network.ErrReset) {
+			t.Errorf("message of %d bytes announced: read error = %v, want a reset", length, err)
+		}
+	}
+	ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
+}
+
+// memoryStream is a network.Stream of which only Read is used.
+type memoryStream struct {
+	network.Stream
+	io.Reader
+}
+
+func (s memoryStream) Read(p []byte) (int, error) { return s.Reader.Read(p) }
+
+// However the bytes are cut into reads, the frames are the same.
+func TestBoundedStreamFollowsFrames(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 200 {
+		var data []byte
+		for range rng.IntN(5) {
+			length := rng.IntN(maxKadMessage + 1)
+			data = append(binary.AppendUvarint(data, uint64(length)), make([]byte, length)...)
+		}
+		fine := len(data)
+		data = binary.AppendUvarint(data, maxKadMessage+1+uint64(rng.IntN(1<<20)))
+		overlong := len(data)
+		data = append(data, 1, 2, 3)
+
+		s := &boundedStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
+		read := 0
+		for {
+			n, err := s.Read(make([]byte, 1+rng.IntN(1000)))
+			read += n
+			if err == nil {
+				continue
+			}
+			if !errors.Is(err, errKadMessageTooLong) {
+				t.Fatalf("read error = %v, want %v", err, errKadMessageTooLong)
+			}
+			break
+		}
+		if read >= overlong || read < fine-1000 {
+			t.Fatalf("%d bytes were read, want at most those before the overlong length's last, at %d", read, overlong-1)
+		}
+	}
+}
+
+// Any bytes on the DHT's stream: the relay answers or ends the stream, and
+// serves the next.
+func FuzzKadMessage(f *testing.F) {
+	frame := func(m *kadpb.Message) []byte {
+		var b bytes.Buffer
+		protodelim.MarshalTo(&b, m)
+		return b.Bytes()
+	}
+	id := peer.ID("\x00\x24\x08\x01\x12\x20" + string(make([]byte, 32)))
+	putReq := kadpb.NewMessage(kadpb.Message_PUT_VALUE, groupKey, 0)
+	putReq.Record = rustRecord(groupKey, "value", id, 60)
+	f.Add(frame(putReq))
+	for typ := range kadpb.Message_MessageType_name {
+		f.Add(frame(&kadpb.Message{Type: kadpb.Message_MessageType(typ), Key: groupKey,
+			CloserPeers: []*kadpb.Message_Peer{{Id: []byte(id), Addrs: [][]byte{{4, 1, 2, 3}}, Connection: 7}}}))
+	}
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0x7f})
+	f.Add([]byte{0})
+
+	r := newTestRelay(f, defaultConfig(f))
+	c := newClient(f)
+	connect(f, c, r)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		s, err := c.NewStream(testContext(t), r.info.ID, kadProtocol)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Reset()
+		s.SetDeadline(time.Now().Add(testTimeout))
+		s.Write(data)
+		s.CloseWrite()
+		answer, err := io.ReadAll(s)
+		if err != nil && !errors.Is(err, network.ErrReset) {
+			t.Errorf("read error = %v, want the end or a reset", err)
+		}
+		if len(answer) > 1<<20 {
+			t.Errorf("%d bytes asked, %d answered", len(data), len(answer))
+		}
+		ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
+	})
+}

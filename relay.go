@@ -1,0 +1,481 @@
+package main
+
+// The libp2p node, put together: QUIC transport, circuit relay, DHT, and the
+// order in which they start and close. It imports neither net/http, flag nor os.
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	dht "github.com/libp2p/go-libp2p-kad-dht"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/connmgr"
+	"github.com/libp2p/go-libp2p/core/control"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
+	quic "github.com/libp2p/go-libp2p/p2p/transport/quic"
+	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
+)
+
+const (
+	// protocolVersion is what identify and the identity endpoint say.
+	protocolVersion = "/privstack/relay/1.0.0"
+
+	// kadProtocol is rust-libp2p's default DHT protocol, kad::PROTOCOL_NAME,
+	// which the clients left as it was: theirs is a network of its own
+	// nonetheless, because nothing ties it to IPFS's nodes.
+	kadProtocol protocol.ID = "/ipfs/kad/1.0.0"
+)
+
+// relay is a running node. Make it with startRelay, end it with drain and close.
+type relay struct {
+	limits   limits
+	announce []ma.Multiaddr
+	host     host.Host
+	dht      *dht.IpfsDHT
+	service  *circuit.Relay
+	peers    *peers
+	circuits *circuits
+
+	// failed gets the reason, once, if the node stops by itself.
+	failed chan error
+}
+
+// startRelay returns with both sockets bound and everything serving.
+func startRelay(cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
+	return startRelayWithin(newLimits(cfg.maxClients, cfg.maxClientsPerIP), cfg, key, log)
+}
+
+func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
+	r := &relay{limits: lim, peers: newPeers(log), circuits: newCircuits(log), failed: make(chan error, 1)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.close())
+		}
+	}()
+
+	privKey, err := crypto.UnmarshalEd25519PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("identity key: %w", err)
+	}
+	port := cfg.port
+	if port == 0 {
+		if port, err = freePort(); err != nil {
+			return nil, fmt.Errorf("find a free UDP port: %w", err)
+		}
+	}
+	if r.announce, err = announcedAddrs(cfg.announce, port, privKey); err != nil {
+		return nil, err
+	}
+	if r.host, err = r.newHost(privKey); err != nil {
+		return nil, fmt.Errorf("start libp2p: %w", err)
+	}
+	if r.dht, err = r.newDHT(); err != nil {
+		return nil, fmt.Errorf("start dht: %w", err)
+	}
+	if err := r.peers.follow(r.host, r.dht.RoutingTable()); err != nil {
+		return nil, fmt.Errorf("follow peers: %w", err)
+	}
+	r.service, err = circuit.New(r.host,
+		circuit.WithResources(lim.resources(cfg.circuitDuration, cfg.circuitBytes)),
+		// Every address that advertised leaves in: a rust client refuses a
+		// reservation without one, and the default filter leaves none on a LAN
+		// or behind a 1:1 NAT.
+		circuit.WithReservationAddressFilter(func(ma.Multiaddr) bool { return true }),
+		circuit.WithACL(r.circuits),
+		circuit.WithMetricsTracer(r.circuits),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("start circuit relay: %w", err)
+	}
+
+	// Listen last: the first client meets a relay that is whole.
+	if err := r.listen(port, log); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// newHost is a libp2p host that speaks QUIC, identify and ping, and listens on
+// nothing yet.
+func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
+	self, err := peer.IDFromPrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	store, err := pstoremem.NewPeerstore()
+	if err != nil {
+		return nil, err
+	}
+	resources, err := rcmgr.NewResourceManager(
+		rcmgr.NewFixedLimiter(r.limits.resourceLimits(kadProtocol)),
+		append(r.limits.resourceOptions(), rcmgr.WithMetricsDisabled())...)
+	if err != nil {
+		return nil, err
+	}
+	return libp2p.New(
+		libp2p.Identity(key),
+		libp2p.ProtocolVersion(protocolVersion),
+		libp2p.UserAgent(agentVersion()),
+		libp2p.Transport(quic.NewTransport),
+		libp2p.NoListenAddrs, // listen does it, address by address
+		libp2p.AddrsFactory(r.advertised),
+		libp2p.Peerstore(addrBook{store, store, self, r.peers}),
+		libp2p.ResourceManager(resources),
+		// No connection manager: it would make room by closing connections of
+		// clients that are already in. The resource manager refuses newcomers.
+		libp2p.ConnectionManager(connmgr.NullConnMgr{}),
+		libp2p.ConnectionGater(neverDial{}),
+		// AutoNAT would ask clients to dial back, and hold the relay back until
+		// they had; whether it can be reached is the operator's to see to.
+		libp2p.ForceReachabilityPublic(),
+		libp2p.DisableRelay(), // the client side: being reached through others
+		libp2p.DisableMetrics(),
+	)
+}
+
+// newDHT serves DHT requests and makes none.
+func (r *relay) newDHT() (*dht.IpfsDHT, error) {
+	maxRecords, maxBytes := r.limits.records()
+	return dht.New(boundedKadHost{r.host},
+		dht.Mode(dht.ModeServer),
+		// On the prefix /ipfs kad-dht insists on IPFS's two validators, so it
+		// gets another one, and the protocol by itself.
+		dht.ProtocolPrefix("/privstack"),
+		dht.V1ProtocolOverride(kadProtocol),
+		dht.Validator(recordValidator{}),
+		dht.Datastore(newRecordStore(maxRecords, maxBytes)),
+		dht.MaxRecordAge(maxRecordAge),
+		dht.ValueGCInterval(0), // recordStore drops by itself what is too old
+		dht.DisableProviders(), // unbounded, and clients have none
+		// peers admits to the routing table: no lookup checks of kad-dht's own,
+		// and no refreshing, which would dial what clients name.
+		dht.LookupCheckConcurrency(0),
+		dht.DisableAutoRefresh(),
+		dht.OnRequestHook(func(_ context.Context, s network.Stream, req *kadpb.Message) {
+			boundRequest(req)
+			r.peers.admit(s.Conn().RemotePeer())
+		}),
+	)
+}
+
+// listen binds the UDP port on IPv4 and IPv6. A machine without one of them is
+// worth a warning; a port that is taken is an error.
+func (r *relay) listen(port int, log *slog.Logger) error {
+	for _, family := range []struct{ name, network, any, addr string }{
+		{"IPv4", "udp4", "0.0.0.0:0", "/ip4/0.0.0.0/udp/%d/quic-v1"},
+		{"IPv6", "udp6", "[::]:0", "/ip6/::/udp/%d/quic-v1"},
+	} {
+		// libp2p gives an error's text alone, so ask for any port first.
+		probe, err := net.ListenPacket(family.network, family.any)
+		if err != nil {
+			log.Warn("no "+family.name+" on this machine, clients can't reach it that way", "err", err)
+			continue
+		}
+		probe.Close()
+		if err := r.host.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
+			return fmt.Errorf("bind UDP port %d on %s: %w", port, family.name, err)
+		}
+	}
+	bound := r.host.Network().ListenAddresses()
+	if len(bound) == 0 {
+		return errors.New("neither IPv4 nor IPv6 on this machine")
+	}
+	// Switched off by sysctl, IPv6 can still be bound, but no interface has it.
+	addrs, err := r.host.Network().InterfaceListenAddresses()
+	if err != nil {
+		return fmt.Errorf("list interface addresses: %w", err)
+	}
+	if !slices.ContainsFunc(addrs, func(a ma.Multiaddr) bool { return a[0].Protocol().Code == ma.P_IP6 }) {
+		log.Warn("no interface has an IPv6 address, clients can't reach it that way")
+	}
+	r.host.Network().Notify(&network.NotifyBundle{ListenCloseF: func(_ network.Network, a ma.Multiaddr) {
+		select { // when the host closes there is nobody to tell, and no need
+		case r.failed <- fmt.Errorf("listener on %s stopped", a):
+		default:
+		}
+	}})
+	return nil
+}
+
+// freePort finds a UDP port for both families, as they share one number.
+func freePort() (int, error) {
+	conn, err := net.ListenPacket("udp", ":0")
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	return conn.LocalAddr().(*net.UDPAddr).Port, nil
+}
+
+// neverDial is a connection gater that lets every dial of ours fail: addresses
+// come from clients, and a relay that dialled them would scan ports for anyone.
+type neverDial struct{}
+
+func (neverDial) InterceptPeerDial(peer.ID) bool               { return false }
+func (neverDial) InterceptAddrDial(peer.ID, ma.Multiaddr) bool { return false }
+func (neverDial) InterceptAccept(network.ConnMultiaddrs) bool  { return true }
+func (neverDial) InterceptSecured(network.Direction, peer.ID, network.ConnMultiaddrs) bool {
+	return true
+}
+func (neverDial) InterceptUpgraded(network.Conn) (bool, control.DisconnectReason) { return true, 0 }
+
+// advertised is what peers are told of this relay's addresses, in identify and
+// in reservations: the announced ones; else those of the machine (addrs, with
+// what peers observed), public ones first, without loopback unless it is all
+// there is. It is never empty while the relay listens.
+func (r *relay) advertised(addrs []ma.Multiaddr) []ma.Multiaddr {
+	if len(r.announce) > 0 {
+		return r.announce
+	}
+	var public, private, loopback []ma.Multiaddr
+	for _, a := range addrs {
+		switch {
+		case manet.IsIPLoopback(a):
+			loopback = append(loopback, a)
+		case manet.IsPublicAddr(a):
+			public = append(public, a)
+		case !manet.IsIP6LinkLocal(a): // which means nothing on another link
+			private = append(private, a)
+		}
+	}
+	offered := append(public, private...)
+	if len(offered) == 0 {
+		offered = loopback
+	}
+	return offered[:min(len(offered), maxOfferedAddrs)]
+}
+
+func (r *relay) peerID() string { return r.host.ID().String() }
+
+// reachableAddrs are the multiaddrs for clients to bootstrap from, best first.
+func (r *relay) reachableAddrs() []string {
+	return strs(r.advertised(r.host.Addrs()))
+}
+
+// listedAddrs are those of the identity endpoint: what is announced, then the
+// sockets as they were bound.
+func (r *relay) listedAddrs() []string {
+	sockets := r.host.Network().ListenAddresses()
+	slices.SortFunc(sockets, ma.Multiaddr.Compare) // IPv4 first, as the old relay had it
+	return strs(append(slices.Clone(r.announce), sockets...))
+}
+
+func strs(addrs []ma.Multiaddr) []string {
+	out := make([]string, len(addrs))
+	for i, a := range addrs {
+		out[i] = a.String()
+	}
+	return out
+}
+
+// announcedAddrs are the addresses that the operator announces, for a relay on
+// port with key; its ID may end them.
+func announcedAddrs(announce []string, port int, key crypto.PrivKey) ([]ma.Multiaddr, error) {
+	self, err := peer.IDFromPrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	var addrs []ma.Multiaddr
+	for _, s := range announce {
+		addr, err := parseAnnounce(s, port)
+		if err != nil {
+			return nil, fmt.Errorf("announce %s: %w", s, err)
+		}
+		addr, id := peer.SplitAddr(addr)
+		if id != "" && id != self {
+			return nil, fmt.Errorf("announce %s: this relay is %s", s, self)
+		}
+		addrs = append(addrs, addr)
+	}
+	return addrs, nil
+}
+
+// dnsName is a host name: letters, digits and hyphens between dots (RFC 1123).
+var dnsName = regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
+
+// parseAnnounce reads an address that clients can reach: an IP address or a DNS
+// name, at which UDP port is ours, or a full QUIC multiaddr, which may name
+// another port and end in /p2p and our ID.
+func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
+	const example = "write an IP address, a DNS name, or a multiaddr such as /ip4/203.0.113.7/udp/4001/quic-v1"
+	text := s
+	if ip, err := netip.ParseAddr(s); err == nil {
+		if ip.Zone() != "" {
+			return nil, errors.New("an address with a zone means nothing on another machine")
+		}
+		ip = ip.Unmap()
+		family := "ip6"
+		if ip.Is4() {
+			family = "ip4"
+		}
+		text = fmt.Sprintf("/%s/%s/udp/%d/quic-v1", family, ip, port)
+	} else if len(s) <= 253 && dnsName.MatchString(s) {
+		text = fmt.Sprintf("/dns/%s/udp/%d/quic-v1", strings.TrimSuffix(s, "."), port)
+	} else if !strings.HasPrefix(s, "/") {
+		return nil, errors.New(example)
+	}
+	addr, err := ma.NewMultiaddr(text)
+	if err != nil {
+		return nil, fmt.Errorf("%w; %s", err, example)
+	}
+	transport, _ := peer.SplitAddr(addr)
+	if len(transport) != 3 || !(manet.IsThinWaist(transport) || isDNS(transport)) ||
+		transport[1].Protocol().Code != ma.P_UDP || transport[2].Protocol().Code != ma.P_QUIC_V1 {
+		return nil, fmt.Errorf("not a QUIC address; %s", example)
+	}
+	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast()) {
+		return nil, errors.New("not an address that a client can reach")
+	}
+	if len(transport.Bytes()) > 260 {
+		return nil, errors.New("longer than a DNS name can be")
+	}
+	return addr, nil
+}
+
+// drain refuses new reservations and circuits and waits until the open circuits
+// are closed, for at most timeout. It returns how many are left.
+func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	return r.circuits.drain(ctx)
+}
+
+// close ends everything that was started, in reverse order. It may be called on
+// a relay that startRelay did not finish.
+func (r *relay) close() error {
+	var errs []error
+	if r.service != nil {
+		errs = append(errs, r.service.Close())
+	}
+	r.peers.close()
+	if r.dht != nil {
+		errs = append(errs, r.dht.Close())
+	}
+	if r.host != nil {
+		errs = append(errs, r.host.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// counters are what the relay has done since it started, in memory only.
+type counters struct {
+	peersServed        int // distinct peers that have connected
+	relayedConnections int // circuits established
+}
+
+func (c counters) attrs() []any {
+	return []any{"peers_served", c.peersServed, "relayed_connections", c.relayedConnections}
+}
+
+func (r *relay) counters() counters {
+	return counters{r.peers.served.count(), r.circuits.count()}
+}
+
+// circuits counts circuits and, once draining, refuses new ones. It is the
+// circuit relay's metrics tracer, for its only view of a circuit's ends, and its
+// access control.
+type circuits struct {
+	log *slog.Logger
+
+	mu          sync.Mutex
+	established int
+	open        int           // being opened or open
+	draining    bool          //
+	drained     chan struct{} // closed when draining and none are open
+}
+
+func newCircuits(log *slog.Logger) *circuits {
+	return &circuits{log: log, drained: make(chan struct{})}
+}
+
+func (c *circuits) count() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.established
+}
+
+func (c *circuits) drain(ctx context.Context) (left int) {
+	c.mu.Lock()
+	c.draining = true
+	c.closeIfDrained()
+	c.mu.Unlock()
+	select {
+	case <-c.drained:
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.open
+}
+
+func (c *circuits) closeIfDrained() {
+	if c.draining && c.open == 0 {
+		select {
+		case <-c.drained:
+		default:
+			close(c.drained)
+		}
+	}
+}
+
+func (c *circuits) allow() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.draining
+}
+
+func (c *circuits) AllowReserve(peer.ID, ma.Multiaddr) bool          { return c.allow() }
+func (c *circuits) AllowConnect(peer.ID, ma.Multiaddr, peer.ID) bool { return c.allow() }
+
+// ConnectionOpened comes before the destination has been asked.
+func (c *circuits) ConnectionOpened() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open++
+}
+
+// ConnectionClosed comes for each ConnectionOpened.
+func (c *circuits) ConnectionClosed(time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open--
+	c.closeIfDrained()
+}
+
+// ConnectionRequestHandled comes once both ends are joined, or it failed.
+func (c *circuits) ConnectionRequestHandled(status circuitpb.Status) {
+	if status != circuitpb.Status_OK {
+		return
+	}
+	c.mu.Lock()
+	c.established++
+	n := c.established
+	c.mu.Unlock()
+	c.log.Debug("circuit established", "relayed_connections", n)
+}
+
+func (*circuits) RelayStatus(bool)                           {}
+func (*circuits) ReservationAllowed(bool)                    {}
+func (*circuits) ReservationClosed(int)                      {}
+func (*circuits) ReservationRequestHandled(circuitpb.Status) {}
+func (*circuits) BytesTransferred(int)                       {}

@@ -1,0 +1,653 @@
+package main
+
+// What clients get from a running relay, with real libp2p hosts on loopback.
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	dht "github.com/libp2p/go-libp2p-kad-dht"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
+	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
+	quic "github.com/libp2p/go-libp2p/p2p/transport/quic"
+	ma "github.com/multiformats/go-multiaddr"
+	"google.golang.org/protobuf/encoding/protodelim"
+)
+
+// testTimeout is how long anything that should happen is waited for. It is no
+// measure of how long it should take.
+const testTimeout = 30 * time.Second
+
+func testContext(t testing.TB) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// eventually waits until ok.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(testTimeout)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("not within %v: %s", testTimeout, what)
+		}
+	}
+}
+
+func newTestKey(t testing.TB) ed25519.PrivateKey {
+	t.Helper()
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// defaultConfig is the configuration of a bare command line, on free ports.
+func defaultConfig(t testing.TB, args ...string) config {
+	t.Helper()
+	cfg, err := parseFlags(append([]string{"--port=0", "--http-port=0"}, args...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// testRelay is a relay in this process and how clients reach it on loopback.
+type testRelay struct {
+	*relay
+	info peer.AddrInfo
+}
+
+func newTestRelay(t testing.TB, cfg config) testRelay {
+	t.Helper()
+	return newTestRelayWithin(t, newLimits(cfg.maxClients, cfg.maxClientsPerIP), cfg, newTestKey(t))
+}
+
+func newTestRelayWithin(t testing.TB, lim limits, cfg config, key ed25519.PrivateKey) testRelay {
+	t.Helper()
+	r, err := startRelayWithin(lim, cfg, key, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatalf("startRelay: %v", err)
+	}
+	t.Cleanup(func() { r.close() })
+	addr := ma.StringCast("/ip4/127.0.0.1/udp/" + listenPort(r) + "/quic-v1")
+	return testRelay{r, peer.AddrInfo{ID: r.host.ID(), Addrs: []ma.Multiaddr{addr}}}
+}
+
+func listenPort(r *relay) string {
+	port, _ := r.host.Network().ListenAddresses()[0].ValueForProtocol(ma.P_UDP)
+	return port
+}
+
+// newClient is a host as the deployed clients are: QUIC, identify, the relay
+// protocol's client side. The extra options come last.
+func newClient(t testing.TB, opts ...libp2p.Option) host.Host {
+	t.Helper()
+	h, err := libp2p.New(append([]libp2p.Option{
+		libp2p.Transport(quic.NewTransport),
+		libp2p.ListenAddrStrings("/ip4/127.0.0.1/udp/0/quic-v1"),
+		libp2p.ResourceManager(&network.NullResourceManager{}),
+		libp2p.ProtocolVersion("/privstack/sync/1.0.0"),
+		libp2p.UserAgent("PrivStack/test"),
+		libp2p.EnableRelay(),
+		libp2p.DisableMetrics(),
+	}, opts...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { h.Close() })
+	return h
+}
+
+// serveKad makes h a kad server with an empty table, as every fresh client is.
+func serveKad(t testing.TB, h host.Host) *dht.IpfsDHT {
+	t.Helper()
+	d, err := dht.New(h,
+		dht.Mode(dht.ModeServer),
+		dht.ProtocolPrefix("/privstack"),
+		dht.V1ProtocolOverride(kadProtocol),
+		dht.Validator(recordValidator{}),
+		dht.DisableAutoRefresh(),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+func connect(t testing.TB, h host.Host, r testRelay) {
+	t.Helper()
+	if err := h.Connect(testContext(t), r.info); err != nil {
+		t.Fatalf("connect to the relay: %v", err)
+	}
+}
+
+// ask sends one DHT request to the relay and returns its answer.
+func ask(t testing.TB, h host.Host, r testRelay, req *kadpb.Message) *kadpb.Message {
+	t.Helper()
+	resp, err := tryAsk(testContext(t), h, r, req)
+	if err != nil {
+		t.Fatalf("ask %v: %v", req.Type, err)
+	}
+	return resp
+}
+
+func tryAsk(ctx context.Context, h host.Host, r testRelay, req *kadpb.Message) (*kadpb.Message, error) {
+	s, err := h.NewStream(ctx, r.info.ID, kadProtocol)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Reset()
+	if _, err := protodelim.MarshalTo(s, req); err != nil {
+		return nil, err
+	}
+	if err := s.CloseWrite(); err != nil {
+		return nil, err
+	}
+	resp := new(kadpb.Message)
+	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
+}
+
+// byteReader reads single bytes without buffering ahead.
+type byteReader struct{ io.Reader }
+
+func (r *byteReader) ReadByte() (byte, error) {
+	var b [1]byte
+	_, err := io.ReadFull(r.Reader, b[:])
+	return b[0], err
+}
+
+// findNode asks the relay for id and returns what the answer says of it.
+func findNode(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr, found bool) {
+	t.Helper()
+	resp := ask(t, h, r, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
+	for _, p := range resp.CloserPeers {
+		if peer.ID(p.Id) == id {
+			return p.Addresses(), true
+		}
+	}
+	return nil, false
+}
+
+// waitFound waits until the relay's answers name id with an address.
+func waitFound(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr) {
+	t.Helper()
+	eventually(t, "FIND_NODE names "+id.String(), func() bool {
+		var found bool
+		addrs, found = findNode(t, h, r, id)
+		return found
+	})
+	return addrs
+}
+
+// observed is the address under which the relay sees h.
+func observed(t testing.TB, h host.Host, r testRelay) ma.Multiaddr {
+	t.Helper()
+	conns := r.host.Network().ConnsToPeer(h.ID())
+	if len(conns) != 1 {
+		t.Fatalf("relay has %d connections to the client, want 1", len(conns))
+	}
+	return conns[0].RemoteMultiaddr()
+}
+
+// The product's whole point: two devices that know only the relay find each
+// other through it and connect.
+func TestTwoClientsMeetThroughRelay(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	a, b := newClient(t), newClient(t)
+	kadA, kadB := serveKad(t, a), serveKad(t, b)
+	connect(t, a, r)
+	connect(t, b, r)
+	eventually(t, "both know the relay as a DHT server", func() bool {
+		return kadA.RoutingTable().Find(r.info.ID) != "" && kadB.RoutingTable().Find(r.info.ID) != ""
+	})
+	waitFound(t, a, r, b.ID()) // until the relay has identified b
+
+	info, err := kadA.FindPeer(testContext(t), b.ID())
+	if err != nil {
+		t.Fatalf("FindPeer(b): %v", err)
+	}
+	if want := observed(t, b, r); !slices.ContainsFunc(info.Addrs, want.Equal) {
+		t.Errorf("FindPeer(b) = %v, want b's observed address %v among them", info.Addrs, want)
+	}
+	if err := a.Connect(testContext(t), info); err != nil {
+		t.Errorf("connect to what was found: %v", err)
+	}
+	if _, err := kadB.FindPeer(testContext(t), a.ID()); err != nil {
+		t.Errorf("FindPeer(a): %v", err)
+	}
+}
+
+// Thirty devices come back at once after a power cut: each finds each.
+func TestThirtyClientsJoinAtOnce(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients := make([]host.Host, 30)
+	for i := range clients {
+		clients[i] = newClient(t)
+		serveKad(t, clients[i])
+	}
+	joined := make(chan error)
+	for _, c := range clients {
+		go func() { joined <- c.Connect(testContext(t), r.info) }()
+	}
+	for range clients {
+		if err := <-joined; err != nil {
+			t.Fatalf("join: %v", err)
+		}
+	}
+	for _, a := range clients {
+		for _, b := range clients {
+			if a == b {
+				continue
+			}
+			addrs := waitFound(t, a, r, b.ID())
+			if want := observed(t, b, r); !slices.ContainsFunc(addrs, want.Equal) {
+				t.Errorf("answer = %v, want the observed address %v among them", addrs, want)
+			}
+		}
+	}
+	if got := r.counters().peersServed; got != len(clients) {
+		t.Errorf("peers_served = %d, want %d", got, len(clients))
+	}
+}
+
+// circuitBetween reserves for dst and connects src to it through the relay. The
+// streams that src opens are echoed by dst.
+func circuitBetween(t testing.TB, r testRelay, src, dst host.Host) {
+	t.Helper()
+	connect(t, src, r)
+	connect(t, dst, r)
+	if _, err := circuitclient.Reserve(testContext(t), dst, r.info); err != nil {
+		t.Fatalf("reserve: %v", err)
+	}
+	dst.SetStreamHandler(echoProtocol, func(s network.Stream) {
+		defer s.Close()
+		io.Copy(s, s)
+	})
+	via := ma.StringCast(r.info.Addrs[0].String() + "/p2p/" + r.info.ID.String() + "/p2p-circuit")
+	if err := src.Connect(testContext(t), peer.AddrInfo{ID: dst.ID(), Addrs: []ma.Multiaddr{via}}); err != nil {
+		t.Fatalf("connect through the relay: %v", err)
+	}
+}
+
+const echoProtocol = "/test/echo/1.0.0"
+
+func openEcho(t testing.TB, src, dst host.Host) network.Stream {
+	t.Helper()
+	s, err := src.NewStream(network.WithAllowLimitedConn(testContext(t), "test"), dst.ID(), echoProtocol)
+	if err != nil {
+		t.Fatalf("stream over the circuit: %v", err)
+	}
+	if _, err := s.Conn().RemoteMultiaddr().ValueForProtocol(ma.P_CIRCUIT); err != nil {
+		t.Fatalf("stream runs over %v, want a circuit", s.Conn().RemoteMultiaddr())
+	}
+	return s
+}
+
+// A sync message is up to 16 MiB: go-libp2p's default circuit, 128 KiB, cuts it.
+func TestCircuitCarriesLargeSync(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, r, src, dst)
+	s := openEcho(t, src, dst)
+	defer s.Reset()
+
+	const size = 32 << 20
+	sent := sha256.New()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := io.CopyN(io.MultiWriter(s, sent), rand.Reader, size)
+		if err == nil {
+			err = s.CloseWrite()
+		}
+		failed <- err
+	}()
+	received := sha256.New()
+	n, err := io.Copy(received, s)
+	if err != nil || n != size {
+		t.Fatalf("echoed %d bytes, error %v, want %d", n, err, size)
+	}
+	if err := <-failed; err != nil {
+		t.Fatalf("send: %v", err)
+	}
+	if !bytes.Equal(received.Sum(nil), sent.Sum(nil)) {
+		t.Error("what came back is not what was sent")
+	}
+	if got := r.counters().relayedConnections; got != 1 {
+		t.Errorf("relayed_connections = %d, want 1", got)
+	}
+}
+
+// The operator's caps reach the peers, and the wire has its own way to say
+// "unlimited".
+func TestCircuitLimitsAreTold(t *testing.T) {
+	tests := []struct {
+		args     []string
+		duration time.Duration
+		data     uint64
+	}{
+		{nil, time.Hour, 1 << 30},
+		{[]string{"--circuit-duration=90s", "--circuit-bytes=512MiB"}, 90 * time.Second, 512 << 20},
+		{[]string{"--circuit-duration=0", "--circuit-bytes=0"}, 0, 0},
+		{[]string{"--circuit-duration=0"}, maxCircuitDuration, 1 << 30},
+		{[]string{"--circuit-bytes=0"}, time.Hour, 1<<63 - 1},
+	}
+	for _, tt := range tests {
+		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
+			r := newTestRelay(t, defaultConfig(t, tt.args...))
+			c := newClient(t)
+			connect(t, c, r)
+			got, err := circuitclient.Reserve(testContext(t), c, r.info)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.LimitDuration != tt.duration || got.LimitData != tt.data {
+				t.Errorf("reservation is limited to %v and %d bytes, want %v and %d", got.LimitDuration, got.LimitData, tt.duration, tt.data)
+			}
+		})
+	}
+}
+
+// A circuit ends at the operator's cap, not before.
+func TestCircuitEndsAtItsLimit(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--circuit-bytes=1MiB"))
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, r, src, dst)
+	s := openEcho(t, src, dst)
+	defer s.Reset()
+	go io.CopyN(s, rand.Reader, 4<<20)
+	n, err := io.Copy(io.Discard, s)
+	if n >= 1<<20 || n < 1<<19 { // the circuit's own handshakes count too
+		t.Errorf("%d bytes came back (error %v), want most of 1 MiB and not more", n, err)
+	}
+}
+
+// A rust client refuses a reservation in which no address is.
+func TestReservationAlwaysHasAddress(t *testing.T) {
+	for _, args := range [][]string{nil, {"--announce=203.0.113.7"}, {"--announce=relay.example.org", "--announce=/ip6/2001:db8::7/udp/443/quic-v1"}} {
+		r := newTestRelay(t, defaultConfig(t, args...))
+		c := newClient(t)
+		connect(t, c, r)
+		got, err := circuitclient.Reserve(testContext(t), c, r.info)
+		if err != nil {
+			t.Fatalf("%v: reserve: %v", args, err)
+		}
+		if len(got.Addrs) == 0 {
+			t.Errorf("%v: reservation has no address", args)
+		}
+		for i, s := range args {
+			want, _ := parseAnnounce(strings.TrimPrefix(s, "--announce="), atoi(t, listenPort(r.relay)))
+			withID := ma.StringCast(want.String() + "/p2p/" + r.peerID())
+			if len(got.Addrs) != len(args) || !slices.ContainsFunc(got.Addrs, withID.Equal) {
+				t.Errorf("reservation = %v, want the %d announced ones, %v among them", got.Addrs, len(args), withID)
+			}
+			if listed := r.listedAddrs(); listed[i] != want.String() || !strings.HasPrefix(listed[len(args)], "/ip4/0.0.0.0/udp/") {
+				t.Errorf("identity endpoint lists %v, want the announced first, then the sockets", listed)
+			}
+			if told := c.Peerstore().Addrs(r.info.ID); !slices.ContainsFunc(told, want.Equal) {
+				t.Errorf("identify told %v, want %v among them", told, want)
+			}
+		}
+	}
+}
+
+// With a container host's worth of interfaces a reservation still fits into the
+// 4096 bytes that clients read, and what is public comes first.
+func TestAdvertisedAddrsAreBounded(t *testing.T) {
+	var many []ma.Multiaddr
+	for i := range 100 {
+		many = append(many, ma.StringCast(fmt.Sprintf("/ip4/172.17.%d.1/udp/4001/quic-v1", i)))
+	}
+	loop := ma.StringCast("/ip4/127.0.0.1/udp/4001/quic-v1")
+	local := ma.StringCast("/ip6/fe80::1/udp/4001/quic-v1")
+	public := ma.StringCast("/ip4/8.8.8.8/udp/4001/quic-v1")
+
+	r := &relay{}
+	got := r.advertised(append(append([]ma.Multiaddr{loop, local}, many...), public))
+	if len(got) != maxOfferedAddrs || !got[0].Equal(public) || slices.ContainsFunc(got, loop.Equal) || slices.ContainsFunc(got, local.Equal) {
+		t.Errorf("advertised = %v, want %d with the public one first and neither loopback nor link-local", got, maxOfferedAddrs)
+	}
+	if got := r.advertised([]ma.Multiaddr{loop}); len(got) != 1 || !got[0].Equal(loop) {
+		t.Errorf("advertised = %v, want loopback where there is nothing else", got)
+	}
+}
+
+// A relay that is updated comes back under the same ID and port, and clients
+// go on as before.
+func TestClientsGoOnAfterRestart(t *testing.T) {
+	key := newTestKey(t)
+	cfg := defaultConfig(t)
+	r := newTestRelayWithin(t, newLimits(0, 256), cfg, key)
+	a, b := newClient(t), newClient(t)
+	serveKad(t, a)
+	serveKad(t, b)
+	connect(t, a, r)
+	connect(t, b, r)
+	waitFound(t, a, r, b.ID())
+
+	port := listenPort(r.relay)
+	if err := r.close(); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+	eventually(t, "the clients notice", func() bool {
+		return a.Network().Connectedness(r.info.ID) != network.Connected && b.Network().Connectedness(r.info.ID) != network.Connected
+	})
+	cfg.port = atoi(t, port)
+	again := newTestRelayWithin(t, newLimits(0, 256), cfg, key)
+	if again.info.ID != r.info.ID {
+		t.Fatalf("peer ID is %v after the restart, was %v", again.info.ID, r.info.ID)
+	}
+	connect(t, a, again)
+	connect(t, b, again)
+	waitFound(t, a, again, b.ID())
+	waitFound(t, b, again, a.ID())
+	circuitBetween(t, again, newClient(t), b)
+}
+
+func atoi(t testing.TB, s string) (n int) {
+	t.Helper()
+	if _, err := fmt.Sscan(s, &n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// The names by which clients recognise a relay, and the protocols they need.
+func TestIdentifySaysWhoWeAre(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t)
+	connect(t, c, r)
+	for key, want := range map[string]string{"ProtocolVersion": "/privstack/relay/1.0.0", "AgentVersion": "privstack-relay/0.1.0"} {
+		if got, err := c.Peerstore().Get(r.info.ID, key); err != nil || got != want {
+			t.Errorf("identify %s = %v (%v), want %s", key, got, err, want)
+		}
+	}
+	got, err := c.Peerstore().GetProtocols(r.info.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(got)
+	want := []string{
+		"/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/kad/1.0.0", "/ipfs/ping/1.0.0",
+		"/libp2p/circuit/relay/0.2.0/hop",
+	}
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("protocols = %v, want %v and no other", got, want)
+	}
+}
+
+// QUIC v1 on both families and nothing else: each open port is one to patch.
+func TestListensOnQUICAlone(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	port := listenPort(r.relay)
+	got := r.listedAddrs()
+	want := []string{"/ip4/0.0.0.0/udp/" + port + "/quic-v1"}
+	if len(got) == 2 { // no IPv6 here is not this test's business
+		want = append(want, "/ip6/::/udp/"+port+"/quic-v1")
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("listens on %v, want %v", got, want)
+	}
+	if len(got) < 2 {
+		t.Skip("no IPv6 on this machine")
+	}
+	c := newClient(t, libp2p.ListenAddrStrings("/ip6/::1/udp/0/quic-v1"))
+	v6 := ma.StringCast("/ip6/::1/udp/" + port + "/quic-v1")
+	if err := c.Connect(testContext(t), peer.AddrInfo{ID: r.info.ID, Addrs: []ma.Multiaddr{v6}}); err != nil {
+		t.Errorf("connect over IPv6: %v", err)
+	}
+}
+
+// Clients name addresses; a relay that dialled them would scan ports for anyone.
+func TestRelayDialsNobody(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	victim := newClient(t)
+	r.host.Peerstore().AddAddrs(victim.ID(), victim.Addrs(), peerstore.PermanentAddrTTL)
+	err := r.host.Connect(testContext(t), peer.AddrInfo{ID: victim.ID(), Addrs: victim.Addrs()})
+	if err == nil || len(victim.Network().Conns()) > 0 {
+		t.Errorf("Connect = %v, with %d connections at the victim, want it gated", err, len(victim.Network().Conns()))
+	}
+}
+
+// Draining: what is open goes on, nothing new begins.
+func TestDrainRefusesNewAndFinishesOpen(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, r, src, dst)
+	s := openEcho(t, src, dst)
+
+	left := make(chan int)
+	go func() { left <- r.drain(context.Background(), testTimeout) }()
+	eventually(t, "new reservations are refused", func() bool {
+		_, err := circuitclient.Reserve(testContext(t), src, r.info)
+		return err != nil
+	})
+	if _, err := s.Write([]byte("still here")); err != nil {
+		t.Fatalf("write on the open circuit: %v", err)
+	}
+	got := make([]byte, len("still here"))
+	if _, err := io.ReadFull(s, got); err != nil || string(got) != "still here" {
+		t.Fatalf("the open circuit echoed %q, %v", got, err)
+	}
+	if err := s.Conn().Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := <-left; n != 0 {
+		t.Errorf("drain left %d circuits, want 0 once the only one is closed", n)
+	}
+}
+
+// An office, a dormitory or a mobile carrier is one IPv4 address: with the
+// libraries' defaults 8 of 20 clients behind one got in.
+func TestFortyClientsBehindOneAddress(t *testing.T) {
+	lim := newLimits(0, 256)
+	lim.exempt = nil // so 127.0.0.1 counts as any other address
+	r := newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t))
+	clients := make([]host.Host, 40)
+	joined := make(chan error)
+	for i := range clients {
+		clients[i] = newClient(t)
+		go func() {
+			err := clients[i].Connect(testContext(t), r.info)
+			if err == nil {
+				_, err = circuitclient.Reserve(testContext(t), clients[i], r.info)
+			}
+			joined <- err
+		}()
+	}
+	for range clients {
+		if err := <-joined; err != nil {
+			t.Errorf("join and reserve: %v", err)
+		}
+	}
+}
+
+// admits connects clients one by one until one is refused.
+func admits(t *testing.T, r testRelay, most int) (in []host.Host) {
+	t.Helper()
+	for range most {
+		c := newClient(t)
+		err := c.Connect(testContext(t), r.info)
+		if err == nil {
+			// A refusal after the handshake looks like a success until the first use.
+			_, err = tryAsk(testContext(t), c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
+		}
+		if err != nil {
+			break
+		}
+		in = append(in, c)
+	}
+	return in
+}
+
+// At a limit the newcomer is refused, and whoever is in is served on.
+func TestNewcomerIsRefusedAtTheLimit(t *testing.T) {
+	tests := []struct {
+		name string
+		lim  limits
+		want int
+	}{
+		{"all networks", limits{clients: 5, perNetwork: 256, exempt: loopback}, 5},
+		{"one network", limits{clients: 100, perNetwork: 3}, 3},
+		{"loopback is exempt", limits{clients: 100, perNetwork: 3, exempt: loopback}, 12},
+		{"another network is exempt", limits{clients: 100, perNetwork: 3, exempt: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}, 3},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newTestRelayWithin(t, tt.lim, defaultConfig(t), newTestKey(t))
+			in := admits(t, r, 12)
+			if len(in) != tt.want {
+				t.Errorf("%d clients got in, want %d", len(in), tt.want)
+			}
+			for _, c := range in {
+				ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
+				if _, err := circuitclient.Reserve(testContext(t), c, r.info); err != nil {
+					t.Errorf("reserve at the limit: %v", err)
+				}
+			}
+		})
+	}
+}
+
+// newClientKey makes a key whose peer ID shares exactly cpl bits with the relay's.
+func newClientKey(t *testing.T, r testRelay, cpl int) crypto.PrivKey {
+	t.Helper()
+	for {
+		key, _, err := crypto.GenerateEd25519Key(rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := peer.IDFromPrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if commonPrefix(r.info.ID, id) == cpl {
+			return key
+		}
+	}
+}
