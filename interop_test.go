@@ -1,0 +1,328 @@
+//go:build interop
+
+package main
+
+// The relay with the clients' own stack: the rust-libp2p program in interop/,
+// which behaves as the deployed clients do. It needs cargo; run with
+//
+//	go test -tags interop -run Rust .
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/peer"
+	ma "github.com/multiformats/go-multiaddr"
+	"google.golang.org/protobuf/proto"
+)
+
+// buildRust compiles the program once. Its target directory is outside of the
+// checkout, so that the next run is quick.
+var buildRust = sync.OnceValues(func() (string, error) {
+	target := os.Getenv("CARGO_TARGET_DIR")
+	if target == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			return "", err
+		}
+		target = filepath.Join(cache, "privstack-relay-interop")
+	}
+	cmd := exec.Command("cargo", "build", "--release", "--locked", "--target-dir", target)
+	cmd.Dir = "interop"
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("cargo build: %w\n%s", err, out)
+	}
+	return filepath.Join(target, "release", "interop"), nil
+})
+
+// rustClient is a running client.
+type rustClient struct {
+	t     *testing.T
+	id    string
+	stdin io.WriteCloser
+
+	mu     sync.Mutex
+	events []rustEvent
+}
+
+// rustEvent is a line of the client's output; the fields vary with the event.
+type rustEvent map[string]any
+
+func (e rustEvent) str(key string) string { s, _ := e[key].(string); return s }
+
+// is reports whether e is such an event, with those string fields.
+func (e rustEvent) is(event string, fields ...string) bool {
+	for i := 0; i < len(fields); i += 2 {
+		if e.str(fields[i]) != fields[i+1] {
+			return false
+		}
+	}
+	return e.str("event") == event
+}
+
+// startRust runs a client that knows the relay and a sync code. It ticks every
+// second instead of every 30.
+func startRust(t *testing.T, relay peer.AddrInfo, code string, args ...string) *rustClient {
+	t.Helper()
+	name, err := buildRust()
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := fmt.Sprintf("%s/p2p/%s", relay.Addrs[0], relay.ID)
+	if !slices.Contains(args, "listen=none") {
+		args = append(args, "listen=/ip4/127.0.0.1/udp/0/quic-v1")
+	}
+	cmd := exec.Command(name, append([]string{"relay=" + addr, "code=" + code, "tick_ms=1000"}, args...)...)
+	cmd.Stderr = os.Stderr
+	c := &rustClient{t: t}
+	if c.stdin, err = cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for lines := bufio.NewScanner(stdout); lines.Scan(); {
+			var e rustEvent
+			if json.Unmarshal(lines.Bytes(), &e) == nil {
+				c.mu.Lock()
+				c.events = append(c.events, e)
+				c.mu.Unlock()
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-done
+		cmd.Wait()
+		if t.Failed() {
+			for _, e := range c.events {
+				t.Log(c.id, e)
+			}
+		}
+	})
+	c.id = c.wait("started").str("peer")
+	return c
+}
+
+// seen returns the events so far, from the nth.
+func (c *rustClient) seen(n int) []rustEvent {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.events[n:])
+}
+
+// wait returns the first such event of all so far or to come.
+func (c *rustClient) wait(event string, fields ...string) rustEvent {
+	c.t.Helper()
+	return c.waitFrom(0, event, fields...)
+}
+
+// waitFrom is wait without the first n events.
+func (c *rustClient) waitFrom(n int, event string, fields ...string) (found rustEvent) {
+	c.t.Helper()
+	eventually(c.t, fmt.Sprintf("%s: %s %v", c.id, event, fields), func() bool {
+		for _, e := range c.seen(n) {
+			if e.is(event, fields...) {
+				found = e
+				return true
+			}
+		}
+		return false
+	})
+	return found
+}
+
+func (c *rustClient) command(format string, args ...any) {
+	fmt.Fprintf(c.stdin, format+"\n", args...)
+}
+
+// The product with its own clients: each finds the other by the sync code and
+// connects, and one who comes late finds those who are there.
+func TestRustClientsMeet(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
+	a := startRust(t, r.info, "family")
+	b := startRust(t, r.info, "family")
+	a.wait("found", "peer", b.id)
+	b.wait("found", "peer", a.id)
+	a.wait("connected", "peer", b.id)
+	b.wait("connected", "peer", a.id)
+
+	late := startRust(t, r.info, "family")
+	eventually(t, "the late joiner has found one of them", func() bool {
+		return slices.ContainsFunc(late.seen(0), func(e rustEvent) bool { return e.is("found", "peer", a.id) || e.is("found", "peer", b.id) })
+	})
+	a.wait("found", "peer", late.id)
+	b.wait("found", "peer", late.id)
+
+	a.command("sync %s %d", b.id, 16<<20)
+	if e := a.wait("synced", "peer", b.id); e["ok"] != true || e["bytes"] != float64(16<<20) {
+		t.Errorf("sync = %v, want 16 MiB and the same digest", e)
+	}
+	for _, c := range []*rustClient{a, b, late} {
+		for _, e := range c.seen(0) {
+			if e.is("found_without_publisher") || e.is("put_failed") {
+				t.Errorf("%s: %v", c.id, e)
+			}
+		}
+	}
+}
+
+// Users of one relay who share no sync code stay strangers.
+func TestRustClientsOfOtherCodesNeverMeet(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
+	a1, b1 := startRust(t, r.info, "a"), startRust(t, r.info, "b")
+	a2, b2 := startRust(t, r.info, "a"), startRust(t, r.info, "b")
+	a1.wait("found", "peer", a2.id)
+	a2.wait("found", "peer", a1.id)
+	b1.wait("found", "peer", b2.id)
+	b2.wait("found", "peer", b1.id)
+	for _, pair := range [][2]*rustClient{{a1, b1}, {a1, b2}, {a2, b1}, {a2, b2}, {b1, a1}, {b1, a2}, {b2, a1}, {b2, a2}} {
+		for _, e := range pair[0].seen(0) {
+			if e.is("found", "peer", pair[1].id) {
+				t.Errorf("%s found %s of another code", pair[0].id, pair[1].id)
+			}
+		}
+	}
+}
+
+// The client side of a circuit is another implementation: reservation, its
+// limits, and 16 MiB through the relay.
+func TestRustCircuitCarriesSync(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
+	// Neither can be dialled, so the circuit is the only path.
+	dst := startRust(t, r.info, "x", "circuit=1", "dial=0", "listen=none")
+	src := startRust(t, r.info, "y", "dial=0", "listen=none")
+	if e := dst.wait("reserved"); e["bytes"] != float64(1<<30) || e["seconds"] != 3600.0 {
+		t.Errorf("reservation = %v, want 1 GiB and an hour", e)
+	}
+	src.wait("identified", "peer", r.info.ID.String())
+	src.command("dial %s/p2p/%s/p2p-circuit/p2p/%s", r.info.Addrs[0], r.info.ID, dst.id)
+	if e := src.wait("connected", "peer", dst.id); e["circuit"] != true {
+		t.Fatalf("connected = %v, want a circuit", e)
+	}
+	src.command("sync %s %d", dst.id, 16<<20)
+	if e := src.wait("synced", "peer", dst.id); e["ok"] != true {
+		t.Errorf("sync = %v, want the same digest", e)
+	}
+	dst.command("sync %s %d", src.id, 16<<20)
+	if e := dst.wait("synced", "peer", src.id); e["ok"] != true {
+		t.Errorf("sync back = %v, want the same digest", e)
+	}
+	if got := r.counters().relayedConnections; got != 1 {
+		t.Errorf("relayed_connections = %d, want 1", got)
+	}
+}
+
+// What each side says of itself arrives on the other.
+func TestRustIdentify(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=relay.example.org"))
+	c := startRust(t, r.info, "x", "device=laptop")
+	e := c.wait("identified", "peer", r.info.ID.String())
+	if !e.is("identified", "protocol_version", "/privstack/relay/1.0.0", "agent_version", "privstack-relay/0.1.0") {
+		t.Errorf("identified = %v, want the old relay's versions", e)
+	}
+	for _, want := range []string{"/ipfs/kad/1.0.0", "/libp2p/circuit/relay/0.2.0/hop"} {
+		if !strings.Contains(fmt.Sprint(e["protocols"]), want) {
+			t.Errorf("protocols = %v, want %s among them", e["protocols"], want)
+		}
+	}
+	if want := "/dns/relay.example.org/udp/" + listenPort(r.relay) + "/quic-v1"; !strings.Contains(fmt.Sprint(e["listen_addrs"]), want) {
+		t.Errorf("listen_addrs = %v, want %s", e["listen_addrs"], want)
+	}
+	id, err := peer.Decode(c.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := r.host.Network().ConnsToPeer(id)[0].RemoteMultiaddr().String(); got != e.str("observed") {
+		t.Errorf("the client is told it was observed as %v, want %s", e["observed"], got)
+	}
+	agent, err := r.host.Peerstore().Get(id, "AgentVersion")
+	if err != nil || agent != "PrivStack/laptop" {
+		t.Errorf("agent = %v, %v, want PrivStack/laptop", agent, err)
+	}
+}
+
+// A power cut at the relay: the clients, which nobody restarts, find each other
+// again.
+func TestRustClientsSurviveRelayCrash(t *testing.T) {
+	key := filepath.Join(t.TempDir(), "key")
+	p := start(t, "--announce=127.0.0.1", "--identity="+key)
+	port, _ := p.bootstrap.Addrs[0].ValueForProtocol(ma.P_UDP)
+	a := startRust(t, p.bootstrap, "family", "dial=0")
+	b := startRust(t, p.bootstrap, "family", "dial=0")
+	a.wait("found", "peer", b.id)
+	b.wait("found", "peer", a.id)
+
+	p.Process.Signal(syscall.SIGKILL)
+	p.wait(t)
+	again := start(t, "--port="+port, "--announce=127.0.0.1", "--identity="+key)
+	if again.peerID != p.peerID {
+		t.Fatalf("peer ID is %s after the crash, was %s", again.peerID, p.peerID)
+	}
+	began := time.Now()
+	nA, nB := len(a.seen(0)), len(b.seen(0))
+	a.waitFrom(nA, "found", "peer", b.id)
+	b.waitFrom(nB, "found", "peer", a.id)
+	t.Logf("found each other %v after the relay was back (the clients' idle timeout is 10 s)", time.Since(began).Round(100*time.Millisecond))
+}
+
+// rust-libp2p drops an answer above 16 KiB without a word, and the query with it.
+func TestRustReadsTheLargestAnswer(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
+	// 25 clients that report as many addresses, as long as are handed out.
+	for i := range 25 {
+		var reported []ma.Multiaddr
+		for j := range 20 {
+			reported = append(reported, ma.StringCast(fmt.Sprintf("/ip4/127.0.%d.%d/udp/9/quic-v1/p2p/%s/p2p-circuit", i, j+1, newTestPeerID(t))))
+		}
+		c := newClient(t, libp2p.AddrsFactory(func([]ma.Multiaddr) []ma.Multiaddr { return reported }))
+		serveKad(t, c)
+		connect(t, c, r)
+	}
+	eventually(t, "the table is full", func() bool { return r.dht.RoutingTable().Size() >= 20 })
+
+	asker := newClient(t)
+	connect(t, asker, r)
+	key := slices.Concat([]byte(recordPrefix), make([]byte, maxRecordKey-len(recordPrefix)))
+	if err := put(t, asker, r, rustRecord(key, strings.Repeat("v", maxRecordValue), asker.ID(), 1<<30)); err != nil {
+		t.Fatal(err)
+	}
+	for _, req := range []*kadpb.Message{
+		kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(asker.ID()), 0),
+		kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0),
+	} {
+		resp := ask(t, asker, r, req)
+		if size := proto.Size(resp); size > 16<<10 || len(resp.CloserPeers) < 20 {
+			t.Errorf("%v: answer of %d bytes with %d peers, want at most 16 KiB and 20 or more", req.Type, size, len(resp.CloserPeers))
+		} else {
+			t.Logf("%v: %d bytes with %d peers", req.Type, size, len(resp.CloserPeers))
+		}
+	}
+
+	c := startRust(t, r.info, "x", "dial=0")
+	c.wait("connected", "peer", r.info.ID.String())
+	c.command("find %s", asker.ID())
+	if e := c.wait("sought", "peer", asker.ID().String()); e["answers"] == 0.0 {
+		t.Errorf("query = %v, want the relay's answer to have been read", e)
+	}
+}
