@@ -159,6 +159,13 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	if os.Getenv(labClientEnv) != "" {
+		if err := runLabClient(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "lab client:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var err error
 	if buildDir, err = os.MkdirTemp("", "privstack-relay-test-"); err != nil {
 		panic(err)
