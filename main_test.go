@@ -159,10 +159,13 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	// The NAT lab runs this binary in its namespaces.
+	if delay := os.Getenv(labDelayEnv); delay != "" {
+		panic(runLabDelay(delay, os.Stdout))
+	}
 	if os.Getenv(labClientEnv) != "" {
 		if err := runLabClient(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, "lab client:", err)
-			os.Exit(1)
+			panic(err)
 		}
 		return
 	}

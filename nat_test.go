@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -227,6 +228,63 @@ func (l *lab) relay(ns string, reach []string, args ...string) peer.AddrInfo {
 	}
 }
 
+// delayLine forwards UDP between port 4001 of ns and target, and adds rtt to each
+// round trip. (Kernels that come without netem are why it is not tc.)
+func (l *lab) delayLine(ns, target string, rtt time.Duration) {
+	l.t.Helper()
+	cmd := l.self(ns, labDelayEnv+"="+target+" "+rtt.String())
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.start(cmd)
+	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		l.t.Fatalf("the delay line did not start: %v", err)
+	}
+}
+
+// labDelayEnv tells the test binary that it is a delay line.
+const labDelayEnv = "PRIVSTACK_LAB_DELAY"
+
+// runLabDelay is the delay line's process.
+func runLabDelay(config string, out io.Writer) error {
+	target, wait, _ := strings.Cut(config, " ")
+	rtt, err := time.ParseDuration(wait)
+	if err != nil {
+		return err
+	}
+	near, err := net.ListenPacket("udp4", ":4001")
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(out, "ready")
+	forward := func(from net.PacketConn, to func(src net.Addr, packet []byte)) error {
+		for {
+			packet := make([]byte, 2048)
+			n, src, err := from.ReadFrom(packet)
+			if err != nil {
+				return err
+			}
+			time.AfterFunc(rtt/2, func() { to(src, packet[:n]) })
+		}
+	}
+	far := map[string]net.Conn{} // to the target, one for each client
+	var mu sync.Mutex
+	return forward(near, func(src net.Addr, packet []byte) {
+		mu.Lock()
+		defer mu.Unlock()
+		conn := far[src.String()]
+		if conn == nil {
+			if conn, err = net.Dial("udp4", target); err != nil {
+				return
+			}
+			far[src.String()] = conn
+			go forward(conn.(*net.UDPConn), func(_ net.Addr, packet []byte) { near.WriteTo(packet, src) })
+		}
+		conn.Write(packet)
+	})
+}
+
 // labClient is a client process in a namespace. Its methods are requests to it.
 type labClient struct {
 	t     *testing.T
@@ -236,7 +294,6 @@ type labClient struct {
 	mu    sync.Mutex // one request at a time
 	enc   *json.Encoder
 	dec   *json.Decoder
-	stdin io.Closer
 }
 
 // labRequest and labResponse are the lines between the test and its clients.
@@ -255,16 +312,35 @@ type labResponse struct {
 	Err     string `json:",omitempty"`
 }
 
-// client starts a client in ns, which joins the relay.
-func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
+// self is this test binary, to be run in ns as what env says it is.
+func (l *lab) self(ns, env string) *exec.Cmd {
 	l.t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		l.t.Fatal(err)
 	}
 	cmd := exec.Command("ip", "netns", "exec", ns, exe)
-	cmd.Env = append(os.Environ(), labClientEnv+"=1")
+	cmd.Env = append(os.Environ(), env)
 	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// start runs cmd until the test ends.
+func (l *lab) start(cmd *exec.Cmd) {
+	l.t.Helper()
+	if err := cmd.Start(); err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+}
+
+// client starts a client in ns, which joins the relay.
+func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
+	l.t.Helper()
+	cmd := l.self(ns, labClientEnv+"=1")
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		l.t.Fatal(err)
@@ -273,15 +349,8 @@ func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
-		l.t.Fatal(err)
-	}
-	l.t.Cleanup(func() {
-		stdin.Close()
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	c := &labClient{t: l.t, name: ns, enc: json.NewEncoder(stdin), dec: json.NewDecoder(stdout), stdin: stdin}
+	l.start(cmd)
+	c := &labClient{t: l.t, name: ns, enc: json.NewEncoder(stdin), dec: json.NewDecoder(stdout)}
 	resp := c.must(labRequest{Do: "join", Relay: &relay})
 	c.id, c.addrs = resp.ID, resp.Addrs
 	return c
@@ -317,9 +386,11 @@ const labClientEnv = "PRIVSTACK_LAB_CLIENT"
 // runLabClient is the client process: a libp2p host with the deployed clients'
 // protocols that does what it is asked, until in ends.
 func runLabClient(in io.Reader, out io.Writer) error {
+	var sockets quicSockets // so that packets begin small, as those of the deployed clients do
 	h, err := libp2p.New(
 		libp2p.Transport(quic.NewTransport),
-		libp2p.ListenAddrStrings("/ip4/0.0.0.0/udp/5001/quic-v1", "/ip6/::/udp/5001/quic-v1"),
+		libp2p.QUICReuse(sockets.newManager),
+		libp2p.NoListenAddrs,
 		libp2p.ResourceManager(&network.NullResourceManager{}),
 		libp2p.ProtocolVersion("/privstack/sync/1.0.0"),
 		libp2p.UserAgent("PrivStack/lab"),
@@ -332,7 +403,13 @@ func runLabClient(in io.Reader, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	defer sockets.close()
 	defer h.Close()
+	err = errors.Join(sockets.bind("udp4", 5001), sockets.bind("udp6", 5001),
+		h.Network().Listen(ma.StringCast("/ip4/0.0.0.0/udp/5001/quic-v1"), ma.StringCast("/ip6/::/udp/5001/quic-v1")))
+	if err != nil {
+		return err
+	}
 	h.SetStreamHandler(kadProtocol, func(s network.Stream) { s.Reset() }) // a kad peer by name is enough
 	h.SetStreamHandler(digestProtocol, func(s network.Stream) {
 		defer s.Close()
@@ -673,6 +750,51 @@ func TestRelayBehindOneToOneNAT(t *testing.T) {
 			if want := (route{observed: true, circuit: true}); got != want {
 				t.Errorf("got  %v\nwant %v", got, want)
 			}
+		})
+	}
+}
+
+// Paths as they are at home and on the road: a sync still ends.
+func TestSyncOverBadPaths(t *testing.T) {
+	tests := []struct {
+		name  string
+		spoil func(l *lab, router string)
+		delay time.Duration // more round trip to the relay
+	}{
+		{name: "5 % loss each way", spoil: func(l *lab, router string) {
+			l.nft(router, `table ip loss {
+				chain forwarded { type filter hook forward priority filter - 1; numgen random mod 100 < 5 drop; }
+			}`)
+		}},
+		{name: "200 ms delay", delay: 200 * time.Millisecond},
+		// The clients' own links have 1500, so that nobody learns it from them.
+		{name: "MTU 1280", spoil: func(l *lab, router string) { l.in(router, "ip link set wan mtu 1280") }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			relay := l.relay(l.public("relay", "11.0.0.1/8"), []string{relayV4})
+			if tt.delay > 0 {
+				l.delayLine(l.public("delay", "11.0.0.9/8"), "11.0.0.1:4001", tt.delay)
+				relay.Addrs = []ma.Multiaddr{ma.StringCast("/ip4/11.0.0.9/udp/4001/quic-v1")}
+			}
+			var ends [2]*labClient
+			for i, name := range []string{"a", "b"} {
+				router := l.router("r"+name, fmt.Sprintf("11.2.0.%d/8", i+1), endpointDependent)
+				if tt.spoil != nil {
+					tt.spoil(l, router)
+				}
+				ends[i] = l.client(l.home(name, router, 10), relay)
+			}
+			a, b := ends[0], &peer.AddrInfo{ID: ends[1].id}
+			ends[1].must(labRequest{Do: "reserve"})
+			a.must(labRequest{Do: "circuit", Peer: b})
+			resp := a.must(labRequest{Do: "sync", Peer: b, Bytes: 16 << 20})
+			if !resp.Circuit {
+				t.Error("the sync found a direct path, where there is none")
+			}
+			t.Logf("16 MiB in %.1f s", float64(resp.Millis)/1000)
 		})
 	}
 }

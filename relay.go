@@ -50,6 +50,7 @@ const (
 type relay struct {
 	limits   limits
 	announce []ma.Multiaddr
+	sockets  quicSockets
 	host     host.Host
 	dht      *dht.IpfsDHT
 	service  *circuit.Relay
@@ -137,6 +138,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		libp2p.ProtocolVersion(protocolVersion),
 		libp2p.UserAgent(agentVersion()),
 		libp2p.Transport(quic.NewTransport),
+		libp2p.QUICReuse(r.sockets.newManager),
 		libp2p.NoListenAddrs, // listen does it, address by address
 		libp2p.AddrsFactory(r.advertised),
 		libp2p.Peerstore(addrBook{store, store, self, r.peers}),
@@ -181,19 +183,22 @@ func (r *relay) newDHT() (*dht.IpfsDHT, error) {
 // listen binds the UDP port on IPv4 and IPv6. A machine without one of them is
 // worth a warning; a port that is taken is an error.
 func (r *relay) listen(port int, log *slog.Logger) error {
-	for _, family := range []struct{ name, network, any, addr string }{
-		{"IPv4", "udp4", "0.0.0.0:0", "/ip4/0.0.0.0/udp/%d/quic-v1"},
-		{"IPv6", "udp6", "[::]:0", "/ip6/::/udp/%d/quic-v1"},
+	for _, family := range []struct{ name, network, addr string }{
+		{"IPv4", "udp4", "/ip4/0.0.0.0/udp/%d/quic-v1"},
+		{"IPv6", "udp6", "/ip6/::/udp/%d/quic-v1"},
 	} {
-		// libp2p gives an error's text alone, so ask for any port first.
-		probe, err := net.ListenPacket(family.network, family.any)
+		// Whether any port can be bound tells the two apart on every system.
+		probe, err := net.ListenPacket(family.network, ":0")
 		if err != nil {
 			log.Warn("no "+family.name+" on this machine, clients can't reach it that way", "err", err)
 			continue
 		}
 		probe.Close()
-		if err := r.host.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
+		if err := r.sockets.bind(family.network, port); err != nil {
 			return fmt.Errorf("bind UDP port %d on %s: %w", port, family.name, err)
+		}
+		if err := r.host.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
+			return fmt.Errorf("listen on UDP port %d on %s: %w", port, family.name, err)
 		}
 	}
 	bound := r.host.Network().ListenAddresses()
@@ -374,6 +379,7 @@ func (r *relay) close() error {
 	if r.host != nil {
 		errs = append(errs, r.host.Close())
 	}
+	errs = append(errs, r.sockets.close())
 	return errors.Join(errs...)
 }
 
