@@ -5,8 +5,10 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"sync"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	"github.com/quic-go/quic-go"
 	"golang.org/x/time/rate"
@@ -23,6 +25,15 @@ const (
 	// newcomers have to prove their address by a Retry first (RFC 9000, 8.1.2).
 	// It is what libp2p has.
 	handshakeRate = 1000
+
+	// acceptQueue is how many connections may wait, their handshakes done, for
+	// libp2p to take them: a crowd that comes back when the relay has restarted.
+	acceptQueue = 1024
+
+	// acceptors is how many goroutines wait for a connection on each socket.
+	// quic-go refuses what comes when 32 are waiting for one of them, which a
+	// single one, on a busy machine, lets happen.
+	acceptors = 256
 )
 
 // quicSockets are the UDP sockets on which libp2p listens. It can bind its own,
@@ -53,7 +64,8 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 			return ctx, err
 		}
 		context.AfterFunc(ctx, scope.Done)
-		return network.WithConnManagementScope(ctx, scope), nil
+		waiting, taken := context.WithCancel(ctx)
+		return network.WithConnManagementScope(ctx, waitingScope{scope, waiting.Done(), taken}), nil
 	}
 	handshakes := rate.NewLimiter(handshakeRate, handshakeRate)
 	q.verify = func(addr net.Addr) bool {
@@ -100,7 +112,11 @@ func (q *quicSockets) close() error {
 type lentTransport struct{ *quic.Transport }
 
 func (t lentTransport) Listen(tlsConf *tls.Config, conf *quic.Config) (quicreuse.QUICListener, error) {
-	return t.Transport.Listen(tlsConf, tuned(conf))
+	l, err := t.Transport.Listen(tlsConf, tuned(conf))
+	if err != nil {
+		return nil, err
+	}
+	return newPacedListener(l), nil
 }
 
 func (t lentTransport) Dial(ctx context.Context, addr net.Addr, tlsConf *tls.Config, conf *quic.Config) (*quic.Conn, error) {
@@ -115,4 +131,78 @@ func tuned(conf *quic.Config) *quic.Config {
 	conf.MaxIncomingUniStreams = -1
 	conf.EnableDatagrams = false
 	return conf
+}
+
+// waitingScope tells when libp2p takes a connection that was handed to it: it
+// then says whose it is.
+type waitingScope struct {
+	network.ConnManagementScope
+	over  <-chan struct{} // closed when it is taken, or the connection has ended
+	taken context.CancelFunc
+}
+
+func (s waitingScope) SetPeer(id peer.ID) error {
+	s.taken()
+	return s.ConnManagementScope.SetPeer(id)
+}
+
+// pacedListener keeps connections that come faster than libp2p takes them, where
+// libp2p would close the 17th with "queue full".
+type pacedListener struct {
+	*quic.Listener
+	queue  chan *quic.Conn // closed when the listener is
+	handed <-chan struct{} // closed when libp2p has taken the last one
+	closed chan struct{}
+	close  func()
+}
+
+func newPacedListener(l *quic.Listener) *pacedListener {
+	p := &pacedListener{Listener: l, queue: make(chan *quic.Conn, acceptQueue), closed: make(chan struct{})}
+	p.close = sync.OnceFunc(func() { close(p.closed) })
+	var accepting sync.WaitGroup
+	for range acceptors {
+		accepting.Go(func() { // until the listener is closed
+			for {
+				conn, err := l.Accept(context.Background())
+				if err != nil {
+					return
+				}
+				select {
+				case p.queue <- conn:
+				case <-p.closed: // and soon the transport, with all its connections
+					return
+				}
+			}
+		})
+	}
+	go func() {
+		accepting.Wait()
+		close(p.queue)
+	}()
+	return p
+}
+
+// Accept has one caller, libp2p's loop, which must not be given the next one
+// before it has found room for the last.
+func (l *pacedListener) Accept(ctx context.Context) (*quic.Conn, error) {
+	if l.handed != nil {
+		select {
+		case <-l.handed:
+		case <-l.closed:
+		}
+	}
+	conn, ok := <-l.queue
+	if !ok {
+		return nil, quic.ErrServerClosed
+	}
+	l.handed = nil
+	if scope, err := network.UnwrapConnManagementScope(conn.Context()); err == nil {
+		l.handed = scope.(waitingScope).over
+	}
+	return conn, nil
+}
+
+func (l *pacedListener) Close() error {
+	l.close()
+	return l.Listener.Close()
 }

@@ -1,0 +1,215 @@
+package main
+
+// Thousands of clients from one process: each has an identity, a connection and
+// answers identify, and shares its UDP socket with many others. Nothing of a
+// libp2p host is below them, so they can also misbehave.
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
+	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
+	"github.com/multiformats/go-multistream"
+	quicgo "github.com/quic-go/quic-go"
+	"google.golang.org/protobuf/encoding/protodelim"
+	googleproto "google.golang.org/protobuf/proto"
+)
+
+// crowd makes light clients, whose connections end with the test.
+type crowd struct {
+	transports []*quicgo.Transport
+	next       int
+	mu         sync.Mutex
+}
+
+// crowdShare is how many connections share one socket.
+const crowdShare = 500
+
+func newCrowd(t testing.TB, clients int) *crowd {
+	t.Helper()
+	c := &crowd{}
+	for range (clients + crowdShare - 1) / crowdShare {
+		conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tr := &quicgo.Transport{Conn: conn}
+		t.Cleanup(func() {
+			tr.Close()
+			conn.Close()
+		})
+		c.transports = append(c.transports, tr)
+	}
+	return c
+}
+
+func (c *crowd) transport() *quicgo.Transport {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.next++
+	return c.transports[c.next%len(c.transports)]
+}
+
+// lightIdentity is one client before it connects.
+type lightIdentity struct {
+	id  peer.ID
+	tls *p2ptls.Identity
+	key crypto.PrivKey
+}
+
+func newLightIdentity(t testing.TB) lightIdentity {
+	t.Helper()
+	_, raw, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := crypto.UnmarshalEd25519PrivateKey(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := peer.IDFromPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity, err := p2ptls.NewIdentity(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lightIdentity{id, identity, key}
+}
+
+// lightClient is a client's one connection to the relay.
+type lightClient struct {
+	lightIdentity
+	*quicgo.Conn
+}
+
+// dial connects as who, and answers the relay's identify requests until the
+// connection ends.
+func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo) (*lightClient, error) {
+	addr, err := manet.ToNetAddr(relay.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
+	if err != nil {
+		return nil, err
+	}
+	tlsConf, _ := who.tls.ConfigForPeer(relay.ID)
+	conn, err := c.transport().Dial(ctx, addr, tlsConf, &quicgo.Config{
+		InitialPacketSize: 1200, // as quinn's
+		MaxIdleTimeout:    10 * time.Second,
+		KeepAlivePeriod:   5 * time.Second,
+	})
+	if err != nil {
+		return nil, err
+	}
+	client := &lightClient{who, conn}
+	go client.serve()
+	return client, nil
+}
+
+func (c *lightClient) serve() {
+	public, err := crypto.MarshalPublicKey(c.key.GetPublic())
+	if err != nil {
+		panic(err)
+	}
+	said := &identifypb.Identify{
+		ProtocolVersion: googleproto.String("/privstack/sync/1.0.0"),
+		AgentVersion:    googleproto.String("PrivStack/crowd"),
+		PublicKey:       public,
+		ListenAddrs:     [][]byte{ma.StringCast("/ip4/192.168.1.10/udp/5001/quic-v1").Bytes()},
+		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
+	}
+	mux := multistream.NewMultistreamMuxer[string]()
+	mux.AddHandler(identify.ID, nil)
+	for {
+		s, err := c.AcceptStream(context.Background())
+		if err != nil {
+			return
+		}
+		go func() {
+			defer s.CancelRead(0)
+			defer s.Close()
+			if _, _, err := mux.Negotiate(s); err == nil {
+				protodelim.MarshalTo(s, said)
+			}
+		}()
+	}
+}
+
+// open opens a stream that speaks protocol.
+func (c *lightClient) open(ctx context.Context, protocol string) (*quicgo.Stream, error) {
+	s, err := c.OpenStreamSync(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		s.SetDeadline(deadline)
+	}
+	if err := multistream.SelectProtoOrFail(protocol, s); err != nil {
+		s.CancelRead(0)
+		s.CancelWrite(0)
+		return nil, err
+	}
+	return s, nil
+}
+
+// ask sends one DHT request and returns the answer.
+func (c *lightClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Message, error) {
+	s, err := c.open(ctx, string(kadProtocol))
+	if err != nil {
+		return nil, err
+	}
+	defer s.CancelRead(0)
+	if _, err := protodelim.MarshalTo(s, req); err != nil {
+		return nil, err
+	}
+	s.Close()
+	resp := new(kadpb.Message)
+	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
+}
+
+// named reports whether the relay's answer names id, with an address.
+func (c *lightClient) named(ctx context.Context, id peer.ID) (bool, error) {
+	resp, err := c.ask(ctx, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
+	for _, p := range resp.GetCloserPeers() {
+		if peer.ID(p.Id) == id && len(p.Addrs) > 0 {
+			return true, err
+		}
+	}
+	return false, err
+}
+
+// reserve makes a reservation for a circuit.
+func (c *lightClient) reserve(ctx context.Context) error {
+	s, err := c.open(ctx, string(proto.ProtoIDv2Hop))
+	if err != nil {
+		return err
+	}
+	defer s.CancelRead(0)
+	defer s.Close()
+	reserve := circuitpb.HopMessage_RESERVE
+	if _, err := protodelim.MarshalTo(s, &circuitpb.HopMessage{Type: &reserve}); err != nil {
+		return err
+	}
+	resp := new(circuitpb.HopMessage)
+	if err := protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp); err != nil {
+		return err
+	}
+	if resp.GetStatus() != circuitpb.Status_OK || len(resp.GetReservation().GetAddrs()) == 0 {
+		return errors.New("no reservation: " + resp.GetStatus().String())
+	}
+	return nil
+}
