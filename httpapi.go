@@ -7,9 +7,12 @@ import (
 	"encoding/json"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"sync/atomic"
 	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
 )
 
 // identityPath is fixed in the deployed clients.
@@ -65,6 +68,13 @@ func newAPIHandler(identity identityResponse) *apiHandler {
 // a request is one short line and a few headers, so seconds and kilobytes are
 // generous.
 func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
+	// Beyond maxHTTPConns the connection opened longest ago goes. An honest
+	// request takes one round trip, so whoever opens connections to keep others
+	// out closes his own.
+	conns, err := lru.NewWithEvict(maxHTTPConns, func(c net.Conn, _ struct{}) { c.Close() })
+	if err != nil {
+		panic(err) // only for a size below one
+	}
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -72,6 +82,14 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		WriteTimeout:      5 * time.Second,
 		IdleTimeout:       30 * time.Second,
 		MaxHeaderBytes:    4 << 10, // net/http adds 4 KiB of slack
+		ConnState: func(c net.Conn, state http.ConnState) {
+			switch state {
+			case http.StateNew:
+				conns.Add(c, struct{}{})
+			case http.StateClosed:
+				conns.Remove(c)
+			}
+		},
 		// net/http's complaints are about one connection each: debug.
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}

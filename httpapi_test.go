@@ -1,10 +1,22 @@
 package main
 
 import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 )
 
 func newTestAPI() *apiHandler {
@@ -91,6 +103,193 @@ func TestHealthTurnsOnceStopping(t *testing.T) {
 		api.ServeHTTP(w, httptest.NewRequest("GET", "/healthz", nil))
 		if w.Code != tt.status || w.Body.String() != tt.body {
 			t.Errorf("stopping = %v: %d %q, want %d %q", tt.stopping, w.Code, w.Body, tt.status, tt.body)
+		}
+	}
+}
+
+// A slow or hostile client costs others nothing: whatever is done to hold the
+// endpoint's connections, the relay ends them, and answers meanwhile.
+func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
+	p := start(t)
+	addr := strings.TrimPrefix(p.http, "http://")
+	const request = "GET " + identityPath + " HTTP/1.1\r\nHost: relay\r\n"
+
+	for _, hostile := range []struct {
+		name  string
+		conns int
+		sends string // at once
+		then  string // again and again
+		every time.Duration
+		says  string // what the relay's last words begin with, if it has any
+	}{
+		{name: "idle connections", conns: 10_000},
+		{name: "slow-loris", conns: 1000, sends: request, then: "X-A: b\r\n", every: 100 * time.Millisecond},
+		{name: "slow after a request", conns: 1000, sends: request + "\r\n", then: "G", every: 100 * time.Millisecond, says: "HTTP/1.1 200 OK"},
+		{name: "endless headers", conns: 20, sends: request, then: strings.Repeat("X-A: b\r\n", 1000), says: "HTTP/1.1 431 "},
+		{name: "a header of 1 MiB", conns: 100, sends: request + "X-A: " + strings.Repeat("b", 1<<20), says: "HTTP/1.1 431 "},
+		{name: "endless body", conns: 20, sends: "POST " + identityPath + " HTTP/1.1\r\nHost: relay\r\nContent-Length: 99999999999\r\n\r\n", then: strings.Repeat("body", 1000), says: "HTTP/1.1 405 "},
+		{name: "endless chunks", conns: 20, sends: request + "Transfer-Encoding: chunked\r\n\r\n", then: strings.Repeat("1\r\na\r\n", 1000), says: "HTTP/1.1 200 OK"},
+		{name: "two lengths", conns: 100, sends: request + "Content-Length: 1\r\nContent-Length: 2\r\n\r\n", says: "HTTP/1.1 400 "},
+		{name: "TLS", conns: 100, sends: "\x16\x03\x01\x00\x02\x01\x00\r\n\r\n", says: "HTTP/1.1 400 "},
+		{name: "no HTTP", conns: 100, sends: "\x00\xff\r\n\r\n", says: "HTTP/1.1 400 "},
+		// What the relay writes fills the window of one who asks and never reads.
+		{name: "never reads", conns: 20, then: strings.Repeat(request+"\r\n", 100)},
+	} {
+		t.Run(hostile.name, func(t *testing.T) {
+			over, cancel := context.WithCancel(context.Background())
+			honest := make(chan []time.Duration)
+			go func() { honest <- askUntil(t, over, p.http) }()
+
+			var conns sync.WaitGroup
+			for range hostile.conns {
+				c, err := net.Dial("tcp", addr)
+				if errors.Is(err, syscall.EMFILE) {
+					t.Logf("%v: fewer than %d connections (ulimit -n)", err, hostile.conns)
+					break
+				}
+				if err != nil {
+					t.Error(err)
+					break
+				}
+				conns.Go(func() {
+					defer c.Close()
+					c.SetDeadline(time.Now().Add(2 * testTimeout))
+					writing := make(chan error, 1)
+					go func() { writing <- keepSending(c, hostile.sends, hostile.then, hostile.every) }()
+					if hostile.name == "never reads" {
+						if err := <-writing; errors.Is(err, os.ErrDeadlineExceeded) {
+							t.Error("the relay keeps a connection that never reads")
+						}
+						return
+					}
+					said := make([]byte, len(hostile.says))
+					n, err := io.ReadFull(c, said)
+					// The relay doesn't read to the end, and its reset may overtake its answer.
+					if string(said[:n]) != hostile.says && !errors.Is(err, syscall.ECONNRESET) {
+						t.Errorf("relay says %q, %v, want %q", said[:n], err, hostile.says)
+					}
+					if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+						t.Error("the relay keeps the connection")
+					}
+				})
+			}
+			conns.Wait()
+			cancel()
+			took := <-honest
+			slices.Sort(took)
+			if len(took) > 0 {
+				t.Logf("%d connections; meanwhile %d others were answered: p50 %.1f ms, p99 %.1f ms; relay's RSS %s", hostile.conns,
+					len(took), took[len(took)/2].Seconds()*1e3, took[len(took)*99/100].Seconds()*1e3, rss(p.Process.Pid))
+			}
+		})
+	}
+}
+
+// keepSending writes first, then again and again until the connection ends.
+func keepSending(c net.Conn, first, again string, every time.Duration) error {
+	if _, err := io.WriteString(c, first); err != nil || again == "" {
+		return err
+	}
+	tick := time.NewTicker(max(every, 1))
+	defer tick.Stop()
+	for {
+		if _, err := io.WriteString(c, again); err != nil {
+			return err
+		}
+		if every > 0 {
+			<-tick.C
+		}
+	}
+}
+
+// askUntil asks for the identity over and over, each time as a new client, and
+// returns how long each answer took. It asks at least once.
+func askUntil(t *testing.T, over context.Context, base string) (took []time.Duration) {
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testTimeout}
+	for {
+		began := time.Now()
+		resp, err := client.Get(base + identityPath)
+		if err != nil {
+			t.Errorf("an honest client: %v", err)
+			return took
+		}
+		_, err = io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != 200 {
+			t.Errorf("an honest client: status %d, %v", resp.StatusCode, err)
+		}
+		took = append(took, time.Since(began))
+		if over.Err() != nil {
+			return took
+		}
+	}
+}
+
+// rss is the resident memory of a process, as Linux tells it.
+func rss(pid int) string {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "unknown"
+}
+
+// Requests sent ahead are answered in their order.
+func TestPipelinedRequests(t *testing.T) {
+	srv := httptest.NewServer(newTestAPI())
+	defer srv.Close()
+	c, err := net.Dial("tcp", srv.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(testTimeout))
+	const rounds = 100
+	go io.WriteString(c, strings.Repeat("GET "+identityPath+" HTTP/1.1\r\nHost: r\r\n\r\nGET /nothing HTTP/1.1\r\nHost: r\r\n\r\n", rounds))
+	answers := bufio.NewReader(c)
+	for i := range 2 * rounds {
+		resp, err := http.ReadResponse(answers, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, resp.Body)
+		if want := []int{200, 404}[i%2]; resp.StatusCode != want {
+			t.Fatalf("answer %d has status %d, want %d", i, resp.StatusCode, want)
+		}
+	}
+}
+
+// Whoever opens connections to keep others out closes his own.
+func TestOldestHTTPConnectionGivesWay(t *testing.T) {
+	srv := newHTTPServer(newTestAPI(), slog.New(slog.DiscardHandler))
+	srv.ReadHeaderTimeout, srv.ReadTimeout = 0, 0 // so that only the bound ends a connection
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go srv.Serve(ln) // until srv.Close
+	defer srv.Close()
+
+	const over = 10
+	conns := make([]net.Conn, maxHTTPConns+over)
+	for i := range conns {
+		if conns[i], err = net.Dial("tcp", ln.Addr().String()); err != nil {
+			t.Fatal(err)
+		}
+		defer conns[i].Close()
+		conns[i].SetDeadline(time.Now().Add(testTimeout))
+	}
+	for i, c := range conns[:over] {
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("connection %d of %d: read error = %v, want %v", i, len(conns), err, io.EOF)
+		}
+	}
+	for _, i := range []int{over, len(conns) - 1} {
+		fmt.Fprintf(conns[i], "GET /healthz HTTP/1.1\r\nHost: r\r\n\r\n")
+		if resp, err := http.ReadResponse(bufio.NewReader(conns[i]), nil); err != nil || resp.StatusCode != 200 {
+			t.Errorf("connection %d of %d is not served: %v", i, len(conns), err)
 		}
 	}
 }
