@@ -97,6 +97,9 @@ func newLightIdentity(t testing.TB) lightIdentity {
 type lightClient struct {
 	lightIdentity
 	*quicgo.Conn
+
+	// stops gets the streams on which the relay offers a circuit.
+	stops chan *quicgo.Stream
 }
 
 // dial connects as who, and answers the relay's identify requests until the
@@ -115,7 +118,7 @@ func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo
 	if err != nil {
 		return nil, err
 	}
-	client := &lightClient{who, conn}
+	client := &lightClient{who, conn, make(chan *quicgo.Stream, 1)}
 	go client.serve()
 	return client, nil
 }
@@ -134,15 +137,21 @@ func (c *lightClient) serve() {
 	}
 	mux := multistream.NewMultistreamMuxer[string]()
 	mux.AddHandler(identify.ID, nil)
+	mux.AddHandler(string(proto.ProtoIDv2Stop), nil)
 	for {
 		s, err := c.AcceptStream(context.Background())
 		if err != nil {
 			return
 		}
 		go func() {
+			chosen, _, err := mux.Negotiate(s)
+			if err == nil && chosen == string(proto.ProtoIDv2Stop) {
+				c.stops <- s
+				return
+			}
 			defer s.CancelRead(0)
 			defer s.Close()
-			if _, _, err := mux.Negotiate(s); err == nil {
+			if err == nil {
 				protodelim.MarshalTo(s, said)
 			}
 		}()
@@ -194,22 +203,60 @@ func (c *lightClient) named(ctx context.Context, id peer.ID) (bool, error) {
 
 // reserve makes a reservation for a circuit.
 func (c *lightClient) reserve(ctx context.Context) error {
-	s, err := c.open(ctx, string(proto.ProtoIDv2Hop))
+	reserve := circuitpb.HopMessage_RESERVE
+	s, resp, err := c.hop(ctx, &circuitpb.HopMessage{Type: &reserve})
 	if err != nil {
 		return err
 	}
-	defer s.CancelRead(0)
-	defer s.Close()
-	reserve := circuitpb.HopMessage_RESERVE
-	if _, err := protodelim.MarshalTo(s, &circuitpb.HopMessage{Type: &reserve}); err != nil {
-		return err
-	}
-	resp := new(circuitpb.HopMessage)
-	if err := protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp); err != nil {
-		return err
-	}
-	if resp.GetStatus() != circuitpb.Status_OK || len(resp.GetReservation().GetAddrs()) == 0 {
-		return errors.New("no reservation: " + resp.GetStatus().String())
+	s.CancelRead(0)
+	s.Close()
+	if len(resp.GetReservation().GetAddrs()) == 0 {
+		return errors.New("a reservation without an address")
 	}
 	return nil
+}
+
+// circuit opens a circuit to id. What comes on the stream next is id's.
+func (c *lightClient) circuit(ctx context.Context, id peer.ID) (*quicgo.Stream, error) {
+	connect := circuitpb.HopMessage_CONNECT
+	s, _, err := c.hop(ctx, &circuitpb.HopMessage{Type: &connect, Peer: &circuitpb.Peer{Id: []byte(id)}})
+	return s, err
+}
+
+// hop asks the relay's circuit service, and returns its answer where it agrees.
+func (c *lightClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*quicgo.Stream, *circuitpb.HopMessage, error) {
+	s, err := c.open(ctx, string(proto.ProtoIDv2Hop))
+	if err != nil {
+		return nil, nil, err
+	}
+	resp := new(circuitpb.HopMessage)
+	_, err = protodelim.MarshalTo(s, req)
+	if err == nil {
+		err = protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
+	}
+	if err == nil && resp.GetStatus() != circuitpb.Status_OK {
+		err = errors.New("refused: " + resp.GetStatus().String())
+	}
+	if err != nil {
+		s.CancelRead(0)
+		s.CancelWrite(0)
+		return nil, nil, err
+	}
+	return s, resp, nil
+}
+
+// accept takes a circuit that the relay offers. What comes on the stream next is
+// the other end's.
+func (c *lightClient) accept(ctx context.Context) (*quicgo.Stream, error) {
+	select {
+	case s := <-c.stops:
+		if err := protodelim.UnmarshalFrom(&byteReader{Reader: s}, new(circuitpb.StopMessage)); err != nil {
+			return nil, err
+		}
+		status, ok := circuitpb.StopMessage_STATUS, circuitpb.Status_OK
+		_, err := protodelim.MarshalTo(s, &circuitpb.StopMessage{Type: &status, Status: &ok})
+		return s, err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }

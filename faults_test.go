@@ -4,16 +4,116 @@ package main
 // cord, the full disk, everybody at once, and those who don't play by the rules.
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
+	"runtime/pprof"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	quicgo "github.com/quic-go/quic-go"
 )
+
+// Power can fail during the first start. The key file is then absent or whole,
+// and the next start works.
+func TestFirstStartKilledLeavesNoHalfKey(t *testing.T) {
+	var absent, whole, temporary int
+	delay := 20 * time.Millisecond
+	for range 200 {
+		cmd := command(t)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// Half of them before and half after the key is there, as close as can be.
+		<-time.After(time.Duration(float64(delay) * (0.8 + 0.4*rand.Float64())))
+		cmd.Process.Kill()
+		cmd.Wait()
+
+		path := filepath.Join(cmd.Dir, "relay-identity.key")
+		data, err := os.ReadFile(path)
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+			absent++
+			delay = delay * 11 / 10
+		case err != nil || len(data) != identitySize:
+			t.Fatalf("key file holds %d bytes, %v", len(data), err)
+		default:
+			whole++
+			delay = delay * 10 / 11
+		}
+		left, _ := filepath.Glob(filepath.Join(cmd.Dir, ".relay-identity-*"))
+		temporary += len(left)
+		id, err := loadOrCreateIdentity(path)
+		if err != nil {
+			t.Fatalf("next start: %v", err)
+		}
+		if data != nil && !bytes.Equal(encodeIdentity(id.key), data) {
+			t.Fatal("the next start has another key than the file")
+		}
+	}
+	t.Logf("of 200 killed first starts %d left no key, %d a whole one, %d an unused temporary file", absent, whole, temporary)
+	if absent == 0 || whole == 0 {
+		t.Error("none was killed around the moment that the key is written")
+	}
+}
+
+// A first start where no key can be kept says so, and leaves nothing behind.
+func TestFirstStartWithoutRoomForTheKey(t *testing.T) {
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		t.Skip("needs Linux and root, to mount")
+	}
+	if out, err := exec.Command("unshare", "--mount", "true").CombinedOutput(); err != nil {
+		t.Skipf("no mount namespaces here: %v: %s", err, out)
+	}
+	for _, tt := range []struct{ name, mount, as, says string }{
+		{"full disk", "mount -t tmpfs -o size=4k none . && cd . && dd if=/dev/zero of=full bs=4k count=1 status=none", "", "no space left on device"},
+		{"no inode left", "mount -t tmpfs -o nr_inodes=2 none . && cd . && touch full", "", "no space left on device"},
+		{"read-only file system", "mount -t tmpfs -o ro none .", "", "read-only file system"},
+		{"another user's directory", "mount -t tmpfs -o mode=755 none .", "setpriv --reuid=65534 --regid=65534 --clear-groups", "permission denied"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			relay := command(t, "--port=0", "--http-port=0", "--identity=state/key")
+			if err := os.Mkdir(filepath.Join(relay.Dir, "state"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			// Where any user may run it.
+			if err := os.Chmod(relay.Dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			binary, err := os.ReadFile(relay.Path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(relay.Dir, "relay"), binary, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			script := fmt.Sprintf("cd state && %s && cd .. && { %s ./relay %s; echo status=$?; ls -A state; }",
+				tt.mount, tt.as, strings.Join(relay.Args[1:], " "))
+			sh := exec.CommandContext(testContext(t), "unshare", "--mount", "sh", "-c", script)
+			sh.Dir = relay.Dir
+			out, err := sh.CombinedOutput()
+			got := string(out)
+			if err != nil || !strings.Contains(got, tt.says) || !strings.Contains(got, "status=1\n") || !strings.HasPrefix(got, "privstack-relay: identity: ") {
+				t.Errorf("%v: %s\nwant exit status 1 and %q", err, got, tt.says)
+			}
+			if _, left, _ := strings.Cut(got, "status=1\n"); strings.Contains(left, ".relay-identity") {
+				t.Errorf("a temporary file is left:\n%s", got)
+			}
+		})
+	}
+}
 
 // A thousand clients come back at once after the relay was killed. None is turned
 // away, though one side may time out on a machine that can't keep up.
@@ -74,6 +174,285 @@ func TestThousandClientsReturnAtOnce(t *testing.T) {
 		p.Cmd.Wait()
 		if round == "first start" {
 			p = start(t, "--identity="+key, "--port="+port)
+		}
+	}
+}
+
+// ownGoroutines counts the goroutines that f started, and those that they did,
+// while the others of this process come and go.
+func ownGoroutines(t *testing.T, f func()) (count func() int) {
+	t.Helper()
+	label := fmt.Sprintf("%s-%d", t.Name(), rand.Int())
+	pprof.Do(context.Background(), pprof.Labels("test", label), func(context.Context) { f() })
+	return func() (n int) {
+		var profile bytes.Buffer
+		pprof.Lookup("goroutine").WriteTo(&profile, 1)
+		// "3 @ 0x…", then a line with their labels, if they have any.
+		alike := 0
+		for line := range strings.Lines(profile.String()) {
+			if strings.Contains(line, " @ 0x") {
+				fmt.Sscan(line, &alike)
+			} else if strings.HasPrefix(line, "# labels:") && strings.Contains(line, label) {
+				n += alike
+			}
+		}
+		return n
+	}
+}
+
+// heap is the live heap in bytes.
+func heap() uint64 {
+	runtime.GC()
+	runtime.GC() // what the first one's finalizers let go
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+// usage is what the relay's resource manager holds for clients.
+func (r testRelay) usage(t *testing.T) (stat network.ScopeStat) {
+	t.Helper()
+	err := r.host.Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
+		stat = s.Stat()
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stat
+}
+
+// misbehaviours are what a pair of clients can do to a relay. Each returns the
+// streams that it leaves open.
+var misbehaviours = []struct {
+	name string
+
+	// ends says that the relay ends the streams itself, sooner or later.
+	ends bool
+
+	do func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error)
+}{
+	{"silent on every protocol", true, func(ctx context.Context, r testRelay, a, b *lightClient) (open []*quicgo.Stream, err error) {
+		for _, protocol := range r.host.Mux().Protocols() {
+			s, err := a.open(ctx, string(protocol))
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", protocol, err)
+			}
+			open = append(open, s)
+		}
+		return open, nil
+	}},
+	{"silent before any protocol", true, func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error) {
+		s, err := a.OpenStreamSync(ctx)
+		if err != nil {
+			return nil, err
+		}
+		_, err = s.Write([]byte("\x13/multi")) // or the relay would know nothing of it
+		return []*quicgo.Stream{s}, err
+	}},
+	{"garbage on every protocol", true, func(ctx context.Context, r testRelay, a, b *lightClient) (open []*quicgo.Stream, err error) {
+		for _, protocol := range append(r.host.Mux().Protocols(), "") {
+			for _, garbage := range []string{
+				"\x00", "\x05junk!", "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "\xff\xff\xff\x7f",
+				strings.Repeat("\x02\x08\x7f", 1000), strings.Repeat("\n", 100_000),
+			} {
+				var s *quicgo.Stream
+				if protocol == "" {
+					s, err = a.OpenStreamSync(ctx)
+				} else {
+					s, err = a.open(ctx, string(protocol))
+				}
+				if err != nil {
+					return nil, fmt.Errorf("%s: %w", protocol, err)
+				}
+				s.Write([]byte(garbage)) // the relay may have had enough before its end
+				open = append(open, s)
+			}
+		}
+		return open, nil
+	}},
+	{"circuit that nobody takes", true, func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error) {
+		if err := b.reserve(ctx); err != nil {
+			return nil, err
+		}
+		s, err := a.open(ctx, "/libp2p/circuit/relay/0.2.0/hop")
+		if err != nil {
+			return nil, err
+		}
+		if _, err := s.Write(connectMessage(b.id)); err != nil {
+			return nil, err
+		}
+		select {
+		case offered := <-b.stops:
+			return []*quicgo.Stream{s, offered}, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}},
+	{"circuit of which one end has left", true, func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error) {
+		_, taken, err := a.circuitTo(ctx, b)
+		if err != nil {
+			return nil, err
+		}
+		a.CloseWithError(0, "")
+		return []*quicgo.Stream{taken}, nil
+	}},
+	{"circuit that is not read", false, func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error) {
+		s, taken, err := a.circuitTo(ctx, b)
+		if err != nil {
+			return nil, err
+		}
+		// Write until nothing more is taken.
+		for err = nil; err == nil; {
+			s.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+			_, err = s.Write(make([]byte, 64<<10))
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil, err
+		}
+		return []*quicgo.Stream{s, taken}, nil
+	}},
+	{"circuit closed for writing by both ends, and not read", false, func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error) {
+		s, taken, err := a.circuitTo(ctx, b)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range []*quicgo.Stream{s, taken} {
+			if _, err := s.Write(make([]byte, 1024)); err != nil {
+				return nil, err
+			}
+			s.Close()
+		}
+		return []*quicgo.Stream{s, taken}, nil
+	}},
+}
+
+// connectMessage is a framed HopMessage CONNECT.
+// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
+func connectMessage(id peer.ID) []byte {
+	msg := append([]byte{0x08, 1, 0x12, byte(len(id) + 2), 0x0a, byte(len(id))}, id...)
+	return append([]byte{byte(len(msg))}, msg...)
+}
+
+// circuitTo opens a circuit to b and returns both its ends.
+func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *quicgo.Stream, err error) {
+	if err := b.reserve(ctx); err != nil {
+		return nil, nil, err
+	}
+	type end struct {
+		*quicgo.Stream
+		error
+	}
+	accepted := make(chan end, 1)
+	go func() {
+		s, err := b.accept(ctx)
+		accepted <- end{s, err}
+	}()
+	if s, err = c.circuit(ctx, b.id); err != nil {
+		return nil, nil, err
+	}
+	other := <-accepted
+	return s, other.Stream, other.error
+}
+
+// pair connects two clients to r.
+func (c *crowd) pair(ctx context.Context, t *testing.T, r testRelay, who [2]lightIdentity) (a, b *lightClient) {
+	t.Helper()
+	a, err := c.dial(ctx, who[0], r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err = c.dial(ctx, who[1], r.info); err != nil {
+		t.Fatal(err)
+	}
+	return a, b
+}
+
+// Whatever clients did, when they have left, all is as it was before they came.
+func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
+	const pairs = 20
+	var r testRelay
+	goroutines := ownGoroutines(t, func() { r = newTestRelay(t, defaultConfig(t)) })
+	c := newCrowd(t, 2*pairs+2)
+	// The same in every round: libp2p remembers for a minute or two who was here.
+	var who [pairs + 1][2]lightIdentity
+	for i := range who {
+		who[i] = [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)}
+	}
+	atRest := goroutines()
+
+	for _, m := range misbehaviours {
+		t.Run(m.name, func(t *testing.T) {
+			misbehave := func() {
+				ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+				defer cancel()
+				var clients []*lightClient
+				for _, who := range who[1:] {
+					a, b := c.pair(ctx, t, r, who)
+					clients = append(clients, a, b)
+					if _, err := m.do(ctx, r, a, b); err != nil {
+						t.Fatal(err)
+					}
+				}
+				// Others are served meanwhile.
+				honest, mate := c.pair(ctx, t, r, who[0])
+				clients = append(clients, honest, mate)
+				from, to, err := honest.circuitTo(ctx, mate)
+				if err != nil {
+					t.Fatal(err)
+				}
+				go func() {
+					from.Write(make([]byte, 1<<20))
+					from.Close()
+				}()
+				if n, err := io.Copy(io.Discard, to); n != 1<<20 || err != nil {
+					t.Errorf("an honest circuit carried %d bytes, %v", n, err)
+				}
+				held := r.usage(t)
+				t.Logf("%d pairs and an honest one: %d goroutines, %d streams, %d KiB accounted", pairs, goroutines(), held.NumStreamsInbound+held.NumStreamsOutbound, held.Memory>>10)
+				for _, client := range clients {
+					client.CloseWithError(0, "")
+				}
+				eventually(t, "the relay holds nothing for anybody", func() bool { return r.usage(t) == network.ScopeStat{} })
+			}
+			misbehave() // once for what is made once
+			before := heap()
+			misbehave()
+			eventually(t, "the relay has the goroutines that it had before", func() bool { return goroutines() <= atRest })
+			// The clients are in this heap too, and go in their own time.
+			var after uint64
+			eventually(t, "the heap is what it was before", func() bool {
+				after = heap()
+				return after < before+pairs*2<<10
+			})
+			t.Logf("%d goroutines; heap %d KiB before, %d KiB after", goroutines(), before>>10, after>>10)
+		})
+	}
+}
+
+// Clients that stay connected are not left what they do nothing with.
+func TestRelayEndsWhatClientsLeaveOpen(t *testing.T) {
+	t.Parallel() // the longest of the timeouts is a minute
+	r := newTestRelay(t, defaultConfig(t))
+	c := newCrowd(t, 2*len(misbehaviours))
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	for _, m := range misbehaviours {
+		if !m.ends {
+			continue
+		}
+		a, b := c.pair(testContext(t), t, r, [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)})
+		open, err := m.do(testContext(t), r, a, b)
+		if err != nil {
+			t.Fatalf("%s: %v", m.name, err)
+		}
+		for _, s := range open {
+			waiting.Go(func() {
+				s.SetReadDeadline(time.Now().Add(3 * testTimeout))
+				if _, err := io.Copy(io.Discard, s); errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("%s: the relay keeps stream %d", m.name, s.StreamID())
+				}
+			})
 		}
 	}
 }

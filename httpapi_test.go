@@ -110,6 +110,7 @@ func TestHealthTurnsOnceStopping(t *testing.T) {
 // A slow or hostile client costs others nothing: whatever is done to hold the
 // endpoint's connections, the relay ends them, and answers meanwhile.
 func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
+	t.Parallel()
 	p := start(t)
 	addr := strings.TrimPrefix(p.http, "http://")
 	const request = "GET " + identityPath + " HTTP/1.1\r\nHost: relay\r\n"

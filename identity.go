@@ -124,8 +124,9 @@ func encodeIdentity(key ed25519.PrivateKey) []byte {
 }
 
 // createIdentity writes key to path, mode 0600, whole or not at all: whatever
-// happens meanwhile, path is afterwards absent or a complete key. The error is
-// fs.ErrExist where a file is there already.
+// happens meanwhile, path is afterwards absent or a complete key. Killed in these
+// milliseconds it may leave the temporary file, which can be deleted. The error
+// is fs.ErrExist where a file is there already.
 func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	dir := filepath.Dir(path)
 	tmp, err := os.CreateTemp(dir, ".relay-identity-*") // mode 0600
@@ -152,6 +153,7 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	if err != nil {
 		return err
 	}
+	os.Remove(tmp.Name()) // the key's second name, before the sync that takes long
 	return syncDir(dir)
 }
 

@@ -721,6 +721,7 @@ func TestFortyHomesBehindOneCarrier(t *testing.T) {
 // The relay in a cloud that gives it a private address and maps a public one to
 // it: what it knows of itself is useless to clients, unless it is told.
 func TestRelayBehindOneToOneNAT(t *testing.T) {
+	t.Parallel()
 	for _, announce := range []bool{false, true} {
 		t.Run(fmt.Sprintf("announce=%v", announce), func(t *testing.T) {
 			t.Parallel()
