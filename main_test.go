@@ -142,6 +142,28 @@ func TestParseAnnounce(t *testing.T) {
 	}
 }
 
+// What an operator writes is taken in a form that means the same when written
+// again, or refused.
+func FuzzAnnounceAndSize(f *testing.F) {
+	for _, s := range []string{"203.0.113.7", "::1", "relay.example.org.", "/dns4/a/udp/443/quic-v1", "512MiB", "1e3", "-0", "0x1p4", "9EiB"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if addr, err := parseAnnounce(s, 4001); err == nil {
+			again, err := parseAnnounce(addr.String(), 1)
+			if err != nil || !again.Equal(addr) {
+				t.Errorf("parseAnnounce(%q) = %v, which is read as %v, %v", s, addr, again, err)
+			}
+		}
+		if n, err := parseSize(s); err == nil {
+			again, err := parseSize(fmt.Sprint(n))
+			if n < 0 || err != nil || float64(again) != float64(n) {
+				t.Errorf("parseSize(%q) = %d, which is read as %d, %v", s, n, again, err)
+			}
+		}
+	})
+}
+
 // buildDir holds the binary; TestMain makes and removes it.
 var buildDir string
 

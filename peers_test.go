@@ -106,7 +106,34 @@ func TestUsableAddrs(t *testing.T) {
 	}
 }
 
-func newTestPeerID(t *testing.T) peer.ID {
+// Whatever a client reports, what others are told is within bounds and names
+// nobody else.
+func FuzzUsableAddrs(f *testing.F) {
+	self, other := newTestPeerID(f), newTestPeerID(f)
+	remote := ma.StringCast("/ip4/198.51.100.1/udp/5/quic-v1")
+	for _, s := range []string{
+		"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + self.String(), "/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(),
+		"/ip6/2001:db8::1/udp/4001/quic-v1/p2p/" + other.String() + "/p2p-circuit", "/dns4/a.example/udp/1/quic-v1", "/unix/a", "/p2p-circuit",
+	} {
+		f.Add(ma.StringCast(s).Bytes())
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		addr, err := ma.NewMultiaddrBytes(raw)
+		if err != nil {
+			return // identify drops it
+		}
+		for _, a := range usableAddrs(self, []ma.Multiaddr{addr, addr}, remote) {
+			if _, id := peer.SplitAddr(a); id != "" || len(a) == 0 || len(a.Bytes()) > maxAddrBytesPerPeer {
+				t.Errorf("of %v is told %v", addr, a)
+			}
+			if _, err := ma.NewMultiaddrBytes(a.Bytes()); err != nil {
+				t.Errorf("of %v is told %v, which no client can read: %v", addr, a, err)
+			}
+		}
+	})
+}
+
+func newTestPeerID(t testing.TB) peer.ID {
 	t.Helper()
 	_, public, err := crypto.GenerateEd25519Key(rand.Reader)
 	if err != nil {

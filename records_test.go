@@ -307,3 +307,68 @@ func FuzzKadMessage(f *testing.F) {
 		ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 	})
 }
+
+// However bytes are cut into reads: the same are read, up to the length that is
+// too long, and nothing after it.
+func FuzzKadFrames(f *testing.F) {
+	f.Add([]byte{3, 1, 2, 3, 0, 1, 9}, byte(1))
+	f.Add(binary.AppendUvarint(make([]byte, 300), maxKadMessage+1), byte(7))
+	f.Add(bytes.Repeat([]byte{0xff}, 20), byte(200))
+	f.Add([]byte{0x80, 0x80, 0x00, 1}, byte(2))
+	f.Fuzz(func(t *testing.T, data []byte, most byte) {
+		// fine is what a reader may get: frames as encoding/binary has them.
+		fine, overlong := len(data), false
+		for rest := data; len(rest) > 0; {
+			length, n := binary.Uvarint(rest)
+			if n == 0 && len(rest) < binary.MaxVarintLen64 { // cut off
+				break
+			}
+			if n <= 0 || length > maxKadMessage {
+				fine, overlong = len(data)-len(rest), true
+				break
+			}
+			rest = rest[min(n+int(length), len(rest)):]
+		}
+		s := &boundedStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
+		var got []byte
+		var err error
+		for err == nil {
+			p := make([]byte, 1+int(most))
+			var n int
+			n, err = s.Read(p)
+			got = append(got, p[:n]...)
+		}
+		if overlong != errors.Is(err, errKadMessageTooLong) {
+			t.Errorf("read error = %v after %d of %d bytes, overlong %v", err, len(got), len(data), overlong)
+		}
+		// A varint of ten bytes may be read but for its last.
+		if !bytes.HasPrefix(data, got) || !overlong && len(got) != fine || overlong && len(got) >= fine+binary.MaxVarintLen64 {
+			t.Errorf("%d bytes were read, want those before %d", len(got), fine)
+		}
+	})
+}
+
+// A record's unknown fields may be anything: what is kept is what clients use,
+// unchanged, and keeping it again changes nothing.
+func FuzzKnownExtra(f *testing.F) {
+	f.Add(rustFields("publisher", 60))
+	f.Add(append(protowire.AppendVarint(protowire.AppendTag(nil, 3, protowire.VarintType), 7), rustFields("p", 1)...))
+	f.Add(protowire.AppendTag(nil, 666, protowire.StartGroupType))
+	f.Add([]byte{0xff})
+	f.Fuzz(func(t *testing.T, unknown []byte) {
+		extra, err := knownExtra(unknown)
+		if err != nil {
+			return
+		}
+		if again, err := knownExtra(extra); err != nil || !bytes.Equal(again, extra) {
+			t.Errorf("of %x is kept %x, of which is kept %x, %v", unknown, extra, again, err)
+		}
+		for rest := extra; len(rest) > 0; {
+			num, _, n := protowire.ConsumeField(rest)
+			if num != 666 && num != 777 || !bytes.Contains(unknown, rest[:n]) {
+				t.Fatalf("of %x is kept %x", unknown, rest[:n])
+			}
+			rest = rest[n:]
+		}
+	})
+}
