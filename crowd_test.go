@@ -70,6 +70,12 @@ type lightIdentity struct {
 	id  peer.ID
 	tls *p2ptls.Identity
 	key crypto.PrivKey
+
+	// listen is where it says that it listens; nil is an address in some LAN.
+	listen []ma.Multiaddr
+
+	// open says also that it listens where it is seen.
+	open bool
 }
 
 func newLightIdentity(t testing.TB) lightIdentity {
@@ -90,7 +96,7 @@ func newLightIdentity(t testing.TB) lightIdentity {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return lightIdentity{id, identity, key}
+	return lightIdentity{id: id, tls: identity, key: key}
 }
 
 // lightClient is a client's one connection to the relay.
@@ -118,7 +124,13 @@ func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo
 	if err != nil {
 		return nil, err
 	}
+	if who.listen == nil {
+		who.listen = []ma.Multiaddr{ma.StringCast("/ip4/192.168.1.10/udp/5001/quic-v1")}
+	}
 	client := &lightClient{who, conn, make(chan *quicgo.Stream, 1)}
+	if who.open {
+		client.listen = append([]ma.Multiaddr{client.seenAt()}, who.listen...)
+	}
 	go client.serve()
 	return client, nil
 }
@@ -132,8 +144,10 @@ func (c *lightClient) serve() {
 		ProtocolVersion: googleproto.String("/privstack/sync/1.0.0"),
 		AgentVersion:    googleproto.String("PrivStack/crowd"),
 		PublicKey:       public,
-		ListenAddrs:     [][]byte{ma.StringCast("/ip4/192.168.1.10/udp/5001/quic-v1").Bytes()},
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
+	}
+	for _, a := range c.listen {
+		said.ListenAddrs = append(said.ListenAddrs, a.Bytes())
 	}
 	mux := multistream.NewMultistreamMuxer[string]()
 	mux.AddHandler(identify.ID, nil)

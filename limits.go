@@ -35,7 +35,7 @@ const (
 	maxOfferedAddrs = 16
 
 	// maxAddrsPerPeer and maxAddrBytesPerPeer bound what an answer says of one
-	// peer: with 21 peers, two copies of the key and a record, an answer stays
+	// peer: with maxNamed peers, two copies of the key and a record, an answer stays
 	// below the 16 KiB above which rust-libp2p drops it (max_packet_size in its
 	// kad protocol.rs).
 	maxAddrsPerPeer     = 8

@@ -16,9 +16,7 @@ import (
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 	ds "github.com/ipfs/go-datastore"
 	pb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
-	"github.com/libp2p/go-libp2p/core/protocol"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -166,14 +164,6 @@ func (s *recordStore) Delete(_ context.Context, key ds.Key) error {
 }
 
 var _ ds.Batching = (*recordStore)(nil)
-
-// boundedKadHost is the host that kad-dht is given: it bounds the messages on
-// the streams that kad-dht handles, before they are read into memory.
-type boundedKadHost struct{ host.Host }
-
-func (h boundedKadHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) {
-	h.Host.SetStreamHandler(id, func(s network.Stream) { handle(&boundedStream{Stream: s}) })
-}
 
 var errKadMessageTooLong = fmt.Errorf("DHT message is above %d bytes", maxKadMessage)
 

@@ -356,9 +356,15 @@ func FuzzKnownExtra(f *testing.F) {
 	f.Add(protowire.AppendTag(nil, 666, protowire.StartGroupType))
 	f.Add([]byte{0xff})
 	f.Fuzz(func(t *testing.T, unknown []byte) {
+		rec := new(recpb.Record)
+		rec.ProtoReflect().SetUnknown(unknown)
+		publisher := publisherOf(rec)
 		extra, err := knownExtra(unknown)
 		if err != nil {
 			return
+		}
+		if !bytes.Contains(extra, []byte(publisher)) {
+			t.Errorf("of %x is kept %x, and the publisher is %x", unknown, extra, string(publisher))
 		}
 		if again, err := knownExtra(extra); err != nil || !bytes.Equal(again, extra) {
 			t.Errorf("of %x is kept %x, of which is kept %x, %v", unknown, extra, again, err)

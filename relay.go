@@ -55,6 +55,7 @@ type relay struct {
 	dht      *dht.IpfsDHT
 	service  *circuit.Relay
 	peers    *peers
+	answers  *answers
 	circuits *circuits
 
 	// failed gets the reason, once, if the node stops by itself.
@@ -68,6 +69,7 @@ func startRelay(cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay,
 
 func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
 	r := &relay{limits: lim, peers: newPeers(log), circuits: newCircuits(log), failed: make(chan error, 1)}
+	r.answers = &answers{peers: r.peers}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -158,7 +160,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 // newDHT serves DHT requests and makes none.
 func (r *relay) newDHT() (*dht.IpfsDHT, error) {
 	maxRecords, maxBytes := r.limits.records()
-	return dht.New(boundedKadHost{r.host},
+	return dht.New(kadHost{r.host, r.answers},
 		dht.Mode(dht.ModeServer),
 		// On the prefix /ipfs kad-dht insists on IPFS's two validators, so it
 		// gets another one, and the protocol by itself.
@@ -175,6 +177,7 @@ func (r *relay) newDHT() (*dht.IpfsDHT, error) {
 		dht.DisableAutoRefresh(),
 		dht.OnRequestHook(func(_ context.Context, s network.Stream, req *kadpb.Message) {
 			boundRequest(req)
+			s.(*kadStream).request = req
 			r.peers.admit(s.Conn().RemotePeer())
 		}),
 	)

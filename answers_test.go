@@ -1,0 +1,294 @@
+package main
+
+// Whom answers name: whether devices meet in a network of any size, and whether
+// anybody can bend that.
+
+import (
+	"bytes"
+	"crypto/rand"
+	"fmt"
+	"slices"
+	"testing"
+
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	kb "github.com/libp2p/go-libp2p-kbucket"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
+	ma "github.com/multiformats/go-multiaddr"
+	quicgo "github.com/quic-go/quic-go"
+)
+
+// joinCrowd connects clients to r, of which the first open ones are open to
+// strangers, and waits until all have been identified.
+func joinCrowd(t testing.TB, r testRelay, clients, open int) []*lightClient {
+	t.Helper()
+	c := newCrowd(t, clients)
+	joined := make([]*lightClient, clients)
+	for i := range joined {
+		who := newLightIdentity(t)
+		who.open = i < open
+		joined[i] = c.join(t, r, who)
+	}
+	eventually(t, "all are identified", func() bool {
+		return !slices.ContainsFunc(joined, func(c *lightClient) bool { return !r.knows(c.id) })
+	})
+	return joined
+}
+
+func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient {
+	t.Helper()
+	client, err := c.dial(testContext(t), who, r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// knows reports whether id is connected and has been identified.
+func (r testRelay) knows(id peer.ID) bool {
+	r.peers.mu.Lock()
+	defer r.peers.mu.Unlock()
+	return r.peers.identified[id].kadPeer
+}
+
+// mustAsk asks the relay and returns whom the answer names.
+func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma.Multiaddr {
+	t.Helper()
+	resp, err := c.ask(testContext(t), req)
+	if err != nil {
+		t.Fatalf("%v: %v", req.Type, err)
+	}
+	if n := len(resp.CloserPeers); n > maxNamed {
+		t.Errorf("%v: %d peers are named, want at most %d", req.Type, n, maxNamed)
+	}
+	named := make(map[peer.ID][]ma.Multiaddr)
+	for _, p := range resp.CloserPeers {
+		if len(p.Addrs) == 0 {
+			t.Errorf("%v: %v is named without an address", req.Type, peer.ID(p.Id))
+		}
+		named[peer.ID(p.Id)] = p.Addresses()
+	}
+	if _, ok := named[c.id]; ok && !bytes.Equal(req.Key, []byte(c.id)) {
+		t.Errorf("%v: the asker is named", req.Type)
+	}
+	return named
+}
+
+// seenAt is where the relay sees it.
+func (c *lightClient) seenAt() ma.Multiaddr {
+	addr, err := quicreuse.ToQuicMultiaddr(c.LocalAddr(), quicgo.Version1)
+	if err != nil {
+		panic(err) // of a connection's own address
+	}
+	return addr
+}
+
+func findMessage(key []byte) *kadpb.Message { return kadpb.NewMessage(kadpb.Message_FIND_NODE, key, 0) }
+func getMessage(key []byte) *kadpb.Message  { return kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0) }
+
+func putMessage(key []byte, publisher peer.ID) *kadpb.Message {
+	m := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
+	m.Record = rustRecord(key, "{}", publisher, 60)
+	return m
+}
+
+func newGroupKey() []byte {
+	hash := make([]byte, 32)
+	rand.Read(hash)
+	return append([]byte("/privstack/syncgroup/"), hash...)
+}
+
+// The user's moment in a network of strangers: who finds a record is told at once
+// where its publisher is, which no other answer tells.
+func TestPublisherIsNamedAmongStrangers(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients := joinCrowd(t, r, 100, 50)
+	for i := range 20 {
+		publisher, seeker, key := clients[5*i], clients[5*i+1], newGroupKey()
+		publisher.mustAsk(t, putMessage(key, publisher.id))
+		if got := seeker.mustAsk(t, getMessage(key))[publisher.id]; len(got) == 0 || !got[0].Equal(publisher.seenAt()) {
+			t.Errorf("the publisher is named with %v, want %v first", got, publisher.seenAt())
+		}
+		publisher.mustAsk(t, getMessage(key)) // and not to itself
+	}
+}
+
+// Whoever is asked for by its ID comes first, in a network of any size, whether
+// strangers can dial it or not.
+func TestTargetIsNamedFirst(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients := joinCrowd(t, r, 100, 50)
+	for _, target := range clients {
+		resp, err := clients[0].ask(testContext(t), findMessage([]byte(target.id)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(resp.CloserPeers) == 0 || peer.ID(resp.CloserPeers[0].Id) != target.id {
+			t.Fatalf("%d are named, and the one asked for is not the first", len(resp.CloserPeers))
+		}
+		if got := resp.CloserPeers[0].Addresses(); !got[0].Equal(target.seenAt()) || len(got) != 2 {
+			t.Errorf("it is named with %v, want where it is seen, and its LAN", got)
+		}
+	}
+}
+
+// A household, or a few: all are named, so that those whose dials can cross find
+// out.
+func TestSmallNetworkNamesEverybody(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients := joinCrowd(t, r, maxNamed, 5)
+	asker, key := clients[maxNamed-1], newGroupKey()
+	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(key)} {
+		if named := asker.mustAsk(t, req); len(named) != maxNamed-1 {
+			t.Errorf("%v: %d are named, want all %d others", req.Type, len(named), maxNamed-1)
+		}
+	}
+	// But for the walk before a PUT, which would wait for those behind NATs.
+	named := asker.mustAsk(t, findMessage(key))
+	if len(named) != 5 {
+		t.Errorf("before a PUT %d are named, want the 5 open ones", len(named))
+	}
+}
+
+// In a large network a client must not spend its query on peers that it cannot
+// reach.
+func TestLargeNetworkNamesThoseWhoCanBeReached(t *testing.T) {
+	for _, open := range []int{0, 10, 30} {
+		t.Run(fmt.Sprint(open, " open"), func(t *testing.T) {
+			r := newTestRelay(t, defaultConfig(t))
+			clients := joinCrowd(t, r, 100, open)
+			asker := clients[99]
+			for _, tt := range []struct {
+				req    *kadpb.Message
+				natted int // at most
+			}{
+				{findMessage([]byte(newTestPeerID(t))), fewNATed},
+				{getMessage(newGroupKey()), fewNATed},
+				{findMessage(newGroupKey()), 0},
+			} {
+				named := asker.mustAsk(t, tt.req)
+				natted := 0
+				var there []peer.ID
+				for i, c := range clients {
+					if r.dht.RoutingTable().Find(c.id) == "" {
+						continue
+					}
+					if i < open {
+						there = append(there, c.id)
+					} else if named[c.id] != nil {
+						natted++
+					}
+				}
+				if natted > tt.natted || tt.natted > 0 && len(named) < maxNamed && natted != tt.natted {
+					t.Errorf("%v: %d behind NATs are named, want %d", tt.req.Type, natted, tt.natted)
+				}
+				closest := kb.SortClosestPeers(there, kb.ConvertKey(string(tt.req.Key)))
+				closest = closest[:min(len(closest), maxNamed-natted)]
+				if i := slices.IndexFunc(closest, func(id peer.ID) bool { return named[id] == nil }); i >= 0 || len(named) != len(closest)+natted {
+					t.Errorf("%v: %d are named, not the %dth closest of the open ones", tt.req.Type, len(named), i+1)
+				}
+			}
+		})
+	}
+}
+
+// Open clients get the places of those behind NATs, also if it turns out late.
+func TestOpenClientsGetPlacesInTheTable(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	natted := joinCrowd(t, r, 200, 0)
+	table := r.dht.RoutingTable()
+	full := table.Size()
+	open := joinCrowd(t, r, 15, 15)
+	eventually(t, "every open client has a place", func() bool {
+		return !slices.ContainsFunc(open, func(c *lightClient) bool { return table.Find(c.id) == "" })
+	})
+	if table.Size() < full {
+		t.Errorf("the table has %d peers, had %d", table.Size(), full)
+	}
+	before := table.ListPeers()
+	for _, c := range natted { // each asks for a place
+		c.mustAsk(t, getMessage(newGroupKey()))
+	}
+	if i := slices.IndexFunc(before, func(id peer.ID) bool { return table.Find(id) == "" }); i >= 0 {
+		t.Error("one behind a NAT lost its place to another")
+	}
+}
+
+// A record may say that anybody published it, and a client that it listens
+// anywhere: nobody can thereby make others dial a third party.
+func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	crowd := newCrowd(t, 3)
+	victim := ma.StringCast("/ip4/203.0.113.66/udp/6666/quic-v1")
+	liar := newLightIdentity(t)
+	liar.open, liar.listen = true, []ma.Multiaddr{victim, ma.StringCast("/dns4/victim.example/udp/6666/quic-v1")}
+	bad, bystander, seeker := crowd.join(t, r, liar), crowd.join(t, r, newLightIdentity(t)), crowd.join(t, r, newLightIdentity(t))
+	eventually(t, "all are identified", func() bool { return r.knows(bad.id) && r.knows(bystander.id) && r.knows(seeker.id) })
+
+	own := newGroupKey()
+	bad.mustAsk(t, putMessage(own, bad.id))
+	for _, req := range []*kadpb.Message{getMessage(own), findMessage(own), findMessage([]byte(newTestPeerID(t)))} {
+		for _, got := range seeker.mustAsk(t, req)[bad.id] {
+			if !got.Equal(bad.seenAt()) {
+				t.Errorf("%v: the liar is named with %v, want where it is seen alone", req.Type, got)
+			}
+		}
+	}
+
+	// A record in another's name points at where that one is, if it is here.
+	for _, absent := range []peer.ID{newTestPeerID(t), "", "no peer ID", r.info.ID} {
+		key := newGroupKey()
+		bad.mustAsk(t, putMessage(key, absent))
+		if got, ok := seeker.mustAsk(t, getMessage(key))[absent]; ok {
+			t.Errorf("publisher %q is named with %v, and is not here", absent, got)
+		}
+	}
+	key := newGroupKey()
+	bad.mustAsk(t, putMessage(key, bystander.id))
+	if got := seeker.mustAsk(t, getMessage(key))[bystander.id]; len(got) == 0 || !got[0].Equal(bystander.seenAt()) {
+		t.Errorf("the bystander is named with %v, want where it is seen", got)
+	}
+}
+
+// However many clients say so, who has left is named to nobody.
+func TestLeaversAreNamedToNobody(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients := joinCrowd(t, r, 60, 60)
+	key := newGroupKey()
+	clients[1].mustAsk(t, putMessage(key, clients[1].id))
+	for _, c := range clients[1:] {
+		c.CloseWithError(0, "")
+	}
+	eventually(t, "nobody is named", func() bool {
+		return len(clients[0].mustAsk(t, getMessage(key))) == 0 && len(clients[0].mustAsk(t, findMessage([]byte(newTestPeerID(t))))) == 0
+	})
+}
+
+// What an answer costs with a full table, beside kad-dht's own.
+func BenchmarkAnswer(b *testing.B) {
+	r := newTestRelay(b, defaultConfig(b))
+	clients := joinCrowd(b, r, 1000, 100)
+	key := newGroupKey()
+	clients[0].mustAsk(b, putMessage(key, clients[0].id))
+	for _, req := range []*kadpb.Message{getMessage(key), findMessage(key), findMessage([]byte(clients[1].id))} {
+		resp, err := clients[2].ask(testContext(b), req)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run(fmt.Sprintf("%v, %d named", req.Type, len(resp.CloserPeers)), func(b *testing.B) {
+			for b.Loop() {
+				r.answers.named(clients[2].id, req, resp.Record)
+			}
+		})
+	}
+	for _, plain := range []bool{false, true} {
+		r.answers.plain = plain
+		b.Run(fmt.Sprintf("asked, plain=%v", plain), func(b *testing.B) {
+			for b.Loop() {
+				if _, err := clients[2].ask(testContext(b), getMessage(key)); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
