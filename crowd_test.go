@@ -6,7 +6,6 @@ package main
 
 import (
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"net"
@@ -37,13 +36,13 @@ type crowd struct {
 	mu         sync.Mutex
 }
 
-// crowdShare is how many connections share one socket.
-const crowdShare = 500
+// crowdSocket is how many connections share one socket.
+const crowdSocket = 500
 
 func newCrowd(t testing.TB, clients int) *crowd {
 	t.Helper()
 	c := &crowd{}
-	for range (clients + crowdShare - 1) / crowdShare {
+	for range (clients + crowdSocket - 1) / crowdSocket {
 		conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 		if err != nil {
 			t.Fatal(err)
@@ -73,30 +72,26 @@ type lightIdentity struct {
 
 	// listen is where it says that it listens; nil is an address in some LAN.
 	listen []ma.Multiaddr
-
-	// open says also that it listens where it is seen.
-	open bool
 }
 
 func newLightIdentity(t testing.TB) lightIdentity {
 	t.Helper()
-	_, raw, err := ed25519.GenerateKey(rand.Reader)
+	who, err := makeLightIdentity()
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := crypto.UnmarshalEd25519PrivateKey(raw)
-	if err != nil {
-		t.Fatal(err)
+	return who
+}
+
+func makeLightIdentity() (who lightIdentity, err error) {
+	if who.key, _, err = crypto.GenerateEd25519Key(rand.Reader); err != nil {
+		return who, err
 	}
-	id, err := peer.IDFromPrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
+	if who.id, err = peer.IDFromPrivateKey(who.key); err != nil {
+		return who, err
 	}
-	identity, err := p2ptls.NewIdentity(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return lightIdentity{id: id, tls: identity, key: key}
+	who.tls, err = p2ptls.NewIdentity(who.key)
+	return who, err
 }
 
 // lightClient is a client's one connection to the relay.
@@ -108,15 +103,24 @@ type lightClient struct {
 	stops chan *quicgo.Stream
 }
 
+// over is who on an established connection, and answers once serve runs.
+func (who lightIdentity) over(conn *quicgo.Conn) *lightClient {
+	return &lightClient{who, conn, make(chan *quicgo.Stream, 1)}
+}
+
 // dial connects as who, and answers the relay's identify requests until the
 // connection ends.
 func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo) (*lightClient, error) {
+	return who.dial(ctx, c.transport(), relay)
+}
+
+func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay peer.AddrInfo) (*lightClient, error) {
 	addr, err := manet.ToNetAddr(relay.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
 	if err != nil {
 		return nil, err
 	}
 	tlsConf, _ := who.tls.ConfigForPeer(relay.ID)
-	conn, err := c.transport().Dial(ctx, addr, tlsConf, &quicgo.Config{
+	conn, err := tr.Dial(ctx, addr, tlsConf, &quicgo.Config{
 		InitialPacketSize: 1200, // as quinn's
 		MaxIdleTimeout:    10 * time.Second,
 		KeepAlivePeriod:   5 * time.Second,
@@ -124,12 +128,9 @@ func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo
 	if err != nil {
 		return nil, err
 	}
+	client := who.over(conn)
 	if who.listen == nil {
-		who.listen = []ma.Multiaddr{ma.StringCast("/ip4/192.168.1.10/udp/5001/quic-v1")}
-	}
-	client := &lightClient{who, conn, make(chan *quicgo.Stream, 1)}
-	if who.open {
-		client.listen = append([]ma.Multiaddr{client.seenAt()}, who.listen...)
+		client.listen = []ma.Multiaddr{ma.StringCast("/ip4/192.168.1.10/udp/5001/quic-v1")}
 	}
 	go client.serve()
 	return client, nil
@@ -152,6 +153,7 @@ func (c *lightClient) serve() {
 	mux := multistream.NewMultistreamMuxer[string]()
 	mux.AddHandler(identify.ID, nil)
 	mux.AddHandler(string(proto.ProtoIDv2Stop), nil)
+	mux.AddHandler(string(kadProtocol), nil)
 	for {
 		s, err := c.AcceptStream(context.Background())
 		if err != nil {
@@ -165,10 +167,30 @@ func (c *lightClient) serve() {
 			}
 			defer s.CancelRead(0)
 			defer s.Close()
-			if err == nil {
+			switch {
+			case err != nil:
+			case chosen == identify.ID:
 				protodelim.MarshalTo(s, said)
+			case chosen == string(kadProtocol):
+				answerKad(s)
 			}
 		}()
+	}
+}
+
+// answerKad answers as one who takes every record and knows nobody.
+func answerKad(s *quicgo.Stream) {
+	for {
+		m := new(kadpb.Message)
+		if protodelim.UnmarshalFrom(&byteReader{Reader: s}, m) != nil {
+			return
+		}
+		if m.Type != kadpb.Message_PUT_VALUE {
+			m = kadpb.NewMessage(m.Type, m.Key, 0)
+		}
+		if _, err := protodelim.MarshalTo(s, m); err != nil {
+			return
+		}
 	}
 }
 

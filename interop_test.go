@@ -50,8 +50,9 @@ var buildRust = sync.OnceValues(func() (string, error) {
 
 // rustClient is a running client.
 type rustClient struct {
-	t     *testing.T
+	t     testing.TB
 	id    string
+	began time.Time
 	stdin io.WriteCloser
 
 	mu     sync.Mutex
@@ -75,19 +76,28 @@ func (e rustEvent) is(event string, fields ...string) bool {
 
 // startRust runs a client that knows the relay and a sync code. It ticks every
 // second instead of every 30.
-func startRust(t *testing.T, relay peer.AddrInfo, code string, args ...string) *rustClient {
+func startRust(t testing.TB, relay peer.AddrInfo, code string, args ...string) *rustClient {
+	t.Helper()
+	args = append([]string{"tick_ms=1000"}, args...)
+	if !slices.Contains(args, "listen=none") {
+		args = append(args, "listen=/ip4/127.0.0.1/udp/0/quic-v1")
+	}
+	return startRustBy(t, nil, relay, code, args...)
+}
+
+// startRustBy is startRust as a client's defaults are, by way of a command that
+// runs others.
+func startRustBy(t testing.TB, by []string, relay peer.AddrInfo, code string, args ...string) *rustClient {
 	t.Helper()
 	name, err := buildRust()
 	if err != nil {
 		t.Fatal(err)
 	}
 	addr := fmt.Sprintf("%s/p2p/%s", relay.Addrs[0], relay.ID)
-	if !slices.Contains(args, "listen=none") {
-		args = append(args, "listen=/ip4/127.0.0.1/udp/0/quic-v1")
-	}
-	cmd := exec.Command(name, append([]string{"relay=" + addr, "code=" + code, "tick_ms=1000"}, args...)...)
+	words := slices.Concat(by, []string{name, "relay=" + addr, "code=" + code}, args)
+	cmd := exec.Command(words[0], words[1:]...)
 	cmd.Stderr = os.Stderr
-	c := &rustClient{t: t}
+	c := &rustClient{t: t, began: time.Now()}
 	if c.stdin, err = cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -104,6 +114,7 @@ func startRust(t *testing.T, relay peer.AddrInfo, code string, args ...string) *
 		for lines := bufio.NewScanner(stdout); lines.Scan(); {
 			var e rustEvent
 			if json.Unmarshal(lines.Bytes(), &e) == nil {
+				e["after"] = time.Since(c.began)
 				c.mu.Lock()
 				c.events = append(c.events, e)
 				c.mu.Unlock()
@@ -185,6 +196,33 @@ func TestRustClientsMeet(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A client that comes to know twenty strangers asks them, and not the relay, for
+// its mate.
+func TestRustClientsKeepAskingTheRelay(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
+	for range 2 * maxNamed {
+		stranger := newClient(t)
+		serveKad(t, stranger)
+		connect(t, stranger, r)
+	}
+	eventually(t, "the network is large", func() bool { return r.dht.RoutingTable().Size() > maxNamed })
+	first := startRust(t, r.info, "family")
+	eventually(t, "it has published a few times", func() bool {
+		n := 0
+		for _, e := range first.seen(0) {
+			if e.is("stored") {
+				n++
+			}
+		}
+		return n > 3
+	})
+	second := startRust(t, r.info, "family")
+	second.wait("found", "peer", first.id, "from", r.info.ID.String())
+	first.wait("found", "peer", second.id, "from", r.info.ID.String())
+	first.wait("connected", "peer", second.id)
+	second.wait("connected", "peer", first.id)
 }
 
 // Users of one relay who share no sync code stay strangers.
@@ -289,18 +327,18 @@ func TestRustClientsSurviveRelayCrash(t *testing.T) {
 // rust-libp2p drops an answer above 16 KiB without a word, and the query with it.
 func TestRustReadsTheLargestAnswer(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
-	// 25 clients, open to strangers, that report as many addresses of their home,
+	// As many clients as an answer names, each of which reports as many addresses,
 	// as long as are handed out.
-	for i := range 25 {
+	for i := range maxNamed {
 		var reported []ma.Multiaddr
 		for j := range 20 {
 			reported = append(reported, ma.StringCast(fmt.Sprintf("/ip4/127.0.%d.%d/udp/9/quic-v1/p2p/%s/p2p-circuit", i, j+1, newTestPeerID(t))))
 		}
-		c := newClient(t, libp2p.AddrsFactory(func(own []ma.Multiaddr) []ma.Multiaddr { return append(own, reported...) }))
+		c := newClient(t, libp2p.AddrsFactory(func([]ma.Multiaddr) []ma.Multiaddr { return reported }))
 		serveKad(t, c)
 		connect(t, c, r)
 	}
-	eventually(t, "the table is full", func() bool { return r.dht.RoutingTable().Size() >= 20 })
+	eventually(t, "the table is full", func() bool { return r.dht.RoutingTable().Size() == maxNamed })
 
 	asker := newClient(t)
 	connect(t, asker, r)
@@ -313,8 +351,8 @@ func TestRustReadsTheLargestAnswer(t *testing.T) {
 		kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0),
 	} {
 		resp := ask(t, asker, r, req)
-		if size := proto.Size(resp); size > 16<<10 || len(resp.CloserPeers) != 20 {
-			t.Errorf("%v: answer of %d bytes with %d peers, want at most 16 KiB and 20", req.Type, size, len(resp.CloserPeers))
+		if size := proto.Size(resp); size > 16<<10 || len(resp.CloserPeers) != maxNamed {
+			t.Errorf("%v: answer of %d bytes with %d peers, want at most 16 KiB and %d", req.Type, size, len(resp.CloserPeers), maxNamed)
 		} else {
 			t.Logf("%v: %d bytes with %d peers", req.Type, size, len(resp.CloserPeers))
 		}

@@ -185,6 +185,12 @@ func TestMain(m *testing.M) {
 	if delay := os.Getenv(labDelayEnv); delay != "" {
 		panic(runLabDelay(delay, os.Stdout))
 	}
+	if relay := os.Getenv(labCrowdEnv); relay != "" {
+		panic(runLabCrowd(relay, os.Stdin, os.Stdout))
+	}
+	if answers := os.Getenv(labRelayEnv); answers != "" {
+		panic(runLabRelay(answers, os.Stdout))
+	}
 	if os.Getenv(labClientEnv) != "" {
 		if err := runLabClient(os.Stdin, os.Stdout); err != nil {
 			panic(err)
@@ -200,7 +206,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func command(t *testing.T, args ...string) *exec.Cmd {
+func command(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	name, err := buildBinary()
 	if err != nil {

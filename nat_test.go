@@ -44,14 +44,14 @@ import (
 
 // lab is an internet: one bridge to which every public address is attached.
 type lab struct {
-	t    *testing.T
+	t    testing.TB
 	inet string // the bridge's namespace
 }
 
 // labNames makes the names of namespaces and bridge ports unlike one another.
 var labNames atomic.Int32
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
 		t.Skip("the NAT lab needs Linux and root, for network namespaces")
@@ -190,6 +190,12 @@ func (l *lab) relay(ns string, reach []string, args ...string) peer.AddrInfo {
 	cmd := command(l.t, append([]string{"--port=4001", "--http-port=4002"}, args...)...)
 	cmd.Args = append([]string{"ip", "netns", "exec", ns}, cmd.Args...)
 	cmd.Path, _ = exec.LookPath("ip")
+	return l.relayOf(cmd, reach)
+}
+
+// relayOf starts cmd, which prints a relay's banner.
+func (l *lab) relayOf(cmd *exec.Cmd, reach []string) peer.AddrInfo {
+	l.t.Helper()
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		l.t.Fatal(err)
@@ -287,7 +293,7 @@ func runLabDelay(config string, out io.Writer) error {
 
 // labClient is a client process in a namespace. Its methods are requests to it.
 type labClient struct {
-	t     *testing.T
+	t     testing.TB
 	name  string
 	id    peer.ID
 	addrs []string   // that it listens on

@@ -50,7 +50,6 @@ type peers struct {
 type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 	kadPeer bool           // answers DHT requests
-	open    bool           // strangers can dial it
 }
 
 func newPeers(log *slog.Logger) *peers {
@@ -97,7 +96,6 @@ func (p *peers) loop() {
 			p.learn(e.Peer, identified{
 				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
 				kadPeer: slices.Contains(e.Protocols, kadProtocol),
-				open:    p.listensWhereSeen(e.Peer, e.ListenAddrs),
 			})
 			p.admit(e.Peer)
 		case event.EvtPeerConnectednessChanged:
@@ -114,12 +112,8 @@ func (p *peers) connected(id peer.ID) bool {
 
 func (p *peers) learn(id peer.ID, said identified) {
 	p.mu.Lock()
-	before := p.identified[id]
 	p.identified[id] = said
 	p.mu.Unlock()
-	if said.open != before.open {
-		p.table.RemovePeer(id) // admit puts it back, as what it is now
-	}
 	if !p.connected(id) {
 		// It left while this was written. The event that says so comes after it
 		// is true: if it has been handled already, nobody else would forget.
@@ -138,48 +132,24 @@ func (p *peers) forget(id peer.ID) {
 	p.table.RemovePeer(id)
 }
 
-// listensWhereSeen reports whether id was seen under an IPv4 address on which,
-// it says, it listens: then no NAT is between, and strangers can dial it. It
-// cannot be asked, since the relay dials nobody. IPv6 tells nothing, for there is
-// no NAT there, but home routers drop what they did not wait for (RFC 6092).
-func (p *peers) listensWhereSeen(id peer.ID, listen []ma.Multiaddr) bool {
-	return slices.ContainsFunc(p.network.ConnsToPeer(id), func(c network.Conn) bool {
-		seen := c.RemoteMultiaddr()
-		return seen[0].Protocol().Code == ma.P_IP4 && slices.ContainsFunc(listen, func(a ma.Multiaddr) bool {
-			a, _ = peer.SplitAddr(a)
-			return seen.Equal(a)
-		})
-	})
-}
-
 // admit gives a connected client that serves kad a place in the routing table,
-// if its bucket has one, or one whose peer strangers cannot dial where they can
-// dial this one. It is called when a client is identified and again with each
-// DHT request of its own, so that those who found the bucket full get the place
-// of one who leaves.
+// if its bucket has one. It is called when a client is identified and again with
+// each DHT request of its own, so that those who found the bucket full get the
+// place of one who leaves.
 //
 // This replaces kad-dht's admission, which asks each newcomer a FIND_NODE and,
 // once the table has 20, refuses those who answer it empty: every fresh client.
 func (p *peers) admit(id peer.ID) {
 	p.mu.Lock()
-	said := p.identified[id]
+	kadPeer := p.identified[id].kadPeer
 	p.mu.Unlock()
-	if !said.kadPeer || !p.table.UsefulNewPeer(id) {
+	if !kadPeer || !p.table.UsefulNewPeer(id) {
 		return
 	}
-	if shared := kb.CommonPrefixLen(kb.ConvertPeerID(p.network.LocalPeer()), kb.ConvertPeerID(id)); !said.open && p.table.NPeersForCpl(uint(shared)) >= maxNamed {
-		return // or those behind NATs would drive out one another
-	}
-	if added, _ := p.table.TryAddPeer(id, true, !said.open); added && !p.connected(id) {
+	// Not replaceable: only by leaving does a peer lose its place.
+	if added, _ := p.table.TryAddPeer(id, true, false); added && !p.connected(id) {
 		p.table.RemovePeer(id) // as in learn
 	}
-}
-
-// open reports whether strangers can dial a connected peer.
-func (p *peers) open(id peer.ID) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.identified[id].open
 }
 
 // addrs are the addresses told of a connected peer to whom asks for it: those it

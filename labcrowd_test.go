@@ -1,0 +1,223 @@
+package main
+
+// A crowd for the NAT lab: thousands of strangers in one namespace, whom a
+// client that looks for its mate may be sent to; and the relay whose answers can
+// be switched to kad-dht's own.
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	ma "github.com/multiformats/go-multiaddr"
+	quicgo "github.com/quic-go/quic-go"
+)
+
+// labRelayEnv tells the test binary that it is a relay, "plain" that its answers
+// are kad-dht's own.
+const labRelayEnv = "PRIVSTACK_LAB_RELAY"
+
+func runLabRelay(answers string, out io.Writer) error {
+	cfg, err := parseFlags(nil)
+	if err != nil {
+		return err
+	}
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	r, err := startRelay(cfg, key, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	r.answers.plain = answers == "plain"
+	fmt.Fprintf(out, "  PeerId:    %s\n", r.peerID())
+	return <-r.failed
+}
+
+// labCrowdEnv tells the test binary that it is a crowd, of which relay (a
+// multiaddr that ends in its ID) and on which network, such as "11.100".
+const labCrowdEnv = "PRIVSTACK_LAB_CROWD"
+
+// crowdSize is what a crowd is asked to grow to.
+type crowdSize struct {
+	Clients int
+
+	// Open is the share of clients that strangers can dial; the others' addresses
+	// swallow what is sent there.
+	Open float64
+
+	Err string `json:",omitempty"` // in the answer
+}
+
+// crowdShare is how many of those that cannot be dialled are seen under one
+// address; each that can be has one of its own. crowdSink is the port where
+// everything is dropped.
+const (
+	crowdShare = 200
+	crowdSink  = 5999
+)
+
+// runLabCrowd is the crowd's process. It grows as in asks it, one JSON object a
+// line, and says so, until in ends.
+func runLabCrowd(config string, in io.Reader, out io.Writer) error {
+	relay, network, _ := strings.Cut(config, " ")
+	info, err := peer.AddrInfoFromString(relay)
+	if err != nil {
+		return err
+	}
+	var shared *quicgo.Transport
+	dec, enc := json.NewDecoder(in), json.NewEncoder(out)
+	open, natted := 0, 0
+	for {
+		var want crowdSize
+		if err := dec.Decode(&want); err != nil {
+			return err
+		}
+		var joining sync.WaitGroup
+		var failed error
+		var mu sync.Mutex
+		places := make(chan struct{}, 64) // handshakes at once
+		for open+natted < want.Clients {
+			who, err := makeLightIdentity()
+			if err != nil {
+				return err
+			}
+			tr := shared
+			if float64(open) < want.Open*float64(open+natted+1) {
+				addr := fmt.Sprintf("%s.%d.%d", network, open/250, open%250+1)
+				who.listen = []ma.Multiaddr{ma.StringCast("/ip4/" + addr + "/udp/5001/quic-v1")}
+				tr, err = listenOpen(who, addr+":5001")
+				open++
+			} else {
+				addr := fmt.Sprintf("%s.%d.251", network, natted/crowdShare)
+				who.listen = []ma.Multiaddr{ma.StringCast(fmt.Sprintf("/ip4/%s/udp/%d/quic-v1", addr, crowdSink))}
+				if natted%crowdShare == 0 {
+					shared, err = bindTransport(addr + ":5002")
+					tr = shared
+				}
+				natted++
+			}
+			if err != nil {
+				return err
+			}
+			places <- struct{}{}
+			joining.Go(func() {
+				defer func() { <-places }()
+				client, err := who.dial(context.Background(), tr, *info)
+				if err == nil {
+					_, err = client.named(context.Background(), who.id)
+				}
+				if err != nil {
+					mu.Lock()
+					failed = err
+					mu.Unlock()
+				}
+			})
+		}
+		joining.Wait()
+		if failed != nil {
+			want.Err = failed.Error()
+		}
+		if err := enc.Encode(want); err != nil {
+			return err
+		}
+	}
+}
+
+func bindTransport(addr string) (*quicgo.Transport, error) {
+	local, err := net.ResolveUDPAddr("udp4", addr)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := net.ListenUDP("udp4", local)
+	if err != nil {
+		return nil, err
+	}
+	return &quicgo.Transport{Conn: conn}, nil
+}
+
+// listenOpen answers as who to whoever dials addr.
+func listenOpen(who lightIdentity, addr string) (*quicgo.Transport, error) {
+	tr, err := bindTransport(addr)
+	if err != nil {
+		return nil, err
+	}
+	l, err := tr.Listen(&tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		conf, _ := who.tls.ConfigForPeer("")
+		return conf, nil
+	}}, &quicgo.Config{InitialPacketSize: packetSize})
+	if err != nil {
+		return nil, err
+	}
+	go func() { // as long as the process runs
+		for {
+			conn, err := l.Accept(context.Background())
+			if err != nil {
+				return
+			}
+			go who.over(conn).serve()
+		}
+	}()
+	return tr, nil
+}
+
+// labCrowd is a running crowd.
+type labCrowd struct {
+	t   testing.TB
+	enc *json.Encoder
+	dec *json.Decoder
+}
+
+// crowd starts a crowd of nobody yet, whose addresses are those of network.
+func (l *lab) crowd(relay peer.AddrInfo, network string) *labCrowd {
+	l.t.Helper()
+	ns := l.public("crowd", network+".255.254/8")
+	l.in(ns, "ip route add local "+network+".0.0/16 dev lo")
+	l.nft(ns, fmt.Sprintf("table ip sink {\nchain arriving { type filter hook input priority filter; udp dport %d drop; }\n}", crowdSink))
+	cmd := l.self(ns, fmt.Sprintf("%s=%s/p2p/%s %s", labCrowdEnv, relay.Addrs[0], relay.ID, network))
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.start(cmd)
+	return &labCrowd{l.t, json.NewEncoder(stdin), json.NewDecoder(stdout)}
+}
+
+// grow lets clients join until they are as many as size says.
+func (c *labCrowd) grow(size crowdSize) {
+	c.t.Helper()
+	err := c.enc.Encode(size)
+	if err == nil {
+		err = c.dec.Decode(&size)
+	}
+	if err == nil && size.Err != "" {
+		err = errors.New(size.Err)
+	}
+	if err != nil {
+		c.t.Fatalf("the crowd: %v", err)
+	}
+}
+
+// relayWith runs a relay whose answers are "plain" or "amended" on a public
+// address.
+func (l *lab) relayWith(answers, addr string) peer.AddrInfo {
+	l.t.Helper()
+	cmd := l.self(l.public("relay", addr+"/8"), labRelayEnv+"="+answers)
+	return l.relayOf(cmd, []string{"/ip4/" + addr + "/udp/4001/quic-v1"})
+}
