@@ -72,7 +72,7 @@ const (
 	// serving kad, with a record. Measured: 87 KiB of RSS each at 2 000.
 	clientMemory = 96 << 10
 
-	// baseMemory is what the relay takes with nobody connected: 25 MiB of RSS,
+	// baseMemory is what the relay takes with nobody connected: 20 MiB of RSS,
 	// and some for a burst.
 	baseMemory = 48 << 20
 

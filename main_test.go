@@ -6,14 +6,17 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"debug/buildinfo"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -25,6 +28,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	ma "github.com/multiformats/go-multiaddr"
+	quicgo "github.com/quic-go/quic-go"
 )
 
 // The flags of the old relay keep their names, short forms and defaults: units
@@ -331,6 +335,36 @@ func TestProcessStartsAnswersAndStops(t *testing.T) {
 	}
 }
 
+// Each transport that is linked is code to attack and modules to patch, on every
+// machine, for nothing: libp2p.New links all of them.
+func TestBinaryLinksQUICAlone(t *testing.T) {
+	name, err := buildBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := buildinfo.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range info.Deps {
+		if strings.HasPrefix(m.Path, "github.com/pion/") || strings.HasSuffix(m.Path, "/websocket") || strings.HasSuffix(m.Path, "/webtransport-go") {
+			t.Errorf("the binary links %s", m.Path)
+		}
+	}
+	// The transports are packages of one module: the symbols tell them apart.
+	symbols, err := exec.Command("go", "tool", "nm", name).Output()
+	if err != nil {
+		t.Fatalf("go tool nm: %v", err)
+	}
+	linked := make(map[string]bool)
+	for _, match := range regexp.MustCompile(`go-libp2p/p2p/transport/(\w+)`).FindAllSubmatch(symbols, -1) {
+		linked[string(match[1])] = true
+	}
+	if got, want := slices.Sorted(maps.Keys(linked)), []string{"quic", "quicreuse"}; !slices.Equal(got, want) {
+		t.Errorf("the binary links the transports %v, want %v", got, want)
+	}
+}
+
 func TestProcessSaysWhatItIsAskedFor(t *testing.T) {
 	for _, flag := range []string{"--help", "-h"} {
 		if out, err := command(t, flag).Output(); err != nil || string(out) != usage {
@@ -433,6 +467,39 @@ func TestProcessDrainsOnSIGTERM(t *testing.T) {
 	}
 	if !strings.Contains(p.stderr.String(), "msg=stopped peers_served=2 relayed_connections=1") {
 		t.Errorf("log lacks the final counters:\n%s", p.stderr)
+	}
+}
+
+// After a power cut clients learn at once that their connection is gone, and not
+// when it has timed out: the next process still has the key to say so.
+func TestKilledRelayTellsItsClientsWhenItIsBack(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	ctx := testContext(t)
+	c, err := newCrowd(t, 1).dial(ctx, newLightIdentity(t), p.bootstrap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.open(ctx, string(kadProtocol))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Process.Kill()
+	p.wait(t)
+	port, _ := p.bootstrap.Addrs[0].ValueForProtocol(ma.P_UDP)
+	start(t, "--port="+port, "--identity="+filepath.Join(p.Dir, "relay-identity.key"))
+
+	// A packet must be longer than the answer, or two servers could play ping-pong.
+	if _, err := s.Write(make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-c.Context().Done():
+	case <-ctx.Done():
+		t.Fatal("the connection goes on")
+	}
+	if err := context.Cause(c.Context()); !errors.As(err, new(*quicgo.StatelessResetError)) {
+		t.Errorf("the connection ended with %q, want a stateless reset", err)
 	}
 }
 

@@ -2,13 +2,19 @@ package main
 
 import (
 	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"net"
 	"sync"
 
+	"github.com/libp2p/go-libp2p/core/connmgr"
+	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/transport"
+	libp2pquic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	"github.com/quic-go/quic-go"
 	"golang.org/x/time/rate"
@@ -37,8 +43,8 @@ const (
 )
 
 // quicSockets are the UDP sockets on which libp2p listens. It can bind its own,
-// but takes the QUIC configuration from nobody: these it borrows. Give
-// newManager to libp2p.QUICReuse, bind before listening, and close at the end.
+// but takes the QUIC configuration from nobody: these it borrows. Add
+// newTransport to the network, bind before listening, and close at the end.
 type quicSockets struct {
 	manager *quicreuse.ConnManager
 	reset   quic.StatelessResetKey
@@ -49,7 +55,36 @@ type quicSockets struct {
 	bound  []*quic.Transport
 }
 
-// newManager is called by libp2p, with keys that it derives from the identity.
+func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionGater, resources network.ResourceManager) (transport.Transport, error) {
+	reset, token, err := quicKeys(key)
+	if err != nil {
+		return nil, err
+	}
+	manager, err := q.newManager(reset, token, resources)
+	if err != nil {
+		return nil, err
+	}
+	return libp2pquic.NewTransport(key, manager, nil, gater, resources)
+}
+
+// quicKeys are the keys of a relay's sockets, the same after each restart: one
+// lets a connection that the last process had be ended at once (RFC 9000, 10.3),
+// the other accepts the tokens it gave. Both are derived from the identity key as
+// libp2p.New does (PrivKeyToStatelessResetKey in its config package, which links
+// every transport there is).
+func quicKeys(identity crypto.PrivKey) (reset quic.StatelessResetKey, token quic.TokenGeneratorKey, err error) {
+	secret, err := identity.Raw()
+	if err != nil {
+		return reset, token, err
+	}
+	r, resetErr := hkdf.Key(sha256.New, secret, nil, "libp2p quic stateless reset key", len(reset))
+	t, tokenErr := hkdf.Key(sha256.New, secret, nil, "libp2p quic token generator key", len(token))
+	copy(reset[:], r)
+	copy(token[:], t)
+	return reset, token, errors.Join(resetErr, tokenErr)
+}
+
+// newManager has the signature that libp2p.QUICReuse takes, too.
 func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenGeneratorKey, resources network.ResourceManager) (_ *quicreuse.ConnManager, err error) {
 	q.reset, q.token = reset, token
 	// What libp2p gives its own sockets: a connection is counted before its

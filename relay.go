@@ -17,21 +17,22 @@ import (
 	"sync"
 	"time"
 
-	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/host/observedaddrs"
 	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
-	quic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -119,7 +120,8 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 }
 
 // newHost is a libp2p host that speaks QUIC, identify and ping, and listens on
-// nothing yet.
+// nothing yet. libp2p.New would be shorter, but links every transport there is and
+// half as many modules again: code that could only be attacked, on every machine.
 func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	self, err := peer.IDFromPrivateKey(key)
 	if err != nil {
@@ -129,32 +131,65 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	if err != nil {
 		return nil, err
 	}
+	// From here the host takes its keys, for identify and its signed record.
+	if err := errors.Join(store.AddPrivKey(self, key), store.AddPubKey(self, key.GetPublic())); err != nil {
+		return nil, err
+	}
+	// It refuses newcomers. There is no connection manager, which would make room
+	// by closing connections of clients that are already in.
 	resources, err := rcmgr.NewResourceManager(
 		rcmgr.NewFixedLimiter(r.limits.resourceLimits(kadProtocol)),
 		append(r.limits.resourceOptions(), rcmgr.WithMetricsDisabled())...)
 	if err != nil {
 		return nil, err
 	}
-	return libp2p.New(
-		libp2p.Identity(key),
-		libp2p.ProtocolVersion(protocolVersion),
-		libp2p.UserAgent(agentVersion()),
-		libp2p.Transport(quic.NewTransport),
-		libp2p.QUICReuse(r.sockets.newManager),
-		libp2p.NoListenAddrs, // listen does it, address by address
-		libp2p.AddrsFactory(r.advertised),
-		libp2p.Peerstore(addrBook{store, store, self, r.peers}),
-		libp2p.ResourceManager(resources),
-		// No connection manager: it would make room by closing connections of
-		// clients that are already in. The resource manager refuses newcomers.
-		libp2p.ConnectionManager(connmgr.NullConnMgr{}),
-		libp2p.ConnectionGater(neverDial{}),
-		// AutoNAT would ask clients to dial back, and hold the relay back until
-		// they had; whether it can be reached is the operator's to see to.
-		libp2p.ForceReachabilityPublic(),
-		libp2p.DisableRelay(), // the client side: being reached through others
-		libp2p.DisableMetrics(),
-	)
+	bus := eventbus.NewBus()
+	swarm, err := swarm.NewSwarm(self, addrBook{store, store, self, r.peers}, bus,
+		swarm.WithConnectionGater(neverDial{}),
+		swarm.WithResourceManager(resources))
+	if err != nil {
+		return nil, err
+	}
+	transport, err := r.sockets.newTransport(key, neverDial{}, resources)
+	if err != nil {
+		return nil, err
+	}
+	if err := swarm.AddTransport(transport); err != nil {
+		return nil, err
+	}
+	observed, err := observedaddrs.NewManager(bus, swarm)
+	if err != nil {
+		return nil, err
+	}
+	// No AutoNAT: it would ask clients to dial back, and whether the relay can be
+	// reached is the operator's to see to. No relay client: nobody reaches it
+	// through others.
+	h, err := basichost.NewHost(swarm, &basichost.HostOpts{
+		EventBus:             bus,
+		ProtocolVersion:      protocolVersion,
+		UserAgent:            agentVersion(),
+		EnablePing:           true,
+		AddrsFactory:         r.advertised,
+		ObservedAddrsManager: observed,
+	})
+	if err != nil {
+		return nil, err
+	}
+	observed.Start(swarm)
+	h.Start()
+	return observingHost{h, observed}, nil
+}
+
+// observingHost closes with the host what tells it its observed addresses.
+type observingHost struct {
+	*basichost.BasicHost
+	observed *observedaddrs.Manager
+}
+
+func (h observingHost) Close() error {
+	// The network goes first: a host waits for what it is telling its clients,
+	// and one that does not read would hold up the end by seconds.
+	return errors.Join(h.observed.Close(), h.Network().Close(), h.BasicHost.Close())
 }
 
 // newDHT serves DHT requests and makes none.

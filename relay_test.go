@@ -11,7 +11,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -20,13 +22,19 @@ import (
 	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	libp2pconfig "github.com/libp2p/go-libp2p/config"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
+	"github.com/libp2p/go-libp2p/core/record"
+	"github.com/libp2p/go-libp2p/p2p/host/observedaddrs"
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
 	quic "github.com/libp2p/go-libp2p/p2p/transport/quic"
+	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
@@ -469,6 +477,25 @@ func TestClientsGoOnAfterRestart(t *testing.T) {
 	circuitBetween(t, again, newClient(t), b)
 }
 
+// The sockets' keys are those that libp2p.New derives: a release that goes back
+// to it, or comes from it, still knows the connections of the last process.
+func TestSocketKeysAreThoseOfLibp2p(t *testing.T) {
+	key, err := crypto.UnmarshalEd25519PrivateKey(newTestKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	reset, token, err := quicKeys(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want, err := libp2pconfig.PrivKeyToStatelessResetKey(key); err != nil || reset != want {
+		t.Errorf("stateless reset key = %x (%v), want %x", reset, err, want)
+	}
+	if want, err := libp2pconfig.PrivKeyToTokenGeneratorKey(key); err != nil || token != want {
+		t.Errorf("token key = %x (%v), want %x", token, err, want)
+	}
+}
+
 func atoi(t testing.TB, s string) (n int) {
 	t.Helper()
 	if _, err := fmt.Sscan(s, &n); err != nil {
@@ -498,6 +525,116 @@ func TestIdentifySaysWhoWeAre(t *testing.T) {
 	}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("protocols = %v, want %v and no other", got, want)
+	}
+}
+
+// identifyOf is what r says of itself to a client, byte by byte, and that client.
+func identifyOf(t *testing.T, r testRelay) (*identifypb.Identify, *lightClient) {
+	t.Helper()
+	ctx := testContext(t)
+	c, err := newCrowd(t, 1).dial(ctx, newLightIdentity(t), r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.open(ctx, identify.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.CancelRead(0)
+	said := new(identifypb.Identify)
+	if err := protodelim.UnmarshalFrom(&byteReader{Reader: s}, said); err != nil {
+		t.Fatal(err)
+	}
+	return said, c
+}
+
+// A client learns from identify where it was seen, and where the relay is: the
+// latter signed, which is what it may pass on to others.
+func TestIdentifySaysWhoIsWhereAndSignsIt(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--announce=relay.example.org", "--announce=203.0.113.7"))
+	said, c := identifyOf(t, r)
+	want := make([]string, 0, len(r.announce))
+	for _, a := range r.announce {
+		want = append(want, a.String())
+	}
+	slices.Sort(want)
+
+	var listen []string
+	for _, b := range said.ListenAddrs {
+		listen = append(listen, ma.Cast(b).String())
+	}
+	slices.Sort(listen)
+	if !slices.Equal(listen, want) {
+		t.Errorf("listen addresses = %v, want %v", listen, want)
+	}
+	if got, want := ma.Cast(said.GetObservedAddr()).String(), fmt.Sprintf("/ip4/127.0.0.1/udp/%d/quic-v1", c.LocalAddr().(*net.UDPAddr).Port); got != want {
+		t.Errorf("observed address = %v, want %v", got, want)
+	}
+	if key, err := crypto.UnmarshalPublicKey(said.GetPublicKey()); err != nil || !r.info.ID.MatchesPublicKey(key) {
+		t.Errorf("public key = %x (%v), want that of %v", said.GetPublicKey(), err, r.info.ID)
+	}
+
+	envelope, rec, err := record.ConsumeEnvelope(said.GetSignedPeerRecord(), peer.PeerRecordEnvelopeDomain)
+	if err != nil {
+		t.Fatalf("signed peer record: %v", err)
+	}
+	signed := strs(rec.(*peer.PeerRecord).Addrs)
+	slices.Sort(signed)
+	if id := rec.(*peer.PeerRecord).PeerID; id != r.info.ID || !id.MatchesPublicKey(envelope.PublicKey) || !slices.Equal(signed, want) {
+		t.Errorf("signed peer record of %v names %v, want %v with %v", id, signed, r.info.ID, want)
+	}
+}
+
+// A machine whose addresses change tells the clients that are connected.
+func TestClientsAreToldOfNewAddresses(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t)
+	connect(t, c, r)
+	old := listenPort(r.relay)
+	// Another port on all interfaces stands for another address.
+	if err := r.host.Network().Listen(ma.StringCast("/ip4/0.0.0.0/udp/0/quic-v1")); err != nil {
+		t.Fatal(err)
+	}
+	addrs := r.host.Network().ListenAddresses()
+	port, _ := addrs[slices.IndexFunc(addrs, func(a ma.Multiaddr) bool {
+		p, _ := a.ValueForProtocol(ma.P_UDP)
+		return p != old
+	})].ValueForProtocol(ma.P_UDP)
+	eventually(t, "the client knows the new port", func() bool {
+		return slices.ContainsFunc(c.Peerstore().Addrs(r.info.ID), func(a ma.Multiaddr) bool {
+			got, _ := a.ValueForProtocol(ma.P_UDP)
+			return got == port
+		})
+	})
+}
+
+// Behind a port forward the relay learns its public address from its clients, as
+// soon as several networks agree on it, and names it in reservations.
+func TestObservedAddressIsOffered(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("needs all of 127.0.0.0/8")
+	}
+	r := newTestRelay(t, defaultConfig(t))
+	public := ma.StringCast("/ip4/8.8.8.8/udp/4001/quic-v1")
+	for i := range observedaddrs.ActivationThresh {
+		from := net.IPv4(127, 0, 0, byte(2+i))
+		c := newClient(t, libp2p.NoListenAddrs, libp2p.QUICReuse(quicreuse.NewConnManager,
+			quicreuse.OverrideListenUDP(func(network string, _ *net.UDPAddr) (net.PacketConn, error) {
+				return net.ListenUDP(network, &net.UDPAddr{IP: from})
+			})))
+		c.SetStreamHandler(identify.ID, func(s network.Stream) {
+			defer s.Close()
+			protodelim.MarshalTo(s, &identifypb.Identify{ObservedAddr: public.Bytes()})
+		})
+		connect(t, c, r)
+	}
+	eventually(t, "the relay knows "+public.String(), func() bool { return slices.ContainsFunc(r.host.Addrs(), public.Equal) })
+	c := newClient(t)
+	connect(t, c, r)
+	got, err := circuitclient.Reserve(testContext(t), c, r.info)
+	want := ma.StringCast(public.String() + "/p2p/" + r.peerID())
+	if err != nil || !slices.ContainsFunc(got.Addrs, want.Equal) {
+		t.Errorf("reservation = %v (%v), want %v among them", got, err, want)
 	}
 }
 
