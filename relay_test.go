@@ -22,6 +22,7 @@ import (
 	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	kb "github.com/libp2p/go-libp2p-kbucket"
 	libp2pconfig "github.com/libp2p/go-libp2p/config"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -657,6 +658,37 @@ func TestListensOnQUICAlone(t *testing.T) {
 	v6 := ma.StringCast("/ip6/::1/udp/" + port + "/quic-v1")
 	if err := c.Connect(testContext(t), peer.AddrInfo{ID: r.info.ID, Addrs: []ma.Multiaddr{v6}}); err != nil {
 		t.Errorf("connect over IPv6: %v", err)
+	}
+}
+
+// Strangers who make up peer IDs close to a group's key could hide it in another
+// DHT (GO-2024-3218, see .ci/run). Here the relay keeps and answers every record.
+func TestStrangersCloseToAKeyHideNothing(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	strangers := newCrowd(t, maxNamed)
+	for range maxNamed {
+		who := newLightIdentity(t)
+		for !kb.Closer(who.id, r.info.ID, string(groupKey)) {
+			who = newLightIdentity(t)
+		}
+		if _, err := strangers.dial(testContext(t), who, r.info); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the stranger is in the routing table", func() bool { return r.dht.RoutingTable().Find(who.id) != "" })
+	}
+	a, b := newClient(t), newClient(t)
+	connect(t, a, r)
+	connect(t, b, r)
+	if err := put(t, a, r, rustRecord(groupKey, "value", a.ID(), 60)); err != nil {
+		t.Fatal(err)
+	}
+	resp := ask(t, b, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, groupKey, 0))
+	if string(resp.GetRecord().GetValue()) != "value" || len(resp.CloserPeers) == 0 || peer.ID(resp.CloserPeers[0].Id) != a.ID() {
+		t.Errorf("answer = %v, want the record, and its publisher before any stranger", resp)
+	}
+	// What the report is about does not exist here.
+	if resp, err := tryAsk(testContext(t), b, r, kadpb.NewMessage(kadpb.Message_GET_PROVIDERS, groupKey, 0)); err == nil {
+		t.Errorf("GET_PROVIDERS is answered: %v", resp)
 	}
 }
 
