@@ -31,7 +31,8 @@ const maxNamed = 20
 
 // answers decides whom an answer names.
 type answers struct {
-	peers *peers
+	peers  *peers
+	relays *relays
 
 	// plain leaves answers as kad-dht makes them: for tests, to compare.
 	plain bool
@@ -57,8 +58,11 @@ func (a *answers) amend(asker peer.ID, req *pb.Message, answer []byte) ([]byte, 
 //     the asker looks for, and its addresses are known from nowhere else. A record
 //     may claim any publisher. It is told under the addresses from which it
 //     authenticated here, or not at all;
+//   - the other relays, so that the asker looks and publishes there, too;
 //   - in a small network everybody, so that dials can cross;
 //   - in a larger one no strangers, whether they can be dialled or not.
+//
+// Clients of other relays are told under the addresses that their relays tell.
 //
 // Strangers do harm. A query waits 5 s for each that cannot be reached, three at
 // a time. Each that can be enters the client's own table, and answers with
@@ -74,19 +78,32 @@ func (a *answers) named(asker peer.ID, req *pb.Message, rec *recpb.Record) []pee
 			named = append(named, peer.AddrInfo{ID: id, Addrs: addrs})
 		}
 	}
+	beforePut := false
 	if req.Type == pb.Message_FIND_NODE {
-		if strings.HasPrefix(string(req.Key), recordPrefix) {
-			// The walk before a PUT, which waits for all that are named, up to
-			// 60 s and then in vain. The record is to be stored here.
-			return named
-		}
+		// The walk before a PUT has a record's key. It waits for all that are
+		// named, up to 60 s and then in vain.
+		beforePut = strings.HasPrefix(string(req.Key), recordPrefix)
 		target := peer.ID(req.Key)
-		name(target, a.peers.network.Peerstore().Addrs(target))
+		if a.relays.named[target] == nil {
+			name(target, a.peers.network.Peerstore().Addrs(target))
+		}
+		if len(named) == 0 {
+			name(target, a.elsewhere(asker, target))
+		}
 	}
-	if publisher := publisherOf(rec); publisher != asker {
+	if publisher := publisherOf(rec); publisher != asker && publisher != "" {
 		name(publisher, a.peers.told(publisher, asker))
+		if len(named) == 0 {
+			seen := a.elsewhere(asker, publisher)
+			name(publisher, seen[:min(len(seen), 1)])
+		}
 	}
-	if a.peers.table.Size() <= maxNamed {
+	for relay := range a.relays.named {
+		if relay != asker {
+			name(relay, a.peers.told(relay, asker))
+		}
+	}
+	if !beforePut && a.peers.table.Size() <= maxNamed {
 		for _, id := range a.peers.table.NearestPeers(kb.ConvertKey(string(req.Key)), maxNamed) {
 			if id != asker {
 				name(id, a.peers.told(id, asker))
@@ -94,6 +111,15 @@ func (a *answers) named(asker peer.ID, req *pb.Message, rec *recpb.Record) []pee
 		}
 	}
 	return named
+}
+
+// elsewhere are the addresses that other relays tell of a peer that is not here.
+// They are not asked for one another, which might go round and round.
+func (a *answers) elsewhere(asker, id peer.ID) []ma.Multiaddr {
+	if said, err := a.peers.network.Peerstore().Get(asker, "ProtocolVersion"); err == nil && said == protocolVersion {
+		return nil
+	}
+	return a.relays.find(id)
 }
 
 // publisherOf is who put the record, as it says, or "". As everywhere in

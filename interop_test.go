@@ -222,6 +222,23 @@ func TestRustClientsKeepAskingTheRelay(t *testing.T) {
 	}
 }
 
+// Two devices that know different relays, which know one another; and then one of
+// the relays is gone.
+func TestRustClientsOfTwoRelaysMeet(t *testing.T) {
+	ring := newRing(t, 2)
+	a, b := startRust(t, ring[0].info, "family"), startRust(t, ring[1].info, "family")
+	a.wait("found", "peer", b.id)
+	b.wait("found", "peer", a.id)
+	a.wait("connected", "peer", b.id)
+	b.wait("connected", "peer", a.id)
+
+	ring[0].close()
+	late := startRust(t, ring[1].info, "family")
+	late.wait("connected", "peer", b.id)
+	late.wait("found", "peer", a.id) // which now publishes where b does
+	late.wait("connected", "peer", a.id)
+}
+
 // Users of one relay who share no sync code stay strangers.
 func TestRustClientsOfOtherCodesNeverMeet(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))

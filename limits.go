@@ -34,6 +34,10 @@ const (
 	// take about 70 each. A host of many containers has dozens.
 	maxOfferedAddrs = 16
 
+	// maxBootstrap is how many addresses of other relays are taken. They are named
+	// in every answer, beside the mate.
+	maxBootstrap = 8
+
 	// maxAddrsPerPeer and maxAddrBytesPerPeer bound what an answer says of one
 	// peer: with maxNamed peers, two copies of the key and a record, an answer stays
 	// below the 16 KiB above which rust-libp2p drops it (max_packet_size in its
@@ -177,8 +181,12 @@ func (l limits) resources(duration time.Duration, bytes int64) circuit.Resources
 }
 
 // resourceLimits bounds the libp2p host. What it leaves out is unlimited,
-// because the limits above it hold. Nothing may go out: the relay dials nobody.
-func (l limits) resourceLimits(kad protocol.ID) rcmgr.ConcreteLimitConfig {
+// because the limits above it hold. Connections go out to other relays alone.
+func (l limits) resourceLimits(kad protocol.ID, relays int) rcmgr.ConcreteLimitConfig {
+	outbound, outboundEach := rcmgr.BlockAllLimit, rcmgr.BlockAllLimit
+	if relays > 0 {
+		outbound, outboundEach = rcmgr.LimitVal(relays), 1
+	}
 	streams := rcmgr.LimitVal(max(8*l.clients, 8*streamsPerPeer))
 	// The resource manager counts QUIC windows beyond the first 768 KiB of a
 	// connection, circuit buffers and messages being parsed. It gives windows
@@ -188,19 +196,19 @@ func (l limits) resourceLimits(kad protocol.ID) rcmgr.ConcreteLimitConfig {
 
 	return rcmgr.PartialLimitConfig{
 		System: rcmgr.ResourceLimits{
-			Conns: rcmgr.LimitVal(l.clients), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: rcmgr.BlockAllLimit,
+			Conns: rcmgr.LimitVal(l.clients + relays), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: outbound,
 			Streams: streams, StreamsInbound: streams, StreamsOutbound: streams,
 			Memory: memory,
 		},
 		// Transient: connections before the handshake has told who it is, streams
 		// before they have told what they are.
 		Transient: rcmgr.ResourceLimits{
-			Conns: rcmgr.LimitVal(l.clients), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: rcmgr.BlockAllLimit,
+			Conns: rcmgr.LimitVal(l.clients + relays), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: outbound,
 			Streams: streams, StreamsInbound: streams, StreamsOutbound: streams,
 			Memory: memory / 4,
 		},
 		PeerDefault: rcmgr.ResourceLimits{
-			Conns: connsPerPeer, ConnsInbound: connsPerPeer, ConnsOutbound: rcmgr.BlockAllLimit,
+			Conns: connsPerPeer, ConnsInbound: connsPerPeer, ConnsOutbound: outboundEach,
 			Streams: 2 * streamsPerPeer, StreamsInbound: streamsPerPeer, StreamsOutbound: streamsPerPeer,
 			Memory: peerMemory,
 		},

@@ -72,7 +72,7 @@ func TestLimitsFollowMaxClients(t *testing.T) {
 		if res.MaxReservations != clients || res.MaxReservationsPerIP < clients || res.MaxReservationsPerASN < clients {
 			t.Errorf("%d clients: reservations are limited to %+v", clients, res)
 		}
-		host := l.resourceLimits(kadProtocol).ToPartialLimitConfig()
+		host := l.resourceLimits(kadProtocol, 0).ToPartialLimitConfig()
 		if int(host.System.ConnsInbound) != clients || int(host.Transient.ConnsInbound) != clients {
 			t.Errorf("%d clients: connections are limited to %d, %d in the handshake", clients, host.System.ConnsInbound, host.Transient.ConnsInbound)
 		}

@@ -64,6 +64,7 @@ Usage: privstack-relay [flags]
       --announce ADDR           address under which clients reach this relay: an IP
                                 address, a DNS name or a multiaddr; repeatable
                                 (default: the addresses of this machine)
+      --bootstrap MULTIADDR     another relay to join, with its /p2p ID; repeatable
       --circuit-duration TIME   longest life of one relayed connection, such as 30m;
                                 0 = unlimited (default 1h)
       --circuit-bytes SIZE      most bytes one relayed connection carries each way,
@@ -113,6 +114,10 @@ type config struct {
 	// wrote them; parseAnnounce accepts each. Empty: the machine's own.
 	announce []string
 
+	// bootstrap are the addresses of other relays, as the operator wrote them;
+	// parseBootstrap accepts each. Empty: this one is alone.
+	bootstrap []string
+
 	// circuitDuration and circuitBytes (each way) cap one relayed
 	// connection. 0 is unlimited.
 	circuitDuration time.Duration
@@ -161,6 +166,13 @@ func parseFlags(args []string) (config, error) {
 		cfg.announce = append(cfg.announce, s)
 		return nil
 	})
+	fs.Func("bootstrap", "", func(s string) error {
+		if _, err := parseBootstrap(s); err != nil {
+			return err
+		}
+		cfg.bootstrap = append(cfg.bootstrap, s)
+		return nil
+	})
 	fs.DurationVar(&cfg.circuitDuration, "circuit-duration", time.Hour, "")
 	fs.Func("circuit-bytes", "", func(s string) (err error) {
 		cfg.circuitBytes, err = parseSize(s)
@@ -198,6 +210,8 @@ func parseFlags(args []string) (config, error) {
 		return config{}, usageError{"--identity needs a file name"}
 	case len(cfg.announce) > maxAnnounce:
 		return config{}, usageError{fmt.Sprintf("--announce given %d times, at most %d fit into a reservation", len(cfg.announce), maxAnnounce)}
+	case len(cfg.bootstrap) > maxBootstrap:
+		return config{}, usageError{fmt.Sprintf("--bootstrap given %d times, at most %d fit into an answer", len(cfg.bootstrap), maxBootstrap)}
 	case cfg.circuitDuration < 0:
 		return config{}, usageError{fmt.Sprintf("--circuit-duration %v is negative", cfg.circuitDuration)}
 	case cfg.circuitDuration > 0 && cfg.circuitDuration < time.Second:

@@ -83,6 +83,10 @@ func TestBadFlags(t *testing.T) {
 		{"--max-clients=99999999", "--max-clients 99999999"},
 		{"--max-clients-per-ip=0", "below 1"},
 		{"--announce=not an address", "write an IP address"},
+		{"--bootstrap=203.0.113.7", "no peer ID"},
+		{"--bootstrap=relay.example.org", "no peer ID"},
+		{"--bootstrap=/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV", "not a QUIC address"},
+		{"--bootstrap=", "write an IP address"},
 	} {
 		_, err := parseFlags([]string{tt.arg})
 		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), tt.says) {

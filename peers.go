@@ -33,6 +33,10 @@ type peers struct {
 	log    *slog.Logger
 	served *uniqueCounter
 
+	// relays are the other relays that the operator named, with the addresses
+	// that he gave them.
+	relays map[peer.ID][]ma.Multiaddr
+
 	// Set by follow, before the host listens.
 	network network.Network
 	table   *kb.RoutingTable
@@ -156,10 +160,14 @@ func (p *peers) admit(id peer.ID) {
 // was observed under, then what it says it listens on, within the bounds of an
 // answer. There are none for anybody else.
 func (p *peers) addrs(id peer.ID) []ma.Multiaddr {
+	conns := p.network.ConnsToPeer(id)
+	if len(conns) == 0 {
+		return nil
+	}
 	p.mu.Lock()
 	listen := p.identified[id].listen
 	p.mu.Unlock()
-	return within(p.network.ConnsToPeer(id), listen)
+	return within(conns, listen)
 }
 
 // told are the addresses of a connected peer told to one who did not ask for it:
@@ -168,6 +176,12 @@ func (p *peers) addrs(id peer.ID) []ma.Multiaddr {
 // anybody's, who would be dialled by all that the peer is named to.
 func (p *peers) told(id, asker peer.ID) []ma.Multiaddr {
 	conns := p.network.ConnsToPeer(id)
+	if len(conns) == 0 {
+		return nil
+	}
+	if named := p.relays[id]; named != nil {
+		return within(conns, named)
+	}
 	p.mu.Lock()
 	listen := p.identified[id].listen
 	p.mu.Unlock()
@@ -181,11 +195,8 @@ func (p *peers) told(id, asker peer.ID) []ma.Multiaddr {
 }
 
 // within puts the addresses of conns, the newest first, and listen together, as
-// many as an answer has room for. It is empty if conns is.
+// many as an answer has room for.
 func within(conns []network.Conn, listen []ma.Multiaddr) []ma.Multiaddr {
-	if len(conns) == 0 {
-		return nil
-	}
 	addrs := make([]ma.Multiaddr, 0, maxAddrsPerPeer)
 	size := 0
 	add := func(a ma.Multiaddr) {
@@ -251,9 +262,9 @@ func isDNS(a ma.Multiaddr) bool {
 }
 
 // addrBook is the host's peerstore with one book replaced: the addresses of
-// others are what peers.addrs says, and cannot be written. The relay dials
-// nobody, so only the DHT's answers read them; and what one client says of
-// another never gets near them.
+// clients are what peers.addrs says, and cannot be written. The relay dials none,
+// so only the DHT's answers read them; and what one client says of another never
+// gets near them. Other relays have the addresses that the operator gave them.
 //
 // go-libp2p's own book would leave out exactly what crosses a NAT: identify does
 // not store a connection's remote address, and drops private ones of peers that
@@ -268,6 +279,9 @@ type addrBook struct {
 func (b addrBook) Addrs(id peer.ID) []ma.Multiaddr {
 	if id == b.self {
 		return b.Peerstore.Addrs(id)
+	}
+	if named := b.peers.relays[id]; named != nil {
+		return named
 	}
 	return b.peers.addrs(id)
 }

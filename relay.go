@@ -19,7 +19,6 @@ import (
 
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -57,6 +56,7 @@ type relay struct {
 	service  *circuit.Relay
 	peers    *peers
 	answers  *answers
+	relays   *relays
 	circuits *circuits
 
 	// failed gets the reason, once, if the node stops by itself.
@@ -70,7 +70,6 @@ func startRelay(cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay,
 
 func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
 	r := &relay{limits: lim, peers: newPeers(log), circuits: newCircuits(log), failed: make(chan error, 1)}
-	r.answers = &answers{peers: r.peers}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -90,6 +89,14 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if r.announce, err = announcedAddrs(cfg.announce, port, privKey); err != nil {
 		return nil, err
 	}
+	if r.relays, err = newRelays(cfg.bootstrap, log); err != nil {
+		return nil, err
+	}
+	if self, err := peer.IDFromPrivateKey(privKey); err != nil || r.relays.named[self] != nil {
+		return nil, errors.Join(err, fmt.Errorf("bootstrap: %s is this relay", self))
+	}
+	r.peers.relays = r.relays.named
+	r.answers = &answers{peers: r.peers, relays: r.relays}
 	if r.host, err = r.newHost(privKey); err != nil {
 		return nil, fmt.Errorf("start libp2p: %w", err)
 	}
@@ -116,6 +123,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if err := r.listen(port, log); err != nil {
 		return nil, err
 	}
+	r.relays.follow(r.host)
 	return r, nil
 }
 
@@ -138,19 +146,19 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	// It refuses newcomers. There is no connection manager, which would make room
 	// by closing connections of clients that are already in.
 	resources, err := rcmgr.NewResourceManager(
-		rcmgr.NewFixedLimiter(r.limits.resourceLimits(kadProtocol)),
+		rcmgr.NewFixedLimiter(r.limits.resourceLimits(kadProtocol, len(r.relays.named))),
 		append(r.limits.resourceOptions(), rcmgr.WithMetricsDisabled())...)
 	if err != nil {
 		return nil, err
 	}
 	bus := eventbus.NewBus()
 	swarm, err := swarm.NewSwarm(self, addrBook{store, store, self, r.peers}, bus,
-		swarm.WithConnectionGater(neverDial{}),
+		swarm.WithConnectionGater(r.relays),
 		swarm.WithResourceManager(resources))
 	if err != nil {
 		return nil, err
 	}
-	transport, err := r.sockets.newTransport(key, neverDial{}, resources)
+	transport, err := r.sockets.newTransport(key, r.relays, resources)
 	if err != nil {
 		return nil, err
 	}
@@ -269,18 +277,6 @@ func freePort() (int, error) {
 	defer conn.Close()
 	return conn.LocalAddr().(*net.UDPAddr).Port, nil
 }
-
-// neverDial is a connection gater that lets every dial of ours fail: addresses
-// come from clients, and a relay that dialled them would scan ports for anyone.
-type neverDial struct{}
-
-func (neverDial) InterceptPeerDial(peer.ID) bool               { return false }
-func (neverDial) InterceptAddrDial(peer.ID, ma.Multiaddr) bool { return false }
-func (neverDial) InterceptAccept(network.ConnMultiaddrs) bool  { return true }
-func (neverDial) InterceptSecured(network.Direction, peer.ID, network.ConnMultiaddrs) bool {
-	return true
-}
-func (neverDial) InterceptUpgraded(network.Conn) (bool, control.DisconnectReason) { return true, 0 }
 
 // advertised is what peers are told of this relay's addresses, in identify and
 // in reservations: the announced ones; else those of the machine (addrs, with
@@ -407,6 +403,9 @@ func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
 // a relay that startRelay did not finish.
 func (r *relay) close() error {
 	var errs []error
+	if r.relays != nil {
+		r.relays.close()
+	}
 	if r.service != nil {
 		errs = append(errs, r.service.Close())
 	}

@@ -1,0 +1,274 @@
+package main
+
+// More than one relay: whether their clients meet, and go on when one is gone.
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
+	ma "github.com/multiformats/go-multiaddr"
+)
+
+func (r testRelay) bootstrapFlag() string {
+	return fmt.Sprintf("--bootstrap=%s/p2p/%s", r.info.Addrs[0], r.info.ID)
+}
+
+// newRing makes relays each of which names the next, the last the first.
+func newRing(t testing.TB, n int) []testRelay {
+	t.Helper()
+	first := newTestKey(t)
+	port, err := freePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ring := make([]testRelay, n)
+	next := fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", port, peerIDOf(t, first))
+	for i := n - 1; i > 0; i-- {
+		ring[i] = newTestRelay(t, defaultConfig(t, next))
+		next = ring[i].bootstrapFlag()
+	}
+	cfg := defaultConfig(t, next)
+	cfg.port = port
+	ring[0] = newTestRelayWithin(t, newLimits(0, 256), cfg, first)
+	for i, r := range ring {
+		r.waitConnected(t, ring[(i+1)%n].info.ID)
+	}
+	return ring
+}
+
+func (r testRelay) waitConnected(t testing.TB, id peer.ID) {
+	t.Helper()
+	eventually(t, "the other relay is connected and knows that this is one", func() bool {
+		said, err := r.host.Peerstore().Get(id, "ProtocolVersion")
+		return r.host.Network().Connectedness(id) == network.Connected && err == nil && said == protocolVersion
+	})
+}
+
+// walker is a client that, as the deployed ones, asks also whom answers name.
+type walker struct {
+	lightIdentity
+	crowd *crowd
+	home  peer.AddrInfo // the relay that it knows
+
+	mu    sync.Mutex
+	conns map[peer.ID]*lightClient
+}
+
+// walk sends req to its relay and to every peer that answers name and that it
+// reaches, and returns the answers.
+func (w *walker) walk(ctx context.Context, req *kadpb.Message, relays []testRelay) (answers []*kadpb.Message) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	next, seen := []peer.AddrInfo{w.home}, map[peer.ID]bool{}
+	for ; len(next) > 0; next = next[1:] {
+		info := next[0]
+		// Other clients are crowds on shared sockets, on which nobody is reached.
+		if seen[info.ID] || !slices.ContainsFunc(relays, func(r testRelay) bool { return r.info.ID == info.ID }) {
+			continue
+		}
+		seen[info.ID] = true
+		c := w.conns[info.ID]
+		if c == nil || c.Context().Err() != nil {
+			var err error
+			if c, err = w.crowd.dial(ctx, w.lightIdentity, info); err != nil {
+				continue
+			}
+			w.conns[info.ID] = c
+		}
+		resp, err := c.ask(ctx, req)
+		if err != nil {
+			continue
+		}
+		answers = append(answers, resp)
+		for _, p := range resp.CloserPeers {
+			next = append(next, kadpb.PBPeerToPeerInfo(p))
+		}
+	}
+	return answers
+}
+
+// publish stores a record of its own wherever a walk to the key gets.
+func (w *walker) publish(ctx context.Context, key []byte, relays []testRelay) {
+	w.walk(ctx, findMessage(key), relays)
+	put := putMessage(key, w.id)
+	for _, c := range w.conns {
+		c.ask(ctx, put)
+	}
+}
+
+// finds reports whether a walk gets a record, and an address of its publisher at
+// which a relay sees it.
+func (w *walker) finds(ctx context.Context, key []byte, mate *walker, relays []testRelay) bool {
+	answers := w.walk(ctx, getMessage(key), relays)
+	record := slices.ContainsFunc(answers, func(m *kadpb.Message) bool { return publisherOf(m.GetRecord()) == mate.id })
+	return record && slices.ContainsFunc(answers, func(m *kadpb.Message) bool {
+		return slices.ContainsFunc(m.CloserPeers, func(p *kadpb.Message_Peer) bool {
+			return peer.ID(p.Id) == mate.id && slices.ContainsFunc(relays, func(r testRelay) bool {
+				return slices.ContainsFunc(r.host.Network().ConnsToPeer(mate.id), func(c network.Conn) bool {
+					return slices.ContainsFunc(p.Addresses(), c.RemoteMultiaddr().Equal)
+				})
+			})
+		})
+	})
+}
+
+// Users who list different relays meet, whichever it is, and go on when one is
+// gone for good.
+func TestClientsOfDifferentRelaysMeet(t *testing.T) {
+	ring := newRing(t, 3)
+	const clients = 300
+	c := newCrowd(t, clients)
+	all := make([]*walker, clients)
+	keys := make([][]byte, clients/2)
+	for i := range all {
+		all[i] = &walker{lightIdentity: newLightIdentity(t), crowd: c, home: ring[i%3].info, conns: map[peer.ID]*lightClient{}}
+	}
+	ctx := testContext(t)
+	var publishing sync.WaitGroup
+	for i := range keys {
+		keys[i] = newGroupKey()
+		publishing.Go(func() { all[i].publish(ctx, keys[i], ring) })
+	}
+	publishing.Wait()
+	// missing counts the groups whose second member, of every relay in turn, does
+	// not find the first.
+	missing := func(relays []testRelay) (n int) {
+		for i, key := range keys {
+			mate := all[clients-1-i] // of relay (2-i)%3, the first of i%3
+			if !mate.finds(testContext(t), key, all[i], relays) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := missing(ring); n > 0 {
+		t.Errorf("%d of %d groups are not found", n, len(keys))
+	}
+
+	gone := ring[2]
+	if err := gone.close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range all {
+		if w.home.ID == gone.info.ID { // they list two
+			w.home = ring[0].info
+		}
+	}
+	if n := missing(ring[:2]); n > 0 {
+		t.Errorf("one relay gone: %d of %d groups are not found", n, len(keys))
+	}
+}
+
+// A mate at another relay is named with the address under which that one sees it,
+// which is where a dial gets through.
+func TestClientOfAnotherRelayIsNamed(t *testing.T) {
+	there := newTestRelay(t, defaultConfig(t))
+	here := newTestRelay(t, defaultConfig(t, there.bootstrapFlag()))
+	here.waitConnected(t, there.info.ID)
+	c := newCrowd(t, 2)
+	liar := newLightIdentity(t)
+	liar.listen = []ma.Multiaddr{ma.StringCast("/ip4/203.0.113.66/udp/6666/quic-v1")}
+	mate, seeker := c.join(t, there, liar), c.join(t, here, newLightIdentity(t))
+	eventually(t, "both are identified", func() bool { return there.knows(mate.id) && here.knows(seeker.id) })
+
+	got := seeker.mustAsk(t, findMessage([]byte(mate.id)))
+	if addrs := got[mate.id]; len(addrs) != 2 || !addrs[0].Equal(mate.seenAt()) {
+		t.Errorf("the mate is named with %v, want %v first, and what it says", addrs, mate.seenAt())
+	}
+	if addrs := got[there.info.ID]; len(addrs) == 0 || !addrs[0].Equal(there.info.Addrs[0]) {
+		t.Errorf("the other relay is named with %v, want %v", addrs, there.info.Addrs)
+	}
+	key := newGroupKey()
+	seeker.mustAsk(t, putMessage(key, mate.id))
+	if addrs := seeker.mustAsk(t, getMessage(key))[mate.id]; len(addrs) != 1 || !addrs[0].Equal(mate.seenAt()) {
+		t.Errorf("the publisher is named with %v, want %v alone", addrs, mate.seenAt())
+	}
+	absent := newTestPeerID(t)
+	if addrs, named := seeker.mustAsk(t, findMessage([]byte(absent)))[absent]; named {
+		t.Errorf("a peer that is nowhere is named with %v", addrs)
+	}
+	// The walk before a PUT goes to the other relay, and to nobody else.
+	if got := seeker.mustAsk(t, findMessage(key)); len(got) != 1 || got[there.info.ID] == nil {
+		t.Errorf("before a PUT %v are named, want the other relay", got)
+	}
+}
+
+// Relays that name one another do not ask each other in a circle.
+func TestRelaysDoNotAskInCircles(t *testing.T) {
+	ring := newRing(t, 2)
+	seeker := newCrowd(t, 1).join(t, ring[0], newLightIdentity(t))
+	absent := newTestPeerID(t)
+	ring[1].waitConnected(t, ring[0].info.ID)
+	seeker.mustAsk(t, findMessage([]byte(absent)))
+	if !ring[0].relays.found.Contains(absent) {
+		t.Error("the first relay did not ask the second")
+	}
+	if ring[1].relays.found.Contains(absent) {
+		t.Error("the second relay asked the first, which had asked it")
+	}
+}
+
+// A relay that hangs costs its neighbour's clients a moment, not the answer.
+func TestHungRelayHoldsNobodyUp(t *testing.T) {
+	hung := newClient(t)
+	hung.SetStreamHandler(kadProtocol, func(network.Stream) {})
+	r := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=%s/p2p/%s", hung.Addrs()[0], hung.ID())))
+	eventually(t, "it is connected", func() bool { return r.host.Network().Connectedness(hung.ID()) == network.Connected })
+	seeker := newCrowd(t, 1).join(t, r, newLightIdentity(t))
+	seeker.mustAsk(t, findMessage([]byte(newTestPeerID(t))))
+}
+
+// The order in which relays start does not matter, nor that they lose one another.
+func TestRelaysFindOneAnotherAgain(t *testing.T) {
+	key := newTestKey(t)
+	cfg := defaultConfig(t)
+	var err error
+	if cfg.port, err = freePort(); err != nil {
+		t.Fatal(err)
+	}
+	id := peerIDOf(t, key)
+	here := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", cfg.port, id)))
+	seeker := newCrowd(t, 1).join(t, here, newLightIdentity(t))
+	if named := seeker.mustAsk(t, findMessage(newGroupKey())); len(named) > 0 {
+		t.Errorf("%v are named, while the other relay is down", named)
+	}
+	for range 2 {
+		there := newTestRelayWithin(t, newLimits(0, 256), cfg, key)
+		here.waitConnected(t, there.info.ID)
+		if err := here.host.Network().ClosePeer(there.info.ID); err != nil {
+			t.Fatal(err)
+		}
+		here.waitConnected(t, there.info.ID)
+		if named := seeker.mustAsk(t, findMessage(newGroupKey())); len(named) != 1 {
+			t.Errorf("%v are named, want the other relay", named)
+		}
+		if err := there.close(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "it is missed", func() bool { return here.host.Network().Connectedness(there.info.ID) != network.Connected })
+	}
+}
+
+// Naming relays opens the way to these alone.
+func TestRelayDialsOtherRelaysAlone(t *testing.T) {
+	there := newTestRelay(t, defaultConfig(t))
+	here := newTestRelay(t, defaultConfig(t, there.bootstrapFlag()))
+	here.waitConnected(t, there.info.ID)
+	victim := newClient(t)
+	here.host.Peerstore().AddAddrs(victim.ID(), victim.Addrs(), peerstore.PermanentAddrTTL)
+	if err := here.host.Connect(testContext(t), peer.AddrInfo{ID: victim.ID(), Addrs: victim.Addrs()}); err == nil {
+		t.Error("the relay dialled a client")
+	}
+	own := newTestKey(t)
+	flag := fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/1/quic-v1/p2p/%s", peerIDOf(t, own))
+	if _, err := startRelay(defaultConfig(t, flag), own, nil); err == nil {
+		t.Error("a relay may name itself")
+	}
+}
