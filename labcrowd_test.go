@@ -180,7 +180,8 @@ type labCrowd struct {
 	dec *json.Decoder
 }
 
-// crowd starts a crowd of nobody yet, whose addresses are those of network.
+// crowd starts a crowd of nobody yet, whose addresses are those of network. To
+// reach many of them, go by the last, 255.254: the kernel keeps 1 024 neighbours.
 func (l *lab) crowd(relay peer.AddrInfo, network string) *labCrowd {
 	l.t.Helper()
 	ns := l.public("crowd", network+".255.254/8")
@@ -214,10 +215,8 @@ func (c *labCrowd) grow(size crowdSize) {
 	}
 }
 
-// relayWith runs a relay whose answers are "plain" or "amended" on a public
-// address.
-func (l *lab) relayWith(answers, addr string) peer.AddrInfo {
+// relayWith runs a relay in ns, at addr, whose answers are "plain" or "amended".
+func (l *lab) relayWith(ns, answers, addr string) peer.AddrInfo {
 	l.t.Helper()
-	cmd := l.self(l.public("relay", addr+"/8"), labRelayEnv+"="+answers)
-	return l.relayOf(cmd, []string{"/ip4/" + addr + "/udp/4001/quic-v1"})
+	return l.relayOf(l.self(ns, labRelayEnv+"="+answers), []string{"/ip4/" + addr + "/udp/4001/quic-v1"})
 }

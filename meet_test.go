@@ -107,12 +107,16 @@ func BenchmarkMeet(b *testing.B) {
 func meetAmong(b *testing.B, answers string, strangers crowdSize) (stored, found times, connected []times) {
 	l := newLab(b)
 	var homes [2]map[string]string // each side's namespace for each place
+	var outside []string           // the namespaces with public addresses
 	for side := range homes {
-		homes[side] = map[string]string{"public": l.public(fmt.Sprint("public", side), fmt.Sprintf("11.1.0.%d/8", side+1))}
+		public := l.public(fmt.Sprint("public", side), fmt.Sprintf("11.1.0.%d/8", side+1))
+		homes[side] = map[string]string{"public": public}
+		outside = append(outside, public)
 		for i, kind := range []natKind{endpointIndependent, endpointDependent} {
 			place := []string{"restricted", "symmetric"}[i]
 			router := l.router(fmt.Sprint(place, side), fmt.Sprintf("11.2.%d.%d/8", i, side+1), kind)
 			homes[side][place] = l.home(fmt.Sprint("home", place, side), router, 10)
+			outside = append(outside, router)
 		}
 	}
 	relays := make([]peer.AddrInfo, 1)
@@ -120,8 +124,14 @@ func meetAmong(b *testing.B, answers string, strangers crowdSize) (stored, found
 		relays = make([]peer.AddrInfo, matePairs)
 	}
 	for i := range relays {
-		relays[i] = l.relayWith(answers, fmt.Sprint("11.0.0.", i+1))
-		l.crowd(relays[i], fmt.Sprint("11.", 100+i)).grow(strangers)
+		ns := l.public("relay", fmt.Sprintf("11.0.0.%d/8", i+1))
+		relays[i] = l.relayWith(ns, answers, fmt.Sprint("11.0.0.", i+1))
+		network := fmt.Sprint("11.", 100+i)
+		crowd := l.crowd(relays[i], network)
+		for _, ns := range append(outside, ns) {
+			l.in(ns, "ip route add "+network+".0.0/16 via "+network+".255.254")
+		}
+		crowd.grow(strangers)
 	}
 
 	var clients [2][]*rustClient
