@@ -1,5 +1,8 @@
 package main
 
+// The QUIC sockets: how they are configured where libp2p takes no option for it,
+// with which keys, and how a crowd of new connections is let in.
+
 import (
 	"context"
 	"crypto/hkdf"
