@@ -10,14 +10,12 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"strings"
 	"sync"
-	"testing"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
@@ -171,52 +169,4 @@ func listenOpen(who lightIdentity, addr string) (*quicgo.Transport, error) {
 		}
 	}()
 	return tr, nil
-}
-
-// labCrowd is a running crowd.
-type labCrowd struct {
-	t   testing.TB
-	enc *json.Encoder
-	dec *json.Decoder
-}
-
-// crowd starts a crowd of nobody yet, whose addresses are those of network. To
-// reach many of them, go by the last, 255.254: the kernel keeps 1 024 neighbours.
-func (l *lab) crowd(relay peer.AddrInfo, network string) *labCrowd {
-	l.t.Helper()
-	ns := l.public("crowd", network+".255.254/8")
-	l.in(ns, "ip route add local "+network+".0.0/16 dev lo")
-	l.nft(ns, fmt.Sprintf("table ip sink {\nchain arriving { type filter hook input priority filter; udp dport %d drop; }\n}", crowdSink))
-	cmd := l.self(ns, fmt.Sprintf("%s=%s/p2p/%s %s", labCrowdEnv, relay.Addrs[0], relay.ID, network))
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	l.start(cmd)
-	return &labCrowd{l.t, json.NewEncoder(stdin), json.NewDecoder(stdout)}
-}
-
-// grow lets clients join until they are as many as size says.
-func (c *labCrowd) grow(size crowdSize) {
-	c.t.Helper()
-	err := c.enc.Encode(size)
-	if err == nil {
-		err = c.dec.Decode(&size)
-	}
-	if err == nil && size.Err != "" {
-		err = errors.New(size.Err)
-	}
-	if err != nil {
-		c.t.Fatalf("the crowd: %v", err)
-	}
-}
-
-// relayWith runs a relay in ns, at addr, whose answers are "plain" or "amended".
-func (l *lab) relayWith(ns, answers, addr string) peer.AddrInfo {
-	l.t.Helper()
-	return l.relayOf(l.self(ns, labRelayEnv+"="+answers), []string{"/ip4/" + addr + "/udp/4001/quic-v1"})
 }
