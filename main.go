@@ -56,6 +56,8 @@ const (
 const usage = `privstack-relay - find and reach your PrivStack devices through your own server
 
 Usage: privstack-relay [flags]
+       privstack-relay check RELAY   test a running relay, from anywhere
+                                     (see check --help)
 
   -p, --port PORT               UDP port for QUIC (default 4001)
       --http-port PORT          TCP port for the identity endpoint (default 4002)
@@ -254,9 +256,12 @@ func parseSize(s string) (int64, error) {
 }
 
 // run is the whole program short of the process: it parses args, loads the key
-// and serves until ctx is done. nil is a clean stop, a usageError a mistyped
+// and serves until ctx is done, or checks a relay. nil is a clean stop, a usageError a mistyped
 // command line.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == "check" {
+		return runCheck(ctx, args[1:], stdout)
+	}
 	cfg, err := parseFlags(args)
 	switch {
 	case errors.Is(err, errHelp):

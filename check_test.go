@@ -1,0 +1,665 @@
+package main
+
+// What operators and monitors get from `privstack-relay check`, of relays that
+// are well, ill, absent and hostile.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+)
+
+// What an operator may write for the relay to be checked.
+func TestParseCheckTarget(t *testing.T) {
+	const id = "12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV"
+	for s, want := range map[string]string{
+		"relay.example.org":                               "relay.example.org http://relay.example.org:4002/api/v1/identity",
+		"relay.example.org:8080":                          "relay.example.org http://relay.example.org:8080/api/v1/identity",
+		"203.0.113.7":                                     "203.0.113.7 http://203.0.113.7:4002/api/v1/identity",
+		"203.0.113.7:80":                                  "203.0.113.7 http://203.0.113.7:80/api/v1/identity",
+		"2001:db8::7":                                     "2001:db8::7 http://[2001:db8::7]:4002/api/v1/identity",
+		"[2001:db8::7]":                                   "2001:db8::7 http://[2001:db8::7]:4002/api/v1/identity",
+		"[2001:db8::7]:80":                                "2001:db8::7 http://[2001:db8::7]:80/api/v1/identity",
+		"https://relay.example.org":                       "relay.example.org https://relay.example.org:443/api/v1/identity",
+		"http://relay.example.org/":                       "relay.example.org http://relay.example.org:80/api/v1/identity",
+		"https://[2001:db8::7]:8443/r":                    "2001:db8::7 https://[2001:db8::7]:8443/r/api/v1/identity",
+		"http://localhost:4002/api/v1/identity":           "localhost http://localhost:4002/api/v1/identity",
+		"/ip4/203.0.113.7/udp/1/quic-v1/p2p/" + id:        "203.0.113.7 /ip4/203.0.113.7/udp/1/quic-v1 " + id,
+		"/dns6/relay.example.org/udp/1/quic-v1/p2p/" + id: "relay.example.org /dns6/relay.example.org/udp/1/quic-v1 " + id,
+	} {
+		got, err := parseCheckTarget(s)
+		text := fmt.Sprint(got.host, " ", got.url)
+		if got.url == nil {
+			text = fmt.Sprint(got.host, " ", got.addr, " ", got.id)
+		}
+		if err != nil || text != want {
+			t.Errorf("parseCheckTarget(%q) = %s, %v, want %s", s, text, err, want)
+		}
+	}
+	for _, s := range []string{
+		"", " ", "-x", "a b", "0.0.0.0", "::", "224.0.0.1", "fe80::1%eth0", "host:0", "host:70000", "host:x", ":4002", "[::1", "a/b",
+		"ftp://relay.example.org", "https://", "https://u:p@relay.example.org", "https://relay.example.org/?q", "http://[::1", "http://%zz",
+		"/ip4/203.0.113.7/udp/1/quic-v1", "/ip4/203.0.113.7/tcp/1/p2p/" + id, "/p2p/" + id, "/", "[/ip4/203.0.113.7/udp/1/quic-v1]",
+	} {
+		if got, err := parseCheckTarget(s); err == nil {
+			t.Errorf("parseCheckTarget(%q) = %+v, want an error", s, got)
+		}
+	}
+}
+
+// checked is what one run of the binary said and how it ended.
+type checked struct {
+	checkReport
+	code   int
+	stdout string
+	stderr string
+}
+
+// runCheckBinary runs `privstack-relay check args...` to its end.
+func runCheckBinary(t *testing.T, args ...string) checked {
+	t.Helper()
+	cmd := command(t, append([]string{"check"}, args...)...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	hung := time.AfterFunc(2*testTimeout, func() { cmd.Process.Kill() })
+	cmd.Wait()
+	if !hung.Stop() {
+		t.Fatalf("check %q did not return within %v", args, 2*testTimeout)
+	}
+	if files, err := os.ReadDir(cmd.Dir); err != nil || len(files) > 0 {
+		t.Errorf("check left %v behind (%v)", files, err)
+	}
+	return checked{code: cmd.ProcessState.ExitCode(), stdout: stdout.String(), stderr: stderr.String()}
+}
+
+// runCheckJSON runs it with --json.
+func runCheckJSON(t *testing.T, target string) checked {
+	t.Helper()
+	c := runCheckBinary(t, "--json", target)
+	dec := json.NewDecoder(strings.NewReader(c.stdout))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&c.checkReport); err != nil || dec.More() {
+		t.Fatalf("check --json %s = %q, %v, want one document; stderr %q", target, c.stdout, err, c.stderr)
+	}
+	if (c.code == 0) != c.OK || c.code > 1 {
+		t.Errorf("exit status %d with ok = %v", c.code, c.OK)
+	}
+	return c
+}
+
+func (r checkReport) step(t *testing.T, name string) checkStep {
+	t.Helper()
+	for _, s := range r.Steps {
+		if s.Name == name {
+			return s
+		}
+	}
+	t.Fatalf("no step %s in %+v", name, r.Steps)
+	return checkStep{}
+}
+
+// wantFailed checks that exactly these steps failed, and what the first says.
+func (r checkReport) wantFailed(t *testing.T, says string, names ...string) {
+	t.Helper()
+	var failed []string
+	for _, s := range r.Steps {
+		if s.Result == checkFailed {
+			failed = append(failed, s.Name)
+		}
+	}
+	if !slices.Equal(failed, names) {
+		t.Errorf("failed: %v, want %v\n%s", failed, names, r.text())
+	}
+	if s := r.step(t, names[0]); !strings.Contains(s.text(), says) {
+		t.Errorf("step says\n%swant %q in it", s.text(), says)
+	}
+}
+
+func (r checkReport) text() (s string) {
+	for _, step := range r.Steps {
+		s += step.text()
+	}
+	return s
+}
+
+// checkSteps are the names that monitoring knows, in their order.
+var checkSteps = []string{
+	"name", "identity-ipv4", "identity-ipv6", "quic-ipv4", "quic-ipv6", "addresses", "identify",
+	"observed", "nat", "clients", "dht", "record", "reservation", "circuit",
+}
+
+// Whatever form the operator uses, a relay that is well is found to be.
+func TestCheckPassesOnAGoodRelay(t *testing.T) {
+	p := start(t)
+	port := p.http[strings.LastIndex(p.http, ":")+1:]
+	for _, tt := range []struct{ target, skipped string }{
+		{"localhost:" + port, ""},
+		{"127.0.0.1:" + port, "name identity-ipv6 quic-ipv6"},
+		{"[::1]:" + port, "name identity-ipv4 quic-ipv4"},
+		{p.http, ""},
+		{p.bootstrap.Addrs[0].String() + "/p2p/" + p.peerID, "name identity-ipv4 identity-ipv6 quic-ipv6 addresses"},
+	} {
+		t.Run(tt.target, func(t *testing.T) {
+			if strings.Contains(tt.target, "::1") && routeTo(netip.IPv6Loopback()) != nil {
+				t.Skip("no IPv6 on this machine")
+			}
+			got := runCheckJSON(t, tt.target)
+			if got.code != 0 || got.PeerID != p.peerID || got.Target != tt.target || got.stderr != "" {
+				t.Errorf("exit status %d, stderr %q, peer %s of %s, want 0, nothing, and the relay's\n%s", got.code, got.stderr, got.PeerID, got.Target, got.text())
+			}
+			var names, skipped []string
+			for _, s := range got.Steps {
+				names = append(names, s.Name)
+				if s.Result == checkSkipped {
+					skipped = append(skipped, s.Name)
+				}
+			}
+			if !slices.Equal(names, checkSteps) {
+				t.Errorf("steps = %v, want %v", names, checkSteps)
+			}
+			// Whether localhost has an IPv6 address is the machine's business.
+			if tt.skipped != "" && strings.Join(skipped, " ") != tt.skipped {
+				t.Errorf("skipped %v, want %s", skipped, tt.skipped)
+			}
+			if n, ok := got.step(t, "circuit").Values["mib_per_s"].(float64); !ok || n <= 0 {
+				t.Errorf("circuit = %+v, want mib_per_s", got.step(t, "circuit"))
+			}
+		})
+	}
+}
+
+// A terminal of 100 columns, no colour needed, and one line or more for each step.
+func TestCheckTextIsReadable(t *testing.T) {
+	p := start(t)
+	got := runCheckBinary(t, p.http)
+	if got.code != 0 || got.stderr != "" || !strings.HasSuffix(got.stdout, "\nAll is well.\n") {
+		t.Errorf("exit status %d, stdout\n%s\nstderr %q, want 0 and a good end", got.code, got.stdout, got.stderr)
+	}
+	for _, name := range checkSteps {
+		if !strings.Contains(got.stdout, "\n✓ "+name) && !strings.Contains(got.stdout, "\n– "+name) {
+			t.Errorf("no line for %s", name)
+		}
+	}
+	wantReadable(t, got.stdout)
+}
+
+func wantReadable(t *testing.T, text string) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if utf8.RuneCountInString(line) > 100 || clean(line) != line {
+			t.Errorf("line %q has more than 100 columns, or characters that a terminal acts on", line)
+		}
+	}
+}
+
+// Scripts tell a mistyped command from a relay that is ill.
+func TestCheckExitStatusOfUsage(t *testing.T) {
+	if got := runCheckBinary(t, "--help"); got.code != 0 || got.stdout != checkUsage {
+		t.Errorf("check --help = %d, %q, want 0 and its usage", got.code, got.stdout)
+	}
+	for _, args := range [][]string{nil, {""}, {"a", "b"}, {"--nonsense", "a"}, {"a", "--nonsense"}, {"https://"}, {"/ip4/203.0.113.7/udp/1/quic-v1"}} {
+		if got := runCheckBinary(t, args...); got.code != 2 || got.stdout != "" || !strings.Contains(got.stderr, "check") {
+			t.Errorf("check %q = %d, stdout %q, stderr %q, want 2 and a reason", args, got.code, got.stdout, got.stderr)
+		}
+	}
+}
+
+// fakeEndpoint answers every request with body, and says where it is.
+func fakeEndpoint(t *testing.T, body string) (hostPort string) {
+	t.Helper()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, body) }))
+	t.Cleanup(srv.Close)
+	return srv.Listener.Addr().String()
+}
+
+func identityBody(t *testing.T, id peer.ID, addrs ...string) string {
+	t.Helper()
+	body, err := json.Marshal(identityResponse{PeerID: id.String(), Addresses: addrs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// silentUDP is a port on which packets come in and nothing goes out, as behind a
+// firewall that drops them.
+func silentUDP(t *testing.T) (port int) {
+	t.Helper()
+	conn, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn.LocalAddr().(*net.UDPAddr).Port
+}
+
+// The mistake that operators make most: the identity endpoint answers, and UDP
+// was forgotten.
+func TestCheckFindsUDPClosed(t *testing.T) {
+	t.Parallel()
+	id, _ := peer.Decode("12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV")
+	port := silentUDP(t)
+	got := runCheckJSON(t, fakeEndpoint(t, identityBody(t, id, fmt.Sprintf("/ip4/0.0.0.0/udp/%d/quic-v1", port))))
+	got.wantFailed(t, "no answer", "quic-ipv4", "addresses")
+	if s := got.step(t, "quic-ipv4"); !slices.Contains(s.Try, fmt.Sprintf("ufw allow %d/udp", port)) {
+		t.Errorf("try = %q, want the ufw line for UDP %d", s.Try, port)
+	}
+	for _, s := range got.Steps[6:] {
+		if s.Result != checkSkipped || s.Detail != "needs QUIC" {
+			t.Errorf("step %+v, want it skipped for want of QUIC", s)
+		}
+	}
+}
+
+// The relay has died, or was never started. (Whether anything answers on the
+// default UDP port of this machine is not this test's business.)
+func TestCheckFindsRelayStopped(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	p.Process.Kill()
+	p.Wait()
+	got := runCheckJSON(t, p.http)
+	s := got.step(t, "identity-ipv4")
+	if got.OK || s.Result != checkFailed || !slices.Contains(s.Try, "systemctl status privstack-relay") {
+		t.Errorf("got\n%swant the first step to say that nothing listens", got.text())
+	}
+	wantReadable(t, got.text())
+}
+
+// Another key file than the one clients know.
+func TestCheckFindsAnotherPeerID(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	other := "/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV"
+	got := runCheckJSON(t, r.info.Addrs[0].String()+other)
+	got.wantFailed(t, "promised", "quic-ipv4")
+	if s := got.step(t, "quic-ipv4"); !strings.Contains(s.Detail, r.peerID()) || !strings.Contains(s.Cause, "key") {
+		t.Errorf("step %+v, want the ID that was found, and the key file as the cause", s)
+	}
+}
+
+// Each announced address that fails is named. One of the host that was asked may
+// fail where others are announced: the endpoint may be behind a proxy.
+func TestCheckDialsWhatIsAnnounced(t *testing.T) {
+	t.Parallel()
+	r := newTestRelay(t, defaultConfig(t))
+	good := r.info.Addrs[0].String()
+	closed := fmt.Sprintf("/ip4/127.0.0.2/udp/%d/quic-v1", silentUDP(t))
+	port := silentUDP(t)
+	got := runCheckJSON(t, fakeEndpoint(t, identityBody(t, r.info.ID, closed, good, fmt.Sprintf("/ip4/0.0.0.0/udp/%d/quic-v1", port))))
+	got.wantFailed(t, "✗ "+closed, "addresses")
+	lines := got.step(t, "addresses").Lines
+	if want := fmt.Sprintf("– /ip4/127.0.0.1/udp/%d/quic-v1  no answer, and others are announced", port); !slices.Contains(lines, want) {
+		t.Errorf("addresses: %q, want %q among them", lines, want)
+	}
+	if s := got.step(t, "quic-ipv4"); s.Values["address"] != good {
+		t.Errorf("quic-ipv4 = %+v, want the address that answers", s)
+	}
+}
+
+// Behind the endpoint's address may be anything, and it may do anything.
+func TestCheckSurvivesHostileEndpoints(t *testing.T) {
+	id, _ := peer.Decode("12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV")
+	var thousands []string
+	for i := range 4000 {
+		thousands = append(thousands, fmt.Sprintf("/ip4/127.0.0.1/udp/%d/quic-v1", 1+i))
+	}
+	drip := func(c net.Conn) { // a header line that never ends, byte by byte
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+		for range time.Tick(50 * time.Millisecond) {
+			if _, err := io.WriteString(c, " "); err != nil {
+				return
+			}
+		}
+	}
+	flood := func(c net.Conn) {
+		io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+		for junk := bytes.Repeat([]byte("x"), 1<<16); ; {
+			if _, err := c.Write(junk); err != nil {
+				return
+			}
+		}
+	}
+	say := func(s string) func(net.Conn) {
+		return func(c net.Conn) {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(s), s)
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		serve func(net.Conn)
+		says  string
+	}{
+		{"says nothing", func(c net.Conn) { io.Copy(io.Discard, c) }, "does not answer in time"},
+		{"answers byte by byte", drip, "does not end in time"},
+		{"never stops answering", flood, "longer than 65536 bytes"},
+		{"speaks another protocol", func(c net.Conn) { io.WriteString(c, "220 mail.example.org ESMTP\x1b[2J\r\n") }, "malformed HTTP"},
+		{"garbage", say(`{"peer_id":`), "not a relay's identity"},
+		{"JSON of another kind", say(`[1,2,3]`), "not a relay's identity"},
+		{"no peer ID", say(`{"peer_id":"\u001b[2J` + strings.Repeat("x", 3000) + `"}`), "peer_id"},
+		{"redirects away", func(c net.Conn) {
+			io.WriteString(c, "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.2/\r\nContent-Length: 0\r\n\r\n")
+		}, "redirected to http://127.0.0.2/"},
+		{"redirects in a circle", func(c net.Conn) {
+			fmt.Fprintf(c, "HTTP/1.1 302 Found\r\nLocation: http://%s/\r\nContent-Length: 0\r\n\r\n", c.LocalAddr())
+		}, "redirected"},
+		{"error", func(c net.Conn) { io.WriteString(c, "HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n") }, "HTTP status 502"},
+		{"thousands of addresses", say(identityBody(t, id, thousands...)), "longer than 65536 bytes"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			target, err := parseCheckTarget(rawEndpoint(t, tt.serve))
+			if err != nil {
+				t.Fatal(err)
+			}
+			limit := testTimeout
+			if strings.Contains(tt.says, "in time") { // and then the shorter the better
+				limit = time.Second
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), limit)
+			defer cancel()
+			a := askEndpoint(ctx, target.url, netip.MustParseAddr("127.0.0.1"))
+			if a.err == nil || !strings.Contains(a.err.Error(), tt.says) || a.why.cause == "" {
+				t.Errorf("error = %v (likely %q), want %q", a.err, a.why.cause, tt.says)
+			}
+		})
+	}
+}
+
+// A server that hangs does not hang the check.
+func TestCheckSurvivesHungEndpoint(t *testing.T) {
+	t.Parallel()
+	got := runCheckJSON(t, rawEndpoint(t, func(c net.Conn) { io.Copy(io.Discard, c) }))
+	if s := got.step(t, "identity-ipv4"); s.Result != checkFailed || !strings.Contains(s.Detail, "does not answer in time") {
+		t.Errorf("identity-ipv4 = %+v, want it to say that there is no answer", s)
+	}
+	wantReadable(t, got.text())
+}
+
+// rawEndpoint takes connections on loopback and hands each to serve once a
+// request has begun.
+func rawEndpoint(t *testing.T, serve func(net.Conn)) (hostPort string) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() { // until the listener is closed
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				io.CopyN(io.Discard, c, 1)
+				serve(c)
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+// A relay that says many addresses, or others' addresses, makes nobody a port
+// scanner.
+func TestCheckDialsFewAddresses(t *testing.T) {
+	var many []string
+	for i := range 500 {
+		many = append(many, fmt.Sprintf("/ip4/203.0.113.%d/udp/%d/quic-v1", i%250+1, i+1))
+	}
+	for _, tt := range []struct {
+		name    string
+		asked   string
+		listed  []string
+		dialled string
+	}{
+		{"wildcards stand for the host that was asked", "203.0.113.7", []string{"/ip4/0.0.0.0/udp/1/quic-v1", "/ip6/::/udp/1/quic-v1"}, "[/ip4/203.0.113.7/udp/1/quic-v1]"},
+		{"local addresses are not dialled from outside", "203.0.113.7", []string{"/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/10.1.2.3/udp/1/quic-v1", "/ip6/::ffff:10.1.2.3/udp/1/quic-v1", "/ip4/100.64.0.1/udp/1/quic-v1", "/ip4/224.0.0.1/udp/1/quic-v1"}, "[]"},
+		{"but they are in their own network", "192.168.1.2", []string{"/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/10.1.2.3/udp/1/quic-v1"}, "[/ip4/10.1.2.3/udp/1/quic-v1]"},
+		{"other transports are not", "203.0.113.7", []string{"/ip4/203.0.113.7/tcp/1", "/ip4/203.0.113.7/udp/1/quic-v1/webtransport", "junk", "", "/ip4/203.0.113.7/udp/1/quic-v1/p2p-circuit"}, "[]"},
+		{"none twice", "203.0.113.7", []string{"/ip4/203.0.113.7/udp/1/quic-v1", "/ip4/0.0.0.0/udp/1/quic-v1"}, "[/ip4/203.0.113.7/udp/1/quic-v1]"},
+		{"not too many", "203.0.113.7", many, fmt.Sprint(many[:maxCheckDials])},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if routeTo(netip.MustParseAddr(tt.asked)) != nil {
+				t.Skip("no network on this machine, not even one that leads nowhere")
+			}
+			target, err := parseCheckTarget(tt.asked)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := &checker{target: target, listed: tt.listed, ips: map[family][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}}
+			var dialled []string
+			for _, d := range c.addrsToDial(testContext(t)) {
+				if d.not == "" {
+					dialled = append(dialled, d.addr.String())
+				}
+			}
+			if fmt.Sprint(dialled) != tt.dialled {
+				t.Errorf("dials %v, want %s", dialled, tt.dialled)
+			}
+		})
+	}
+}
+
+// A relay that is full says so, and the check says which flags are meant.
+func TestCheckFindsRelayFull(t *testing.T) {
+	for _, tt := range []struct {
+		clients int
+		failed  []string
+	}{
+		{1, []string{"quic-ipv4"}},
+		{2, []string{"clients"}},
+	} {
+		t.Run(fmt.Sprint(tt.clients), func(t *testing.T) {
+			r := newTestRelayWithin(t, limits{clients: tt.clients, perNetwork: 256, exempt: loopback}, defaultConfig(t), newTestKey(t))
+			connect(t, newClient(t), r)
+			got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID())
+			got.wantFailed(t, "--max-clients", tt.failed...)
+		})
+	}
+}
+
+// A node that is no relay, and one that takes every request and never answers.
+func TestCheckSurvivesHungRelay(t *testing.T) {
+	t.Parallel()
+	hang := func(s network.Stream) { io.Copy(io.Discard, s) }
+	for _, tt := range []struct {
+		name   string
+		serve  []protocol.ID
+		says   string
+		failed []string
+	}{
+		{"no relay", nil, "no PrivStack relay", []string{"identify", "dht", "record", "reservation"}},
+		{"hangs", []protocol.ID{"/ipfs/id/1.0.0", kadProtocol, proto.ProtoIDv2Hop}, "hangs", []string{"identify", "observed", "dht", "record", "reservation"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			h := newClient(t, libp2p.UserAgent("evil\x1b[2J"))
+			for _, id := range tt.serve {
+				h.SetStreamHandler(id, hang)
+			}
+			got := runCheckJSON(t, h.Addrs()[0].String()+"/p2p/"+h.ID().String())
+			got.wantFailed(t, tt.says, tt.failed...)
+			wantReadable(t, got.text())
+		})
+	}
+}
+
+// What a circuit carries is the operator's to choose; a sync that is cut is not
+// what they wanted.
+func TestCheckFindsSmallCircuits(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t, "--circuit-bytes=128KiB"))
+	got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID())
+	got.wantFailed(t, "--circuit-bytes", "circuit")
+}
+
+// The check is of the relay from here: an operator who gives up is obeyed.
+func TestCheckEndsWhenInterrupted(t *testing.T) {
+	ctx, cancel := context.WithCancel(testContext(t))
+	target, err := parseCheckTarget("127.0.0.1:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := checkRelay(ctx, target, func(s checkStep) {
+		if s.Name == "name" {
+			cancel()
+		}
+	})
+	if last := r.Steps[len(r.Steps)-1]; err != nil || r.OK || last.Result != checkFailed || !strings.Contains(last.Detail, "canceled") {
+		t.Errorf("checkRelay = %+v, %v, want the steps after the first not reached", r, err)
+	}
+}
+
+// check is the report of a check that is run in ns.
+func (l *lab) check(ns, target string) (r checkReport) {
+	l.t.Helper()
+	cmd := command(l.t, "check", "--json", target)
+	cmd.Args = append([]string{"ip", "netns", "exec", ns}, cmd.Args...)
+	cmd.Path, _ = exec.LookPath("ip")
+	out, err := cmd.Output()
+	if err := json.Unmarshal(out, &r); err != nil {
+		l.t.Fatalf("check: %v\n%s", err, out)
+	}
+	if (err == nil) != r.OK {
+		l.t.Errorf("exit: %v, with ok = %v", err, r.OK)
+	}
+	return r
+}
+
+// From a home behind a NAT: what is said of the NAT is true, and no more is said
+// than a relay can tell.
+func TestCheckBehindNAT(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name      string
+		kind      natKind
+		addresses []string // of the relay, announced
+		result    string
+		values    map[string]any
+	}{
+		{"kept, one address", endpointIndependent, []string{"11.0.0.1"}, checkPassed, map[string]any{"nat": true, "port_kept": true, "same_for_destinations": "unknown"}},
+		{"kept, two addresses", endpointIndependent, []string{"11.0.0.1", "11.0.0.2"}, checkPassed, map[string]any{"nat": true, "port_kept": true, "same_for_destinations": "yes"}},
+		{"not kept, one address", endpointDependent, []string{"11.0.0.1"}, checkPassed, map[string]any{"nat": true, "port_kept": false, "same_for_destinations": "unknown"}},
+		{"not kept, two addresses", endpointDependent, []string{"11.0.0.1", "11.0.0.2"}, checkSkipped, map[string]any{"nat": true, "port_kept": false, "same_for_destinations": "no"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			var args []string
+			for _, a := range tt.addresses {
+				args = append(args, "--announce="+a)
+			}
+			cloud := l.public("relay", "11.0.0.1/8", "11.0.0.2/8")
+			l.relay(cloud, nil, args...)
+			home := l.home("home", l.router("router", "11.2.0.1/8", tt.kind), 10)
+			got := l.check(home, "11.0.0.1")
+			if !got.OK {
+				t.Errorf("failed:\n%s", got.text())
+			}
+			if s := got.step(t, "observed"); !strings.HasPrefix(fmt.Sprint(s.Values["address"]), "11.2.0.1:") {
+				t.Errorf("observed %+v, want the router's address", s)
+			}
+			s := got.step(t, "nat")
+			delete(s.Values, "local_port")
+			if s.Result != tt.result || fmt.Sprint(s.Values) != fmt.Sprint(tt.values) {
+				t.Errorf("nat = %+v, want %s, %v", s, tt.result, tt.values)
+			}
+		})
+	}
+}
+
+// The mistakes that only show from outside, on an internet of our own.
+func TestCheckFindsDeploymentMistakes(t *testing.T) {
+	t.Parallel()
+	t.Run("firewall without UDP", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		ns := l.public("relay", "11.0.0.1/8")
+		l.relay(ns, nil)
+		l.nft(ns, `table ip fw { chain in { type filter hook input priority filter; policy drop; tcp dport 4002 accept; }
+}`)
+		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
+		got.wantFailed(t, "try: ufw allow 4001/udp", "quic-ipv4", "addresses")
+	})
+	t.Run("firewall without TCP", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		ns := l.public("relay", "11.0.0.1/8")
+		id := l.relay(ns, nil).ID
+		l.nft(ns, `table ip fw { chain in { type filter hook input priority filter; policy drop; udp dport 4001 accept; }
+}`)
+		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
+		got.wantFailed(t, "try: ufw allow 4002/tcp", "identity-ipv4")
+		if got.PeerID != id.String() {
+			t.Errorf("peer ID %s, want it found over QUIC: %s", got.PeerID, id)
+		}
+	})
+	t.Run("NAT and nothing announced", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		cloud := l.router("cloud", "11.0.0.1/8", endpointIndependent)
+		l.nft(cloud, `table ip cloud { chain arriving { type nat hook prerouting priority dstnat; iifname "wan" ip daddr 11.0.0.1 dnat to 192.168.1.10; }
+}`)
+		l.relay(l.home("relay", cloud, 10), nil)
+		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
+		got.wantFailed(t, "--announce 11.0.0.1", "reservation")
+	})
+	t.Run("port forward that hides clients", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		cloud := l.router("cloud", "11.0.0.1/8", endpointIndependent)
+		l.nft(cloud, `table ip cloud {
+			chain arriving { type nat hook prerouting priority dstnat; iifname "wan" ip daddr 11.0.0.1 dnat to 192.168.1.10; }
+			chain hiding { type nat hook postrouting priority srcnat; oifname "br0" masquerade; }
+		}`)
+		l.relay(l.home("relay", cloud, 10), nil, "--announce=11.0.0.1")
+		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
+		got.wantFailed(t, "hides its clients", "observed")
+	})
+	t.Run("private address announced", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		l.relay(l.public("relay", "11.0.0.1/8"), nil, "--announce=11.0.0.1", "--announce=192.168.1.10")
+		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
+		got.wantFailed(t, "✗ /ip4/192.168.1.10/udp/4001/quic-v1", "addresses")
+	})
+}
+
+// Whatever the other side says, it fits the terminal and does nothing to it.
+func FuzzCheckText(f *testing.F) {
+	f.Add("relay.example.org:1", "12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV \x1b[2J\r\nno")
+	f.Add("/ip4/203.0.113.7/udp/1/quic-v1/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV", "\xff\xfe 世界")
+	f.Add("http://[::1]/a/../b", "")
+	f.Fuzz(func(t *testing.T, target, said string) {
+		s := failed(likely("a cause"), "%s", clean(said))
+		wantReadable(t, s.text())
+		if got, err := parseCheckTarget(target); err == nil {
+			if got.host == "" || (got.url == nil) == (got.addr == nil) || got.addr != nil && (got.id == "" || len(got.addr) != 3) {
+				t.Errorf("parseCheckTarget(%q) = %+v", target, got)
+			}
+		}
+	})
+}
