@@ -53,6 +53,9 @@ const (
 	// maxCheckMessage bounds one message of the relay's, in bytes: several times
 	// what identify (8 KiB) and the DHT (16 KiB) of an honest one need.
 	maxCheckMessage = 64 << 10
+
+	// checkRoundTrips are made where latency is measured; the shortest counts.
+	checkRoundTrips = 5
 )
 
 // checkHost is one throw-away client. Make it with newCheckHost, end it with Close.
@@ -280,13 +283,13 @@ func (h *checkHost) reserve(ctx context.Context, relay peer.ID) (*circuitclient.
 	return circuitclient.Reserve(ctx, h, peer.AddrInfo{ID: relay})
 }
 
-// ping is the shortest round trip of three to id.
+// ping is the shortest of checkRoundTrips to id.
 func (h *checkHost) ping(ctx context.Context, id peer.ID) (time.Duration, error) {
 	ctx, cancel := context.WithCancel(ctx) // which ends the series
 	defer cancel()
 	var best time.Duration
 	results := ping.Ping(ctx, h, id)
-	for range 3 {
+	for range checkRoundTrips {
 		r, ok := <-results
 		switch {
 		case !ok:
@@ -304,7 +307,7 @@ func (h *checkHost) ping(ctx context.Context, id peer.ID) (time.Duration, error)
 type echoed struct {
 	bytes int           // that came back as they were sent
 	took  time.Duration // from the first byte sent to the last received
-	rtt   time.Duration // shortest round trip of three single bytes
+	rtt   time.Duration // shortest of checkRoundTrips of a single byte
 }
 
 // echo opens a stream to mate, which is a checkHost, over the circuit between
@@ -319,7 +322,7 @@ func (h *checkHost) echo(ctx context.Context, mate peer.ID) (e echoed, err error
 		return e, fmt.Errorf("connected over %v, which is no circuit", s.Conn().RemoteMultiaddr())
 	}
 	one := make([]byte, 1)
-	for range 3 {
+	for range checkRoundTrips {
 		begun := time.Now()
 		if _, err := s.Write(one); err != nil {
 			return e, err
