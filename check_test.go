@@ -127,6 +127,7 @@ func (r checkReport) wantFailed(t *testing.T, says string, names ...string) {
 	for _, s := range r.Steps {
 		if s.Result == checkFailed {
 			failed = append(failed, s.Name)
+			t.Logf("\n%s", s.text()) // -v shows what the README quotes
 		}
 	}
 	if !slices.Equal(failed, names) {

@@ -251,7 +251,7 @@ func (c *checker) identity(ctx context.Context, f family) checkStep {
 		if c.id == "" {
 			c.id, c.listed = a.id, append([]string{}, a.addrs...)
 		}
-		s = passed("%s names %s", at, a.id)
+		s = passed("%s: %s", at, a.id)
 	}
 	s.Millis = millis(a.took)
 	return s
@@ -849,7 +849,7 @@ func (c *checker) observed(context.Context) checkStep {
 	}
 	values := map[string]any{"address": seen.String()}
 	if isLocal(seen.Addr()) && !manet.IsPrivateAddr(c.used.addr) {
-		return failed(likely("a proxy or NAT before the relay hides its clients (a container's port forwarding does): homes behind NATs will not meet", "run the container in the host's network: --network host"),
+		return failed(likely("a proxy or NAT before the relay, such as a container's port forwarding, hides its clients: homes behind NATs will not meet", "docker run --network host ..."),
 			"the relay sees us at the private %s", seen).with(values)
 	}
 	return passed("the relay sees us at %s", seen).with(values)

@@ -559,7 +559,9 @@ func TestReadmeQuotesUsage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(readme), usage) {
-		t.Error("README.md does not hold the usage text as --help prints it")
+	for _, text := range []string{usage, checkUsage} {
+		if !strings.Contains(string(readme), text) {
+			t.Errorf("README.md does not hold this usage text as --help prints it:\n%s", text)
+		}
 	}
 }
