@@ -51,8 +51,10 @@ const (
 
 	// maxCheckDials bounds the addresses that are dialled, maxCheckListed those
 	// of the endpoint that are looked at, and maxCheckIPs what a name stands for,
-	// in each family.
+	// in each family. maxCheckOwn of the dials are made with the identity that is
+	// used later: with that connection they stay within connsPerPeer.
 	maxCheckDials  = 8
+	maxCheckOwn    = connsPerPeer - 2
 	maxCheckListed = maxAnnounce + 2
 	maxCheckIPs    = 2
 

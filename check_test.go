@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -188,6 +189,21 @@ func TestCheckPassesOnAGoodRelay(t *testing.T) {
 				t.Errorf("circuit = %+v, want mib_per_s", got.step(t, "circuit"))
 			}
 		})
+	}
+}
+
+// A monitor that checks every minute is no burden: two clients that come and go.
+// (runCheckBinary sees to it that no file stays.)
+func TestCheckLeavesNothingBehind(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	for range 2 {
+		if got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID()); !got.OK {
+			t.Errorf("failed:\n%s", got.text())
+		}
+	}
+	eventually(t, "the clients are gone", func() bool { return len(r.host.Network().Conns()) == 0 })
+	if got, want := r.counters(), (counters{peersServed: 4, relayedConnections: 2}); got != want {
+		t.Errorf("counters = %+v, want %+v", got, want)
 	}
 }
 
@@ -385,6 +401,22 @@ func TestCheckSurvivesHostileEndpoints(t *testing.T) {
 				t.Errorf("error = %v (likely %q), want %q", a.err, a.why.cause, tt.says)
 			}
 		})
+	}
+}
+
+// A reverse proxy with a certificate that clients refuse.
+func TestCheckFindsBadCertificate(t *testing.T) {
+	srv := httptest.NewUnstartedServer(http.NotFoundHandler())
+	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	srv.StartTLS()
+	defer srv.Close()
+	target, err := parseCheckTarget(srv.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := askEndpoint(testContext(t), target.url, netip.MustParseAddr("127.0.0.1"))
+	if a.err == nil || !strings.Contains(a.why.cause, "certificate") {
+		t.Errorf("error = %v (likely %q), want the certificate named", a.err, a.why.cause)
 	}
 }
 

@@ -25,6 +25,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/core/sec"
+	"github.com/libp2p/go-libp2p/core/transport"
 	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
@@ -62,6 +63,7 @@ const (
 type checkHost struct {
 	host.Host
 	sockets *quicreuse.ConnManager
+	direct  transport.Transport // QUIC over these sockets
 	dials   *namedDials
 }
 
@@ -89,8 +91,7 @@ func newCheckHost() (*checkHost, error) {
 		return nil, err
 	}
 	h := &checkHost{sockets: sockets, dials: new(namedDials)}
-	direct, err := libp2pquic.NewTransport(key, sockets, nil, nil, nil)
-	if err != nil {
+	if h.direct, err = libp2pquic.NewTransport(key, sockets, nil, nil, nil); err != nil {
 		return nil, err
 	}
 	bus := eventbus.NewBus()
@@ -98,7 +99,7 @@ func newCheckHost() (*checkHost, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := sw.AddTransport(direct); err != nil {
+	if err := sw.AddTransport(h.direct); err != nil {
 		return nil, err
 	}
 	basic, err := basichost.NewHost(sw, &basichost.HostOpts{
@@ -188,20 +189,27 @@ type probe struct {
 }
 
 // probe dials addr from the host's socket of that family, for one identify, and
-// hangs up. An empty id takes whoever answers. Each probe has an identity of its
-// own, because a relay bounds the connections of one.
-func (h *checkHost) probe(ctx context.Context, addr ma.Multiaddr, id peer.ID) (p probe) {
-	p.addr = addr
+// hangs up. An empty id takes whoever answers.
+func (h *checkHost) probe(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
+	return probeOver(ctx, h.direct, addr, id)
+}
+
+// probeAsAnother is probe with the same socket and another identity. A relay
+// bounds the connections of one, and counts each as a peer served.
+func (h *checkHost) probeAsAnother(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
 	key, _, err := crypto.GenerateEd25519Key(rand.Reader)
 	if err != nil {
-		p.err = err
-		return p
+		return probe{addr: addr, err: err}
 	}
 	direct, err := libp2pquic.NewTransport(key, h.sockets, nil, nil, nil)
 	if err != nil {
-		p.err = err
-		return p
+		return probe{addr: addr, err: err}
 	}
+	return probeOver(ctx, direct, addr, id)
+}
+
+func probeOver(ctx context.Context, direct transport.Transport, addr ma.Multiaddr, id peer.ID) (p probe) {
+	p.addr = addr
 	begun := time.Now()
 	conn, err := direct.Dial(ctx, addr, id)
 	p.took = time.Since(begun)

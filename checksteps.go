@@ -391,9 +391,15 @@ func (c *checker) quic(ctx context.Context, f family) checkStep {
 		ctx, cancel = context.WithTimeout(ctx, checkDialTime)
 		defer cancel()
 		var dialling sync.WaitGroup
+		own := 0
 		for i := range c.dials {
 			if d := &c.dials[i]; d.not == "" {
-				dialling.Go(func() { d.probe = c.a.probe(ctx, d.addr, c.id) })
+				probe := c.a.probeAsAnother
+				if own < maxCheckOwn {
+					probe = c.a.probe
+					own++
+				}
+				dialling.Go(func() { d.probe = probe(ctx, d.addr, c.id) })
 			}
 		}
 		dialling.Wait()
