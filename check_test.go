@@ -469,9 +469,9 @@ func TestCheckDialsFewAddresses(t *testing.T) {
 		dialled string
 	}{
 		{"wildcards stand for the host that was asked", "203.0.113.7", []string{"/ip4/0.0.0.0/udp/1/quic-v1", "/ip6/::/udp/1/quic-v1"}, "[/ip4/203.0.113.7/udp/1/quic-v1]"},
-		{"local addresses are not dialled from outside", "203.0.113.7", []string{"/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/10.1.2.3/udp/1/quic-v1", "/ip6/::ffff:10.1.2.3/udp/1/quic-v1", "/ip4/100.64.0.1/udp/1/quic-v1", "/ip4/224.0.0.1/udp/1/quic-v1"}, "[]"},
+		{"local addresses are not dialled from outside", "203.0.113.7", []string{"/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/10.1.2.3/udp/1/quic-v1", "/ip6/::ffff:10.1.2.3/udp/1/quic-v1", "/ip4/100.64.0.1/udp/1/quic-v1", "/ip4/224.0.0.1/udp/1/quic-v1", "/ip4/255.255.255.255/udp/1/quic-v1", "/ip6/fe80::1/udp/1/quic-v1"}, "[]"},
 		{"but they are in their own network", "192.168.1.2", []string{"/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/10.1.2.3/udp/1/quic-v1"}, "[/ip4/10.1.2.3/udp/1/quic-v1]"},
-		{"other transports are not", "203.0.113.7", []string{"/ip4/203.0.113.7/tcp/1", "/ip4/203.0.113.7/udp/1/quic-v1/webtransport", "junk", "", "/ip4/203.0.113.7/udp/1/quic-v1/p2p-circuit"}, "[]"},
+		{"other transports are not", "203.0.113.7", []string{"/ip4/203.0.113.7/tcp/1", "/ip4/203.0.113.7/tcp/1/quic-v1", "/dns/localhost/tcp/1/quic-v1", "/ip4/203.0.113.7/udp/1/quic-v1/webtransport", "junk", "", "/ip4/203.0.113.7/udp/1/quic-v1/p2p-circuit"}, "[]"},
 		{"none twice", "203.0.113.7", []string{"/ip4/203.0.113.7/udp/1/quic-v1", "/ip4/0.0.0.0/udp/1/quic-v1"}, "[/ip4/203.0.113.7/udp/1/quic-v1]"},
 		{"not too many", "203.0.113.7", many, fmt.Sprint(many[:maxCheckDials])},
 	} {

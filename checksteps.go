@@ -336,8 +336,10 @@ func askEndpoint(ctx context.Context, u *url.URL, ip netip.Addr) (a endpointAnsw
 			return fail(errors.New("takes the connection and does not answer in time"), hung(port))
 		case strings.Contains(err.Error(), "refused"):
 			return fail(err, likely("nothing listens on TCP "+port+": the relay is not running, or has another --http-port", "systemctl status privstack-relay"))
+		case !connected.Load():
+			return fail(err, likely("the machine is not reached: it is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp"))
 		case strings.Contains(err.Error(), "x509") || strings.Contains(err.Error(), "tls:"):
-			return fail(err, likely("the reverse proxy's certificate is not for "+u.Hostname()+", or has expired", "curl -v "+u.String()))
+			return fail(err, likely("the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String()))
 		}
 		return fail(err, likely("something else than a relay answers on TCP "+port, "curl -v "+u.String()))
 	}
@@ -544,7 +546,7 @@ func (c *checker) addrsToDial(ctx context.Context) (dials []dialled) {
 		if err == nil {
 			addr, _ = peer.SplitAddr(addr)
 		}
-		if err != nil || len(addr) != 3 || !(manet.IsThinWaist(addr) || isDNS(addr)) || addr[2].Protocol().Code != ma.P_QUIC_V1 {
+		if err != nil || len(addr) != 3 || !(manet.IsThinWaist(addr) || isDNS(addr)) || addr[1].Protocol().Code != ma.P_UDP || addr[2].Protocol().Code != ma.P_QUIC_V1 {
 			continue // other relays may have other transports
 		}
 		switch ip, err := manet.ToIP(addr); {
@@ -579,7 +581,8 @@ func (c *checker) elsewhere(ip netip.Addr) bool {
 	if slices.ContainsFunc(ours, netip.Addr.IsLoopback) {
 		return false
 	}
-	return ip.IsLoopback() || ip.IsMulticast() || isLocal(ip) && !slices.ContainsFunc(ours, isLocal)
+	broadcast := netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	return ip.IsLoopback() || ip.IsMulticast() || ip == broadcast || isLocal(ip) && !slices.ContainsFunc(ours, isLocal)
 }
 
 // isLocal tells whether ip means something in one network alone.
