@@ -133,8 +133,10 @@ func newCheckHost() (*checkHost, error) {
 	return h, nil
 }
 
+// Close ends the network first: a host waits for what it is telling its peers, and
+// one that does not read would hold up the end by seconds.
 func (h *checkHost) Close() error {
-	return errors.Join(h.Host.Close(), h.sockets.Close())
+	return errors.Join(h.Network().Close(), h.Host.Close(), h.sockets.Close())
 }
 
 // namedDials is a connection gater that lets a host dial the addresses that were
