@@ -23,10 +23,15 @@ import (
 	"unicode/utf8"
 
 	"github.com/libp2p/go-libp2p"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	ma "github.com/multiformats/go-multiaddr"
+	"google.golang.org/protobuf/encoding/protodelim"
 )
 
 // What an operator may write for the relay to be checked.
@@ -539,6 +544,32 @@ func TestCheckSurvivesHungRelay(t *testing.T) {
 			wantReadable(t, got.text())
 		})
 	}
+}
+
+// A node that answers everything with nonsense, in messages that can be read.
+func TestCheckSurvivesNonsense(t *testing.T) {
+	h := newClient(t)
+	h.SetStreamHandler(kadProtocol, func(s network.Stream) {
+		defer s.Close()
+		resp := &kadpb.Message{Record: &recpb.Record{}, CloserPeers: []*kadpb.Message_Peer{{}}}
+		for range 500 {
+			resp.CloserPeers = append(resp.CloserPeers, &kadpb.Message_Peer{Id: []byte("\x1b[2J"), Addrs: [][]byte{{}, {0xff}, nil}})
+		}
+		protodelim.MarshalTo(s, resp)
+	})
+	h.SetStreamHandler(proto.ProtoIDv2Hop, func(s network.Stream) {
+		defer s.Close()
+		protodelim.MarshalTo(s, &circuitpb.HopMessage{
+			Type: circuitpb.HopMessage_STATUS.Enum(), Status: circuitpb.Status_OK.Enum(),
+			Reservation: &circuitpb.Reservation{
+				Expire: new(uint64(1 << 40)),
+				Addrs:  slices.Repeat([][]byte{{}, {0xff}, nil, ma.StringCast("/ip4/10.0.0.1").Bytes(), ma.StringCast("/p2p-circuit").Bytes()}, 100),
+			},
+		})
+	})
+	got := runCheckJSON(t, h.Addrs()[0].String()+"/p2p/"+h.ID().String())
+	got.wantFailed(t, "no PrivStack relay", "identify", "dht", "record", "circuit")
+	wantReadable(t, got.text())
 }
 
 // What a circuit carries is the operator's to choose; a sync that is cut is not

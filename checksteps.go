@@ -628,8 +628,7 @@ func (c *checker) addresses(context.Context) checkStep {
 	}
 	switch {
 	case bad > 0:
-		why := likely("clients are told addresses at which the relay does not answer: see --announce, and the firewall for that family")
-		s.Result, s.Cause = checkFailed, why.cause
+		s.Result, s.Cause = checkFailed, "clients are told addresses at which the relay does not answer: see --announce, and the firewall for that family"
 	case good == 0:
 		s.Result, s.Cause = checkFailed, "none of them is a QUIC address that can be dialled from here"
 	}
