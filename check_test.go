@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,6 +17,8 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -406,6 +409,28 @@ func TestCheckSurvivesHostileEndpoints(t *testing.T) {
 				t.Errorf("error = %v (likely %q), want %q", a.err, a.why.cause, tt.says)
 			}
 		})
+	}
+}
+
+// The identity endpoint behind a reverse proxy with TLS, below a path of its own.
+func TestCheckThroughReverseProxy(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("how to trust a certificate by environment is known for Linux")
+	}
+	r := newTestRelay(t, defaultConfig(t))
+	api := newAPIHandler(identityResponse{PeerID: r.peerID(), Addresses: r.listedAddrs()})
+	srv := httptest.NewTLSServer(http.StripPrefix("/relay", api))
+	defer srv.Close()
+	roots := filepath.Join(t.TempDir(), "roots.pem")
+	if err := os.WriteFile(roots, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SSL_CERT_FILE", roots)
+	if got := runCheckJSON(t, srv.URL+"/relay/"); !got.OK || got.step(t, "identity-ipv4").Result != checkPassed {
+		t.Errorf("failed:\n%s", got.text())
+	}
+	if got := runCheckJSON(t, srv.URL); got.step(t, "identity-ipv4").Detail != strings.TrimPrefix(srv.URL, "https://")+": HTTP status 404" {
+		t.Errorf("without its path:\n%s", got.text())
 	}
 }
 
