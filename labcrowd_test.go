@@ -61,10 +61,12 @@ type crowdSize struct {
 
 // crowdShare is how many of those that cannot be dialled are seen under one
 // address; each that can be has one of its own. crowdSink is the port where
-// everything is dropped.
+// everything is dropped. crowdTries is how often one tries to join: on a machine
+// that is busy with thousands of others a handshake may take too long.
 const (
 	crowdShare = 200
 	crowdSink  = 5999
+	crowdTries = 5
 )
 
 // runLabCrowd is the crowd's process. It grows as in asks it, one JSON object a
@@ -86,7 +88,7 @@ func runLabCrowd(config string, in io.Reader, out io.Writer) error {
 		var joining sync.WaitGroup
 		var failed error
 		var mu sync.Mutex
-		places := make(chan struct{}, 64) // handshakes at once
+		places := make(chan struct{}, 32) // handshakes at once
 		for open+natted < want.Clients {
 			who, err := makeLightIdentity()
 			if err != nil {
@@ -113,15 +115,19 @@ func runLabCrowd(config string, in io.Reader, out io.Writer) error {
 			places <- struct{}{}
 			joining.Go(func() {
 				defer func() { <-places }()
-				client, err := who.dial(context.Background(), tr, *info)
-				if err == nil {
-					_, err = client.named(context.Background(), who.id)
+				var err error
+				for range crowdTries {
+					var client *lightClient
+					if client, err = who.dial(context.Background(), tr, *info); err == nil {
+						_, err = client.named(context.Background(), who.id)
+					}
+					if err == nil {
+						return
+					}
 				}
-				if err != nil {
-					mu.Lock()
-					failed = err
-					mu.Unlock()
-				}
+				mu.Lock()
+				failed = err
+				mu.Unlock()
 			})
 		}
 		joining.Wait()
