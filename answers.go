@@ -148,11 +148,12 @@ func publisherOf(rec *recpb.Record) (publisher peer.ID) {
 type kadHost struct {
 	host.Host
 	answers *answers
+	tally   *tally
 }
 
 func (h kadHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) {
 	h.Host.SetStreamHandler(id, func(s network.Stream) {
-		handle(&kadStream{boundedStream: boundedStream{Stream: s}, answers: h.answers})
+		handle(&kadStream{boundedStream: boundedStream{Stream: s, tally: h.tally}, answers: h.answers})
 	})
 }
 

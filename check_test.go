@@ -210,8 +210,8 @@ func TestCheckLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	eventually(t, "the clients are gone", func() bool { return len(r.host.Network().Conns()) == 0 })
-	if got, want := r.counters(), (counters{peersServed: 4, relayedConnections: 2}); got != want {
-		t.Errorf("counters = %+v, want %+v", got, want)
+	if got := r.counters(); got.peersServed != 4 || got.relayedConnections != 2 {
+		t.Errorf("counters = %+v, want 4 peers served and 2 relayed connections", got)
 	}
 }
 

@@ -32,6 +32,9 @@ type identity struct {
 	// created says that the file was made by this call.
 	created bool
 
+	// mode is the file's, as ls shows it.
+	mode fs.FileMode
+
 	// exposed says that others than the owner may read the file.
 	exposed bool
 }
@@ -85,7 +88,8 @@ func loadIdentity(path string) (identity, error) {
 		return identity{}, fmt.Errorf("%s %w", path, err)
 	}
 	return identity{
-		key: key,
+		key:  key,
+		mode: info.Mode(),
 		// Windows has no such bits: Go makes them up from the read-only flag.
 		exposed: runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0,
 	}, nil

@@ -7,6 +7,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"net/netip"
@@ -122,14 +123,23 @@ type limits struct {
 
 	// exempt are the networks to which perNetwork does not apply.
 	exempt []netip.Prefix
+
+	// why says where clients comes from, for the log.
+	why string
 }
 
 // newLimits derives clients from the memory available where maxClients is 0.
 func newLimits(maxClients, perIP int) limits {
+	why := "--max-clients"
 	if maxClients == 0 {
-		maxClients = clientsFor(availableMemory(os.DirFS("/")))
+		memory, source := availableMemory(os.DirFS("/"))
+		maxClients = clientsFor(memory)
+		why = fmt.Sprintf("%d MiB of memory (%s)", memory>>20, source)
+		if memory == 0 {
+			why = "memory unknown, taken as 512 MiB"
+		}
 	}
-	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback}
+	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback, why: why}
 }
 
 // clientsFor is how many clients fit into memory bytes, a quarter of which is
@@ -254,25 +264,24 @@ func (l limits) resourceOptions() []rcmgr.Option {
 	}
 }
 
-// availableMemory is how many bytes this process may use: the machine's, or less
-// where a cgroup or GOMEMLIMIT says so. 0 if unknown. root is the file system
-// at "/".
-func availableMemory(root fs.FS) uint64 {
-	available := uint64(math.MaxUint64)
-	// By sysinfo(2) and its like, not /proc/meminfo, which a sandbox may hide.
-	if total := memory.TotalMemory(); total > 0 {
-		available = total
+// availableMemory is how many bytes this process may use, and who says so: the
+// machine, or where they allow less its cgroup or GOMEMLIMIT. 0 if unknown. root
+// is the file system at "/".
+func availableMemory(root fs.FS) (available uint64, source string) {
+	atMost := func(limit uint64, by string) {
+		if limit > 0 && (available == 0 || limit < available) {
+			available, source = limit, by
+		}
 	}
+	// By sysinfo(2) and its like, not /proc/meminfo, which a sandbox may hide.
+	atMost(memory.TotalMemory(), "machine")
 	if limit, err := cgroupMemory(root); err == nil {
-		available = min(available, limit)
+		atMost(limit, "cgroup")
 	}
 	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
-		available = min(available, uint64(limit))
+		atMost(uint64(limit), "GOMEMLIMIT")
 	}
-	if available == math.MaxUint64 {
-		return 0
-	}
-	return available
+	return available, source
 }
 
 // cgroupMemory is the smallest memory limit of this process's cgroup and those

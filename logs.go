@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"os"
 	"slices"
 
 	golog "github.com/ipfs/go-log/v2"
@@ -13,12 +14,19 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
+// quicWarningEnv keeps quic-go from warning of small UDP buffers: served.log does,
+// and says what to run. https://github.com/quic-go/quic-go/wiki/UDP-Buffer-Sizes
+const quicWarningEnv = "QUIC_GO_DISABLE_RECEIVE_BUFFER_WARNING"
+
 // joinLibraryLogs sends the libraries' lines to h: all of them if verbose, else
 // warnings and errors that are not about one peer. It changes process-wide
 // state and works only before the first libp2p host, whose loggers keep the
 // first handler that they find.
 func joinLibraryLogs(h slog.Handler, verbose bool) {
 	gologshim.SetDefaultHandler(&libraryHandler{Handler: h, verbose: verbose})
+	if _, set := os.LookupEnv(quicWarningEnv); !set {
+		os.Setenv(quicWarningEnv, "true")
+	}
 	slog.SetDefault(slog.New(h)) // takes over the log package too
 	golog.SetPrimaryCore(zapToSlog{h})
 	level := golog.LevelError

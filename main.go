@@ -23,10 +23,14 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"regexp"
+	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
 	"syscall"
@@ -49,7 +53,7 @@ const (
 	// closeTimeout bounds each of the closing steps after that.
 	closeTimeout = 5 * time.Second
 
-	// summaryInterval is how often the counters are logged if they moved.
+	// summaryInterval is how often the counters are logged.
 	summaryInterval = time.Hour
 )
 
@@ -75,6 +79,8 @@ Usage: privstack-relay [flags]
                                 (default 0)
       --max-clients-per-ip N    most clients from one IPv4 address or IPv6 /56
                                 (default 256)
+      --metrics ADDR            serve metrics for Prometheus at http://ADDR/metrics, such
+                                as 127.0.0.1:4003 (default: off)
   -v, --verbose                 log every peer and every step
       --version                 print the version
   -h, --help                    print this help
@@ -133,6 +139,10 @@ type config struct {
 	// IPv4 address or IPv6 /56.
 	maxClientsPerIP int
 
+	// metrics is the host and TCP port of the metrics listener; port 0 takes
+	// any free one. Empty: there is none.
+	metrics string
+
 	// verbose logs every peer and libp2p's own debug lines.
 	verbose bool
 }
@@ -182,6 +192,14 @@ func parseFlags(args []string) (config, error) {
 	})
 	fs.IntVar(&cfg.maxClients, "max-clients", 0, "")
 	fs.IntVar(&cfg.maxClientsPerIP, "max-clients-per-ip", 256, "")
+	fs.Func("metrics", "", func(s string) error {
+		_, port, err := net.SplitHostPort(s)
+		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
+			return errors.New("write a host and a port, such as 127.0.0.1:4003")
+		}
+		cfg.metrics = s
+		return nil
+	})
 	for _, name := range []string{"verbose", "v"} {
 		fs.BoolVar(&cfg.verbose, name, false, "")
 	}
@@ -285,26 +303,36 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("identity: %w", err)
 	}
+	path := cfg.identityPath
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
 	if id.created {
-		log.Info("new identity key made, keep a copy", "path", cfg.identityPath)
+		log.Info("new identity key made, keep a copy", "path", path, "mode", id.mode)
+	} else {
+		log.Info("identity key read", "path", path, "mode", id.mode)
 	}
 	if id.exposed {
-		log.Warn("identity key is readable by other users, run: chmod 600 "+cfg.identityPath, "path", cfg.identityPath)
+		log.Warn("identity key is readable by other users, run: chmod 600 "+path, "path", path)
 	}
 
 	return serve(ctx, cfg, id, log, func(s served) {
 		io.WriteString(stdout, s.banner())
-		log.Info("relay ready", "version", buildVersion(), "peer", s.peerID, "addrs", s.reachable,
-			"http_port", s.httpPort, "max_clients", s.maxClients, "max_clients_per_ip", cfg.maxClientsPerIP)
+		s.log(log, cfg)
 	})
 }
 
 // served is what a started relay can say of itself.
 type served struct {
 	peerID     string
+	bound      []string // multiaddrs of the sockets
 	reachable  []string // multiaddrs that clients are told, without /p2p
+	hidden     bool     // the latter are all private, and of the operator's choice none
 	httpPort   int      // TCP port of the identity endpoint, on all interfaces
-	maxClients int
+	metrics    net.Addr // nil: none are served
+	limits     limits
+	receiveBuf int // granted to each UDP socket, in bytes; 0 is unknown
+	sendBuf    int
 }
 
 // banner is what goes to stdout, and all that does. Programs look for the line
@@ -320,7 +348,37 @@ func (s served) banner() string {
 	return b.String()
 }
 
-// serve binds both sockets, calls ready once, and serves until ctx is done (a
+// log tells what an operator looks for when something is wrong.
+func (s served) log(log *slog.Logger, cfg config) {
+	log.Info("relay ready", "version", buildVersion(), "peer", s.peerID, "listen", s.bound, "addrs", s.reachable,
+		"announced", len(cfg.announce) > 0, "http_port", s.httpPort)
+	log.Info("limits", "max_clients", s.limits.clients, "because_of", s.limits.why, "max_clients_per_ip", s.limits.perNetwork,
+		"circuits", s.limits.circuits(), "circuit_duration", cfg.circuitDuration, "circuit_bytes", cfg.circuitBytes)
+	switch {
+	case s.receiveBuf == 0 || s.sendBuf == 0:
+	case s.receiveBuf >= wantedBuffer && s.sendBuf >= wantedBuffer:
+		log.Info("udp buffers", "receive_bytes", s.receiveBuf, "send_bytes", s.sendBuf)
+	case runtime.GOOS == "linux":
+		log.Warn("udp buffers are small, which costs speed under load, run: "+
+			"sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay",
+			"receive_bytes", s.receiveBuf, "send_bytes", s.sendBuf, "wanted_bytes", wantedBuffer)
+	default:
+		log.Warn("udp buffers are small, which costs speed under load",
+			"receive_bytes", s.receiveBuf, "send_bytes", s.sendBuf, "wanted_bytes", wantedBuffer)
+	}
+	if s.hidden {
+		log.Warn("this machine knows no public address of its own, so only clients in its own network can use the relay: "+
+			"say where others reach it with --announce", "addrs", s.reachable)
+	}
+	if s.metrics != nil {
+		log.Info("metrics served", "url", fmt.Sprintf("http://%s/metrics", s.metrics))
+		if !s.metrics.(*net.TCPAddr).IP.IsLoopback() {
+			log.Warn("metrics are not on loopback: whoever reaches that address can read them", "addr", s.metrics)
+		}
+	}
+}
+
+// serve binds all sockets, calls ready once, and serves until ctx is done (a
 // nil error) or a part fails. By the time it returns everything is closed.
 func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready func(served)) (err error) {
 	// Listen here and Serve below, so that a taken port is an error run
@@ -331,6 +389,15 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	}
 	defer ln.Close() // again after srv.Shutdown: an error then means nothing
 
+	var metricsListener net.Listener
+	if cfg.metrics != "" {
+		if metricsListener, err = net.Listen("tcp", cfg.metrics); err != nil {
+			return fmt.Errorf("bind metrics: %w", err)
+		}
+		defer metricsListener.Close()
+	}
+
+	started := time.Now()
 	relay, err := startRelay(cfg, id.key, log)
 	if err != nil {
 		return err
@@ -343,26 +410,42 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		AgentVersion:    agentVersion(),
 	})
 	srv := newHTTPServer(api, log)
-	failed := make(chan error, 1)
+	failed := make(chan error, 2)
 	go func() { failed <- fmt.Errorf("serve identity endpoint: %w", srv.Serve(ln)) }() // ends with srv, below
 
-	ready(served{
-		peerID:     relay.peerID(),
-		reachable:  relay.reachableAddrs(),
-		httpPort:   ln.Addr().(*net.TCPAddr).Port,
-		maxClients: relay.limits.clients,
-	})
+	up := served{
+		peerID:    relay.peerID(),
+		bound:     relay.boundAddrs(),
+		reachable: relay.reachableAddrs(),
+		hidden:    relay.hidden(),
+		httpPort:  ln.Addr().(*net.TCPAddr).Port,
+		limits:    relay.limits,
+	}
+	up.receiveBuf, up.sendBuf = relay.sockets.buffers()
+	metricsSrv := &http.Server{}
+	if metricsListener != nil {
+		up.metrics = metricsListener.Addr()
+		metricsSrv = newHTTPServer(newMetricsHandler(relay, log), log)
+		go func() { failed <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(metricsListener)) }() // ends as srv does
+	}
 
-	summary := time.NewTicker(summaryInterval)
-	defer summary.Stop()
-	var last counters
+	asked := make(chan os.Signal, 1)
+	notifySummary(asked)
+	defer signal.Stop(asked)
+	hourly := time.NewTicker(summaryInterval)
+	defer hourly.Stop()
+	logSummary := func() {
+		about := []any{"uptime", time.Since(started).Round(time.Second), "memory_bytes", memoryInUse()}
+		log.Info("summary", append(about, relay.counters().attrs()...)...)
+	}
+	ready(up)
+
 	for running := true; running; {
 		select {
-		case <-summary.C:
-			if now := relay.counters(); now != last {
-				log.Info("counters", now.attrs()...)
-				last = now
-			}
+		case <-hourly.C:
+			logSummary()
+		case <-asked:
+			logSummary()
 		case <-ctx.Done():
 			running = false
 		case err = <-failed:
@@ -387,9 +470,18 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	// HTTP goes last: until then a monitor is answered 503, not refused.
 	err = errors.Join(err,
 		relay.close(),
+		within(closeTimeout, metricsSrv.Shutdown),
 		within(closeTimeout, srv.Shutdown))
 	log.Info("stopped", relay.counters().attrs()...)
 	return err
+}
+
+// memoryInUse is how many bytes the Go runtime has of the system: most of what
+// the process takes.
+func memoryInUse() uint64 {
+	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64() - s[1].Value.Uint64()
 }
 
 // pseudoVersion matches what the Go toolchain makes up for a commit that is no

@@ -28,6 +28,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
 	quicgo "github.com/quic-go/quic-go"
 )
 
@@ -54,6 +55,7 @@ func TestFlags(t *testing.T) {
 		{[]string{"--circuit-duration", "90m", "--circuit-bytes", "512MiB"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 90*time.Minute, 512<<20 })},
 		{[]string{"--circuit-duration=0", "--circuit-bytes=0"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 0, 0 })},
 		{[]string{"--max-clients=7", "--max-clients-per-ip=3"}, with(func(c *config) { c.maxClients, c.maxClientsPerIP = 7, 3 })},
+		{[]string{"--metrics", "127.0.0.1:4003"}, with(func(c *config) { c.metrics = "127.0.0.1:4003" })},
 		{[]string{"--announce=1.2.3.4", "--announce", "relay.example.org"}, with(func(c *config) { c.announce = []string{"1.2.3.4", "relay.example.org"} })},
 	}
 	for _, tt := range tests {
@@ -87,6 +89,11 @@ func TestBadFlags(t *testing.T) {
 		{"--bootstrap=relay.example.org", "no peer ID"},
 		{"--bootstrap=/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV", "not a QUIC address"},
 		{"--bootstrap=", "write an IP address"},
+		{"--metrics=", "write a host and a port, such as 127.0.0.1:4003"},
+		{"--metrics=127.0.0.1", "write a host and a port"},
+		{"--metrics=4003", "write a host and a port"},
+		{"--metrics=127.0.0.1:65536", "write a host and a port"},
+		{"--metrics=127.0.0.1:http", "write a host and a port"},
 	} {
 		_, err := parseFlags([]string{tt.arg})
 		if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), tt.says) {
@@ -232,14 +239,42 @@ type process struct {
 	bootstrap peer.AddrInfo // on loopback
 	http      string        // base URL
 	stdout    string        // the banner, whole
-	stderr    *bytes.Buffer // complete once wait has returned
+	stderr    *logBuffer    // complete once wait has returned
 	rest      chan string   // what stdout said after the banner, once it is closed
+}
+
+// logBuffer is what a process has logged so far.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// line returns the first line with msg, and none if there is not one yet.
+func (b *logBuffer) line(msg string) string {
+	for line := range strings.Lines(b.String()) {
+		if strings.Contains(line, "msg="+msg+" ") || strings.Contains(line, `msg="`+msg) {
+			return line
+		}
+	}
+	return ""
 }
 
 // start runs the binary on free ports until its banner is complete.
 func start(t *testing.T, args ...string) *process {
 	t.Helper()
-	p := &process{Cmd: command(t, append([]string{"--port=0", "--http-port=0"}, args...)...), stderr: new(bytes.Buffer), rest: make(chan string, 1)}
+	p := &process{Cmd: command(t, append([]string{"--port=0", "--http-port=0"}, args...)...), stderr: new(logBuffer), rest: make(chan string, 1)}
 	p.Stderr = p.stderr
 	stdout, err := p.StdoutPipe()
 	if err != nil {
@@ -407,6 +442,8 @@ func TestProcessFailsClearly(t *testing.T) {
 	}{
 		{"UDP port taken", []string{"--http-port=0", "--port=" + udpPort}, 1, "bind UDP port " + udpPort + " on IPv4"},
 		{"TCP port taken", []string{"--port=0", "--http-port=" + tcpPort}, 1, "bind identity endpoint: listen tcp :" + tcpPort},
+		{"metrics port taken", []string{"--port=0", "--http-port=0", "--metrics=127.0.0.1:" + tcpPort}, 1, "bind metrics: listen tcp 127.0.0.1:" + tcpPort},
+		{"not an address of this machine", []string{"--port=0", "--http-port=0", "--metrics=192.0.2.77:0"}, 1, "bind metrics: listen tcp 192.0.2.77:0"},
 		{"bad key", []string{"--identity=" + bad}, 1, bad + " is not a libp2p Ed25519 key file"},
 		{"key is a directory", []string{"--identity=" + t.TempDir()}, 1, "is a directory"},
 		{"no such directory", []string{"--identity=/nonexistent/key"}, 1, "identity: open /nonexistent/"},
@@ -526,6 +563,96 @@ func TestSecondSignalKills(t *testing.T) {
 	p.Process.Signal(os.Interrupt)
 	if code := p.wait(t); code != -1 {
 		t.Errorf("exit status %d, want death by signal", code)
+	}
+}
+
+// The first lines of the log are what is asked for when something is wrong.
+func TestProcessTellsHowItRuns(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t, "--max-clients=77", "--identity=mine.key")
+	eventually(t, "the log tells of the UDP buffers", func() bool { return p.stderr.line("udp buffers") != "" })
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	for _, tt := range []struct{ msg, says string }{
+		{"new identity key made, keep a copy", "path=" + filepath.Join(p.Dir, "mine.key") + " mode=-rw-------"},
+		{"relay ready", "peer=" + p.peerID + " listen=\"[/ip4/0.0.0.0/udp/"},
+		{"relay ready", "announced=false"},
+		{"limits", "max_clients=77 because_of=--max-clients max_clients_per_ip=256"},
+		{"udp buffers", "receive_bytes="},
+		{"udp buffers", "send_bytes="},
+	} {
+		if line := p.stderr.line(tt.msg); !strings.Contains(line, tt.says) {
+			t.Errorf("log line %q, want one that says %s", line, tt.says)
+		}
+	}
+	public := false
+	for line := range strings.Lines(p.stdout) {
+		if _, addr, ok := strings.Cut(line, "Bootstrap: "); ok {
+			public = public || manet.IsPublicAddr(ma.StringCast(strings.TrimSpace(addr)))
+		}
+	}
+	if warned := p.stderr.line("this machine knows no public address") != ""; warned == public {
+		t.Errorf("warned of private addresses: %v, with\n%s", warned, p.stdout)
+	}
+	if log := p.stderr.String(); strings.Contains(log, "buffer size") || strings.Contains(log, "metrics") {
+		t.Errorf("log holds quic-go's warning beside ours, or metrics that nobody asked for:\n%s", log)
+	}
+
+	p = start(t, "--announce=203.0.113.7")
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	if line := p.stderr.line("limits"); !regexp.MustCompile(`because_of="[0-9]+ MiB of memory \((machine|cgroup|GOMEMLIMIT)\)"`).MatchString(line) {
+		t.Errorf("log line %q, want one that says how much memory there is", line)
+	}
+	if p.stderr.line("this machine knows no public address") != "" {
+		t.Errorf("warned of private addresses though one is announced:\n%s", p.stderr)
+	}
+}
+
+// Prometheus gets the metrics and nothing else, from where the operator said.
+func TestProcessServesMetrics(t *testing.T) {
+	skipOnWindows(t)
+	url := func(p *process) string {
+		eventually(t, "metrics are served", func() bool { return p.stderr.line("metrics served") != "" })
+		_, url, _ := strings.Cut(strings.TrimSpace(p.stderr.line("metrics served")), "url=")
+		return url
+	}
+	p := start(t, "--metrics=127.0.0.1:0")
+	for _, tt := range []struct {
+		method, path string
+		want         int
+	}{{"GET", "", 200}, {"HEAD", "", 200}, {"POST", "", 405}, {"GET", "/more", 404}, {"GET", "/../", 404}, {"GET", "/../api/v1/identity", 404}} {
+		req, err := http.NewRequest(tt.method, url(p)+tt.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != tt.want || tt.method == "GET" && tt.want == 200 != strings.Contains(string(body), "\nprivstack_relay_build_info{") {
+			t.Errorf("%s %s = %d %.80q, want %d", tt.method, tt.path, resp.StatusCode, body, tt.want)
+		}
+	}
+	if resp, err := http.Get(p.http + "/metrics"); err != nil || resp.StatusCode != 404 {
+		t.Errorf("the identity endpoint answers for the metrics: %v, %v", resp, err)
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	if code := p.wait(t); code != 0 {
+		t.Errorf("exit status %d, want 0", code)
+	}
+	if p.stderr.line("metrics are not on loopback") != "" {
+		t.Errorf("warned of loopback:\n%s", p.stderr)
+	}
+
+	p = start(t, "--metrics=0.0.0.0:0")
+	url(p)
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	if p.stderr.line("metrics are not on loopback") == "" {
+		t.Errorf("no warning that everybody can read the metrics:\n%s", p.stderr)
 	}
 }
 

@@ -30,6 +30,11 @@ const (
 	// and mobile networks have. Where the path carries more, discovery finds out.
 	packetSize = 1200
 
+	// wantedBuffer is what quic-go asks the kernel for, receiving and sending, in
+	// bytes, and below which it calls what socketBuffers says small:
+	// desiredBufferSize in its sys_conn_buffers.go.
+	wantedBuffer = 7 << 20
+
 	// handshakeRate is how many connections may begin per second before
 	// newcomers have to prove their address by a Retry first (RFC 9000, 8.1.2).
 	// It is what libp2p has.
@@ -49,6 +54,7 @@ const (
 // but takes the QUIC configuration from nobody: these it borrows. Add
 // newTransport to the network, bind before listening, and close at the end.
 type quicSockets struct {
+	tally   *tally
 	manager *quicreuse.ConnManager
 	reset   quic.StatelessResetKey
 	token   quic.TokenGeneratorKey
@@ -99,6 +105,9 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 		}
 		scope, err := resources.OpenConnection(network.DirInbound, false, addr)
 		if err != nil {
+			if !errors.Is(err, network.ErrResourceLimitExceeded) { // which tally hears of
+				q.tally.refuse(refusedNetwork)
+			}
 			return ctx, err
 		}
 		context.AfterFunc(ctx, scope.Done)
@@ -130,6 +139,23 @@ func (q *quicSockets) bind(family string, port int) error {
 	q.bound = append(q.bound, tr)
 	_, err = q.manager.LendTransport(family, lentTransport{tr}, conn)
 	return err
+}
+
+// buffers are the sizes of the smallest receive and send buffer of the bound
+// sockets, in bytes. They are set once libp2p listens. 0 is unknown.
+func (q *quicSockets) buffers() (receive, send int) {
+	for i, tr := range q.bound {
+		raw, err := tr.Conn.(*net.UDPConn).SyscallConn()
+		if err != nil {
+			return 0, 0
+		}
+		r, s := socketBuffers(raw)
+		if i == 0 {
+			receive, send = r, s
+		}
+		receive, send = min(receive, r), min(send, s)
+	}
+	return receive, send
 }
 
 // close is called when nothing listens any more. The zero value may be closed,

@@ -163,6 +163,13 @@ func (s *recordStore) Delete(_ context.Context, key ds.Key) error {
 	return nil
 }
 
+// held is how many records there are, and their bytes with what they cost beside.
+func (s *recordStore) held() (n int, bytes int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.records.Len(), s.bytes
+}
+
 var _ ds.Batching = (*recordStore)(nil)
 
 var errKadMessageTooLong = fmt.Errorf("DHT message is above %d bytes", maxKadMessage)
@@ -173,6 +180,7 @@ var errKadMessageTooLong = fmt.Errorf("DHT message is above %d bytes", maxKadMes
 // reader cannot yet allocate for it. It has one reader.
 type boundedStream struct {
 	network.Stream
+	tally  *tally
 	body   uint64 // bytes left of the current frame
 	header []byte // of the next frame, while incomplete
 }
@@ -192,6 +200,7 @@ func (s *boundedStream) Read(p []byte) (int, error) {
 		case size == 0 && len(s.header) < binary.MaxVarintLen64: // needs more
 			continue
 		case size <= 0 || length > maxKadMessage:
+			s.tally.refuse(refusedMessage)
 			return 0, errKadMessageTooLong
 		}
 		s.body, s.header = length, s.header[:0]

@@ -34,6 +34,7 @@ import (
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
@@ -50,14 +51,20 @@ const (
 type relay struct {
 	limits   limits
 	announce []ma.Multiaddr
+	tally    tally
 	sockets  quicSockets
 	host     host.Host
 	dht      *dht.IpfsDHT
+	records  *recordStore
 	service  *circuit.Relay
 	peers    *peers
 	answers  *answers
 	relays   *relays
 	circuits *circuits
+
+	// registry gathers the metrics, go-libp2p's among them. It is nil unless
+	// the operator asked for them.
+	registry *prometheus.Registry
 
 	// failed gets the reason, once, if the node stops by itself.
 	failed chan error
@@ -69,7 +76,12 @@ func startRelay(cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay,
 }
 
 func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
-	r := &relay{limits: lim, peers: newPeers(log), circuits: newCircuits(log), failed: make(chan error, 1)}
+	r := &relay{limits: lim, peers: newPeers(log), failed: make(chan error, 1)}
+	r.circuits = newCircuits(log, &r.tally)
+	r.sockets.tally = &r.tally
+	if cfg.metrics != "" {
+		r.registry = newRegistry(r)
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -113,7 +125,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		// or behind a 1:1 NAT.
 		circuit.WithReservationAddressFilter(func(ma.Multiaddr) bool { return true }),
 		circuit.WithACL(r.circuits),
-		circuit.WithMetricsTracer(r.circuits),
+		circuit.WithMetricsTracer(r.circuitTracer()),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("start circuit relay: %w", err)
@@ -139,6 +151,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	if err != nil {
 		return nil, err
 	}
+	onBus, onSwarm, onResources := r.libp2pMetrics()
 	// From here the host takes its keys, for identify and its signed record.
 	if err := errors.Join(store.AddPrivKey(self, key), store.AddPubKey(self, key.GetPublic())); err != nil {
 		return nil, err
@@ -147,14 +160,14 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	// by closing connections of clients that are already in.
 	resources, err := rcmgr.NewResourceManager(
 		rcmgr.NewFixedLimiter(r.limits.resourceLimits(kadProtocol, len(r.relays.named))),
-		append(r.limits.resourceOptions(), rcmgr.WithMetricsDisabled())...)
+		append(r.limits.resourceOptions(), onResources...)...)
 	if err != nil {
 		return nil, err
 	}
-	bus := eventbus.NewBus()
-	swarm, err := swarm.NewSwarm(self, addrBook{store, store, self, r.peers}, bus,
+	bus := eventbus.NewBus(onBus...)
+	swarm, err := swarm.NewSwarm(self, addrBook{store, store, self, r.peers}, bus, append(onSwarm,
 		swarm.WithConnectionGater(r.relays),
-		swarm.WithResourceManager(resources))
+		swarm.WithResourceManager(resources))...)
 	if err != nil {
 		return nil, err
 	}
@@ -179,6 +192,8 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		EnablePing:           true,
 		AddrsFactory:         r.advertised,
 		ObservedAddrsManager: observed,
+		EnableMetrics:        r.registry != nil,
+		PrometheusRegisterer: r.registry,
 	})
 	if err != nil {
 		return nil, err
@@ -202,15 +217,15 @@ func (h observingHost) Close() error {
 
 // newDHT serves DHT requests and makes none.
 func (r *relay) newDHT() (*dht.IpfsDHT, error) {
-	maxRecords, maxBytes := r.limits.records()
-	return dht.New(kadHost{r.host, r.answers},
+	r.records = newRecordStore(r.limits.records())
+	return dht.New(kadHost{r.host, r.answers, &r.tally},
 		dht.Mode(dht.ModeServer),
 		// On the prefix /ipfs kad-dht insists on IPFS's two validators, so it
 		// gets another one, and the protocol by itself.
 		dht.ProtocolPrefix("/privstack"),
 		dht.V1ProtocolOverride(kadProtocol),
 		dht.Validator(recordValidator{}),
-		dht.Datastore(newRecordStore(maxRecords, maxBytes)),
+		dht.Datastore(r.records),
 		dht.MaxRecordAge(maxRecordAge),
 		dht.ValueGCInterval(0), // recordStore drops by itself what is too old
 		dht.DisableProviders(), // unbounded, and clients have none
@@ -220,6 +235,7 @@ func (r *relay) newDHT() (*dht.IpfsDHT, error) {
 		dht.DisableAutoRefresh(),
 		dht.OnRequestHook(func(_ context.Context, s network.Stream, req *kadpb.Message) {
 			boundRequest(req)
+			r.tally.dhtRequest(req)
 			s.(*kadStream).request = req
 			r.peers.admit(s.Conn().RemotePeer())
 		}),
@@ -306,6 +322,13 @@ func (r *relay) advertised(addrs []ma.Multiaddr) []ma.Multiaddr {
 
 func (r *relay) peerID() string { return r.host.ID().String() }
 
+// boundAddrs are the sockets.
+func (r *relay) boundAddrs() []string {
+	sockets := r.host.Network().ListenAddresses()
+	slices.SortFunc(sockets, ma.Multiaddr.Compare) // IPv4 first, as the old relay had it
+	return strs(sockets)
+}
+
 // reachableAddrs are the multiaddrs for clients to bootstrap from, best first.
 func (r *relay) reachableAddrs() []string {
 	return strs(r.advertised(r.host.Addrs()))
@@ -314,9 +337,13 @@ func (r *relay) reachableAddrs() []string {
 // listedAddrs are those of the identity endpoint: what is announced, then the
 // sockets as they were bound.
 func (r *relay) listedAddrs() []string {
-	sockets := r.host.Network().ListenAddresses()
-	slices.SortFunc(sockets, ma.Multiaddr.Compare) // IPv4 first, as the old relay had it
-	return strs(append(slices.Clone(r.announce), sockets...))
+	return append(strs(r.announce), r.boundAddrs()...)
+}
+
+// hidden says that no address is announced and none of the machine's is public:
+// clients in other networks are told none that they can reach.
+func (r *relay) hidden() bool {
+	return len(r.announce) == 0 && !slices.ContainsFunc(r.advertised(r.host.Addrs()), manet.IsPublicAddr)
 }
 
 func strs(addrs []ma.Multiaddr) []string {
@@ -420,25 +447,12 @@ func (r *relay) close() error {
 	return errors.Join(errs...)
 }
 
-// counters are what the relay has done since it started, in memory only.
-type counters struct {
-	peersServed        int // distinct peers that have connected
-	relayedConnections int // circuits established
-}
-
-func (c counters) attrs() []any {
-	return []any{"peers_served", c.peersServed, "relayed_connections", c.relayedConnections}
-}
-
-func (r *relay) counters() counters {
-	return counters{r.peers.served.count(), r.circuits.count()}
-}
-
 // circuits counts circuits and, once draining, refuses new ones. It is the
 // circuit relay's metrics tracer, for its only view of a circuit's ends, and its
 // access control.
 type circuits struct {
-	log *slog.Logger
+	log   *slog.Logger
+	tally *tally
 
 	mu          sync.Mutex
 	established int
@@ -447,14 +461,14 @@ type circuits struct {
 	drained     chan struct{} // closed when draining and none are open
 }
 
-func newCircuits(log *slog.Logger) *circuits {
-	return &circuits{log: log, drained: make(chan struct{})}
+func newCircuits(log *slog.Logger, t *tally) *circuits {
+	return &circuits{log: log, tally: t, drained: make(chan struct{})}
 }
 
-func (c *circuits) count() int {
+func (c *circuits) counts() (established, open int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.established
+	return c.established, c.open
 }
 
 func (c *circuits) drain(ctx context.Context) (left int) {
@@ -507,6 +521,7 @@ func (c *circuits) ConnectionClosed(time.Duration) {
 
 // ConnectionRequestHandled comes once both ends are joined, or it failed.
 func (c *circuits) ConnectionRequestHandled(status circuitpb.Status) {
+	c.tally.circuitRequest(requestConnect, status)
 	if status != circuitpb.Status_OK {
 		return
 	}
@@ -517,8 +532,16 @@ func (c *circuits) ConnectionRequestHandled(status circuitpb.Status) {
 	c.log.Debug("circuit established", "relayed_connections", n)
 }
 
-func (*circuits) RelayStatus(bool)                           {}
-func (*circuits) ReservationAllowed(bool)                    {}
-func (*circuits) ReservationClosed(int)                      {}
-func (*circuits) ReservationRequestHandled(circuitpb.Status) {}
-func (*circuits) BytesTransferred(int)                       {}
+func (c *circuits) ReservationRequestHandled(status circuitpb.Status) {
+	c.tally.circuitRequest(requestReserve, status)
+}
+
+func (c *circuits) ReservationAllowed(renewal bool) {
+	if !renewal {
+		c.tally.reservations.Add(1)
+	}
+}
+
+func (c *circuits) ReservationClosed(n int) { c.tally.reservations.Add(-int64(n)) }
+func (c *circuits) BytesTransferred(n int)  { c.tally.relayedBytes.Add(int64(n)) }
+func (*circuits) RelayStatus(bool)          {}
