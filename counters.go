@@ -34,7 +34,8 @@ func (r request) String() string {
 	return [requestTypes]string{"put_value", "get_value", "find_node", "ping", "other", "reserve", "connect"}[r]
 }
 
-// refusal is why something was refused.
+// refusal is why something was refused. A connection counts once for each packet
+// that would begin it, and the clients' first flight is of two.
 type refusal int
 
 const (
