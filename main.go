@@ -37,10 +37,6 @@ import (
 	"time"
 )
 
-// version is set by the linker in a release build (-X main.version=1.2.3).
-// Empty in any other; buildVersion then asks the Go toolchain.
-var version string
-
 // defaultVersion is what a build that knows no release says it is: the version
 // the deployed clients were written against.
 const defaultVersion = "0.1.0"
@@ -439,6 +435,15 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		log.Info("summary", append(about, relay.counters().attrs()...)...)
 	}
 	ready(up)
+	manager := findServiceManager(os.Getenv)
+	tell := func(state string) {
+		if err := manager.tell(state); err != nil {
+			log.Warn("service manager not reached", "err", err)
+		}
+	}
+	tell("READY=1")
+	signOfLife, stopSigns := manager.signsOfLife()
+	defer stopSigns()
 
 	for running := true; running; {
 		select {
@@ -446,6 +451,11 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 			logSummary()
 		case <-asked:
 			logSummary()
+		case <-signOfLife:
+			// Not reached while this loop hangs, nor passed while a lock does:
+			// the watchdog then ends what only looks alive.
+			relay.takeLocks()
+			tell("WATCHDOG=1")
 		case <-ctx.Done():
 			running = false
 		case err = <-failed:
@@ -456,6 +466,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	}
 
 	log.Info("stopping", relay.counters().attrs()...)
+	tell("STOPPING=1")
 	api.stopping.Store(true)
 	// ctx is already done, so it cannot be the budget for the goodbye.
 	ctx = context.WithoutCancel(ctx)
@@ -488,13 +499,10 @@ func memoryInUse() uint64 {
 // release. https://go.dev/ref/mod#pseudo-versions
 var pseudoVersion = regexp.MustCompile(`\d{14}-[0-9a-f]{12}`)
 
-// buildVersion is the version of this build without a leading v: the linked-in
-// one, else what the Go toolchain stamped (a tag with `go install …@v1.2.3`, a
-// pseudo-version for a commit), else defaultVersion.
+// buildVersion is the version of this build without a leading v: what the Go
+// toolchain stamped (the tag of a release, of a clean clone at it and of `go
+// install …@v1.2.3`, a pseudo-version for any other commit), else defaultVersion.
 func buildVersion() string {
-	if version != "" {
-		return strings.TrimPrefix(version, "v")
-	}
 	if info, ok := debug.ReadBuildInfo(); ok && strings.HasPrefix(info.Main.Version, "v") {
 		return info.Main.Version[1:]
 	}

@@ -447,6 +447,16 @@ func (r *relay) close() error {
 	return errors.Join(errs...)
 }
 
+// takeLocks returns when each lock on a client's way was free for a moment:
+// connections, their addresses, the routing table, circuits. A sign of life.
+func (r *relay) takeLocks() {
+	r.host.Network().Conns()
+	r.dht.RoutingTable().Size()
+	r.counters()
+	r.peers.mu.Lock()
+	defer r.peers.mu.Unlock()
+}
+
 // circuits counts circuits and, once draining, refuses new ones. It is the
 // circuit relay's metrics tracer, for its only view of a circuit's ends, and its
 // access control.
