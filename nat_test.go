@@ -16,6 +16,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"runtime"
@@ -304,10 +305,11 @@ type labClient struct {
 
 // labRequest and labResponse are the lines between the test and its clients.
 type labRequest struct {
-	Do    string         // join, find, dial, reserve, circuit, direct, sync, hangup
+	Do    string         // join, find, dial, reserve, circuit, direct, sync, put, get, identity, hangup
 	Peer  *peer.AddrInfo `json:",omitempty"`
 	Relay *peer.AddrInfo `json:",omitempty"`
 	Bytes int64          `json:",omitempty"`
+	URL   string         `json:",omitempty"`
 }
 
 type labResponse struct {
@@ -346,6 +348,14 @@ func (l *lab) start(cmd *exec.Cmd) {
 // client starts a client in ns, which joins the relay.
 func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
 	l.t.Helper()
+	c := l.labClient(ns)
+	resp := c.must(labRequest{Do: "join", Relay: &relay})
+	c.id, c.addrs = resp.ID, resp.Addrs
+	return c
+}
+
+func (l *lab) labClient(ns string) *labClient {
+	l.t.Helper()
 	cmd := l.self(ns, labClientEnv+"=1")
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
@@ -356,10 +366,7 @@ func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
 		l.t.Fatal(err)
 	}
 	l.start(cmd)
-	c := &labClient{t: l.t, name: ns, enc: json.NewEncoder(stdin), dec: json.NewDecoder(stdout)}
-	resp := c.must(labRequest{Do: "join", Relay: &relay})
-	c.id, c.addrs = resp.ID, resp.Addrs
-	return c
+	return &labClient{t: l.t, name: ns, enc: json.NewEncoder(stdin), dec: json.NewDecoder(stdout)}
 }
 
 func (c *labClient) try(req labRequest) (resp labResponse, err error) {
@@ -530,6 +537,29 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 			return resp, errors.New("the digest differs")
 		}
 		return resp, nil
+	case "put", "get":
+		m := kadpb.NewMessage(map[string]kadpb.Message_MessageType{"put": kadpb.Message_PUT_VALUE, "get": kadpb.Message_GET_VALUE}[req.Do], groupKey, 0)
+		if req.Do == "put" {
+			m.Record = rustRecord(groupKey, h.ID().String(), h.ID(), 7200)
+		}
+		m, err := tryAsk(ctx, h, testRelay{info: relay}, m)
+		if err != nil {
+			return resp, err
+		}
+		resp.ID, err = peer.Decode(string(m.GetRecord().GetValue()))
+		return resp, err
+	case "identity":
+		answer, err := http.Get(req.URL)
+		if err != nil {
+			return resp, err
+		}
+		defer answer.Body.Close()
+		var identity identityResponse
+		if err := json.NewDecoder(answer.Body).Decode(&identity); err != nil {
+			return resp, err
+		}
+		resp.ID, err = peer.Decode(identity.PeerID)
+		return resp, err
 	case "hangup":
 		return resp, h.Network().ClosePeer(req.Peer.ID)
 	}
