@@ -40,7 +40,7 @@ func laterDeb(t *testing.T, dir string) {
 }
 
 // sh runs a shell script with arguments.
-func sh(t *testing.T, script string, args ...string) string {
+func sh(t testing.TB, script string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command("sh", append([]string{"-ec", script, "sh"}, args...)...).CombinedOutput()
 	if err != nil {
@@ -74,7 +74,7 @@ const changedRoot = `
 `
 
 // debian is the directory with a clean Debian.
-func debian(t *testing.T) string {
+func debian(t testing.TB) string {
 	t.Helper()
 	dir := os.Getenv("PRIVSTACK_DEBIAN")
 	if dir == "" || os.Geteuid() != 0 {
@@ -101,7 +101,7 @@ func inChroot(t *testing.T, mnt, script string) string {
 
 // machine is a booted Debian in a network namespace of the lab.
 type machine struct {
-	t   *testing.T
+	t   testing.TB
 	pid int // of its PID 1, out here
 }
 
@@ -119,10 +119,11 @@ func (l *lab) machine(ns, mnt string) *machine {
 	cmd.Env = append(os.Environ(), "cgroup="+cgroup, "tmp="+t.TempDir(), "debian="+debian(t), "mnt="+mnt, "boot="+changedRoot+`
 		mount -t sysfs -o ro sysfs sys
 		mount -t cgroup2 cgroup2 sys/fs/cgroup
-		hostname machine
+		echo machine >etc/hostname
 		echo uninitialized >etc/machine-id
-		# What is about hardware, consoles and the kernel that all share.
-		for unit in console-getty.service systemd-firstboot.service systemd-modules-load.service systemd-remount-fs.service \
+		# What is about hardware, consoles, the kernel that all share, and a network
+		# that the lab has set up already.
+		for unit in systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service console-getty.service systemd-firstboot.service systemd-modules-load.service systemd-remount-fs.service \
 			modprobe@.service sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount apt-daily.timer apt-daily-upgrade.timer; do
 			ln -sf /dev/null etc/systemd/system/$unit
 		done
@@ -300,6 +301,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		s.is("stat -c '%a %U %G' /var/lib/privstack/relay-identity.key", "600 privstack privstack")
 		s.is("dpkg -V privstack-relay", "")
 		s.is("systemd-analyze verify privstack-relay.service 2>&1", "")
+		s.do("systemd-analyze security --offline=true --threshold=11 /usr/lib/systemd/system/privstack-relay.service") // in tenths
 		s.is("ufw app info 'PrivStack Relay' | tail -n 2 | xargs", "4001/udp 4002/tcp")
 		s.is("/lib/systemd/systemd-sysctl --cat-config | grep -c 'net.core.[rw]mem_max = 7500000'", "2")
 		id = s.serves(t)
