@@ -205,10 +205,10 @@ func (m *machine) unit(property string) string {
 	return m.do("systemctl show --value -p " + property + " privstack-relay")
 }
 
-// ready is the log line of the relay's latest start.
-func (m *machine) ready() string {
+// limits is the log line of the relay's latest start that says what it chose.
+func (m *machine) limits() string {
 	m.t.Helper()
-	return m.do(`journalctl -u privstack-relay -o cat | grep 'msg="relay ready"' | tail -n 1`)
+	return m.do(`journalctl -u privstack-relay -o cat | grep 'msg=limits' | tail -n 1`)
 }
 
 // starts is how often the relay has started on this machine.
@@ -307,7 +307,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		id = s.serves(t)
 	})
 	step("what it may use fits its clients", func(t *testing.T) {
-		memory := availableMemory(os.DirFS("/"))
+		memory, _ := availableMemory(os.DirFS("/"))
 		if limit, err := strconv.ParseUint(s.unit("MemoryMax"), 10, 64); err != nil || limit >= memory {
 			t.Errorf("MemoryMax = %d, %v, want one below %d", limit, err, memory)
 		} else if controllers, _ := s.try("cat /sys/fs/cgroup/cgroup.controllers"); strings.Contains(controllers, "memory") {
@@ -315,8 +315,8 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		} else {
 			t.Log("this kernel keeps the memory controller elsewhere, so that MemoryMax is not in force here")
 		}
-		if want := fmt.Sprintf(" max_clients=%d ", clientsFor(memory)); !strings.Contains(s.ready(), want) {
-			t.Errorf("start log is %s, want %s", s.ready(), want)
+		if want := fmt.Sprintf(" max_clients=%d ", clientsFor(memory)); !strings.Contains(s.limits(), want) {
+			t.Errorf("start log is %s, want %s", s.limits(), want)
 		}
 		s.is("cat /proc/"+s.unit("MainPID")+"/limits | grep 'open files' | xargs", "Max open files 4096 4096 files")
 	})
@@ -355,8 +355,8 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		if got := s.starts(); got != before+1 {
 			t.Errorf("%d restarts, want one", got-before)
 		}
-		if !strings.Contains(s.ready(), " max_clients=77 ") {
-			t.Errorf("start log is %s, want the operator's max_clients=77", s.ready())
+		if !strings.Contains(s.limits(), " max_clients=77 ") {
+			t.Errorf("start log is %s, want the operator's max_clients=77", s.limits())
 		}
 		same(t)
 	})
