@@ -200,8 +200,8 @@ func ownGoroutines(t *testing.T, f func()) (count func() int) {
 	}
 }
 
-// heap is the live heap in bytes.
-func heap() uint64 {
+// liveHeap is the live heap in bytes.
+func liveHeap() uint64 {
 	runtime.GC()
 	runtime.GC() // what the first one's finalizers let go
 	var m runtime.MemStats
@@ -416,13 +416,13 @@ func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 				eventually(t, "the relay holds nothing for anybody", func() bool { return r.usage(t) == network.ScopeStat{} })
 			}
 			misbehave() // once for what is made once
-			before := heap()
+			before := liveHeap()
 			misbehave()
 			eventually(t, "the relay has the goroutines that it had before", func() bool { return goroutines() <= atRest })
 			// The clients are in this heap too, and go in their own time.
 			var after uint64
 			eventually(t, "the heap is what it was before", func() bool {
-				after = heap()
+				after = liveHeap()
 				return after < before+pairs*2<<10
 			})
 			t.Logf("%d goroutines; heap %d KiB before, %d KiB after", goroutines(), before>>10, after>>10)

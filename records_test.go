@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/netip"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // groupKey is a client's record key: raw hash bytes, among them slashes, zeros
@@ -149,7 +152,7 @@ func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
 		want       int // records left of 100
 	}{
 		{"records", 10, 1 << 30, 100, 10},
-		{"bytes", 1000, 10 * (1000 + 256 + 14), 1000, 10},
+		{"bytes", 1000, 10 * (1000 + recordOverhead + 14), 1000, 10},
 		{"one that is too large", 10, 1000, 1000, 0},
 	}
 	for _, tt := range tests {
@@ -171,16 +174,93 @@ func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
 					}
 				}
 			}
-			if left != tt.want || s.bytes > tt.maxBytes {
-				t.Errorf("%d records of %d bytes are left, want %d within %d", left, s.bytes, tt.want, tt.maxBytes)
+			if _, held := s.held(); left != tt.want || held > tt.maxBytes {
+				t.Errorf("%d records of %d bytes are left, want %d within %d", left, held, tt.want, tt.maxBytes)
 			}
 			for i := range 100 {
 				s.Delete(ctx, key(i))
 			}
-			if s.bytes != 0 || s.records.Len() != 0 {
-				t.Errorf("empty store holds %d records of %d bytes", s.records.Len(), s.bytes)
+			if n, held := s.held(); n != 0 || held != 0 || len(s.holders) != 0 || len(s.all.parts) != 0 || s.byAge.Len() != 0 {
+				t.Errorf("empty store holds %d records of %d bytes of %d holders", n, held, len(s.holders))
 			}
 		})
+	}
+}
+
+// One who fills the store, from one identity or from many, loses his own records
+// and nobody else's.
+func TestFloodEvictsItsOwnRecords(t *testing.T) {
+	const honest, flood = 100, 5000
+	ctx := context.Background()
+	putAs := func(s *recordStore, id holderID, i int, size int) {
+		key := fmt.Sprintf("/privstack/%s/%d", string(id.peer), i)
+		data, err := proto.Marshal(&recpb.Record{Key: []byte(key), Value: make([]byte, size)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.coming.Add(key, id)
+		s.Put(ctx, ds.NewKey(key), data)
+	}
+	network := func(i int) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32) }
+	for _, tt := range []struct {
+		name               string
+		attackers, records int // records of each
+		home               int // the honest ones' networks begin here, the attackers' is 0
+	}{
+		{"one peer", 1, flood, 1},
+		{"fifty peers of one address", 50, flood / 50, 1},
+		{"one peer in the network of the others", 1, flood, 0},
+		{"a new identity for each record", flood, 1, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newRecordStore(1024, 1024*4<<10)
+			for i := range honest {
+				in := network(tt.home)
+				if tt.home > 0 {
+					in = network(tt.home + i)
+				}
+				putAs(s, holderID{in, peer.ID(fmt.Sprint("honest ", i))}, 0, 300)
+			}
+			for a := range tt.attackers {
+				for i := range tt.records {
+					putAs(s, holderID{network(0), peer.ID(fmt.Sprint("attacker ", a))}, i, 8<<10)
+				}
+			}
+			lost := 0
+			for i := range honest {
+				if _, err := s.Get(ctx, ds.NewKey(fmt.Sprintf("/privstack/honest %d/0", i))); err != nil {
+					lost++
+				}
+			}
+			n, held := s.held()
+			if lost > 0 || n > 1024 || held > 1024*4<<10 {
+				t.Errorf("%d of %d honest records are lost; %d records of %d bytes", lost, honest, n, held)
+			}
+		})
+	}
+}
+
+// A record's place in memory is what the bound counts for it.
+func TestRecordOverheadIsNoLess(t *testing.T) {
+	const n = 20_000
+	s := newRecordStore(n, 1<<40)
+	before := liveHeap()
+	data := 0
+	for i := range n {
+		key := fmt.Sprintf("/privstack/syncgroup/%032d", i)
+		rec, err := proto.Marshal(&recpb.Record{Key: []byte(key), Value: make([]byte, 300)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		data += len(key) + len(rec)
+		s.coming.Add(key, holderID{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32), peer.ID(fmt.Sprintf("%038d", i))})
+		s.Put(context.Background(), ds.NewKey(key), rec)
+	}
+	each := (int(liveHeap()-before) - data) / n
+	runtime.KeepAlive(s)
+	t.Logf("%d bytes each beside key and data", each)
+	if each > recordOverhead {
+		t.Errorf("an entry costs %d bytes beside its key and data, above %d", each, recordOverhead)
 	}
 }
 
@@ -200,7 +280,7 @@ func TestOldRecordsAreNotServed(t *testing.T) {
 			t.Errorf("a second later: error = %v, want ErrNotFound", err)
 		}
 		s.Put(ctx, fresh, []byte("x"))
-		if n := s.records.Len(); n != 1 {
+		if n, _ := s.held(); n != 1 {
 			t.Errorf("%d records are kept, want the fresh one alone", n)
 		}
 	})

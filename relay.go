@@ -236,6 +236,7 @@ func (r *relay) newDHT() (*dht.IpfsDHT, error) {
 		dht.OnRequestHook(func(_ context.Context, s network.Stream, req *kadpb.Message) {
 			boundRequest(req)
 			r.tally.dhtRequest(req)
+			r.records.from(s.Conn(), req)
 			s.(*kadStream).request = req
 			r.peers.admit(s.Conn().RemotePeer())
 		}),
