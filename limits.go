@@ -94,6 +94,10 @@ const (
 	// circuit takes one, a DHT request one for as long as it runs.
 	streamsPerPeer = 2 * circuitsPerPeer
 
+	// streamShare is how many of them each peer can count on, whatever the others
+	// do. There are as many for each client.
+	streamShare = 8
+
 	// connsPerPeer leaves room for a device that comes back over another path
 	// before its old connection has timed out.
 	connsPerPeer = 4
@@ -153,8 +157,21 @@ func clientsFor(memory uint64) int {
 	return int(min(max(usable/clientMemory, 64), maxMaxClients))
 }
 
+// memory is what the relay may take with all of its clients, in bytes: what
+// clientsFor would have derived clients from.
+func (l limits) memory() int64 {
+	return (int64(l.clients)*clientMemory + baseMemory) / 3 * 4
+}
+
 // circuits is the most open at once: every client in one with another.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
+
+// unproven is how many clients may be in the handshake before newcomers have to
+// prove their addresses by a Retry, which costs them a round trip.
+func (l limits) unproven() int64 { return int64(max(l.clients/8, 16)) }
+
+// streams is the most open at once.
+func (l limits) streams() int { return max(streamShare*l.clients, 8*streamsPerPeer) }
 
 // records bounds the DHT's values: how many, and how many bytes all together.
 // Two for each client leave room for those who were here and are not now.

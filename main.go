@@ -348,7 +348,7 @@ func (s served) banner() string {
 func (s served) log(log *slog.Logger, cfg config) {
 	log.Info("relay ready", "version", buildVersion(), "peer", s.peerID, "listen", s.bound, "addrs", s.reachable,
 		"announced", len(cfg.announce) > 0, "http_port", s.httpPort)
-	log.Info("limits", "max_clients", s.limits.clients, "because_of", s.limits.why, "max_clients_per_ip", s.limits.perNetwork,
+	log.Info("limits", "max_clients", s.limits.clients, "because_of", s.limits.why, "max_clients_per_ip", s.limits.perNetwork, "max_memory_bytes", s.limits.memory(),
 		"circuits", s.limits.circuits(), "circuit_duration", cfg.circuitDuration, "circuit_bytes", cfg.circuitBytes)
 	switch {
 	case s.receiveBuf == 0 || s.sendBuf == 0:
@@ -398,6 +398,9 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	if err != nil {
 		return err
 	}
+
+	// The rest is the kernel's, for sockets.
+	defer boundMemory(relay.limits.memory() / 8 * 7)()
 
 	api := newAPIHandler(identityResponse{
 		PeerID:          relay.peerID(),
