@@ -214,7 +214,7 @@ func (l limits) resourceLimits(kad protocol.ID, relays int) rcmgr.ConcreteLimitC
 	if relays > 0 {
 		outbound, outboundEach = rcmgr.LimitVal(relays), 1
 	}
-	streams := rcmgr.LimitVal(max(8*l.clients, 8*streamsPerPeer))
+	streams := rcmgr.LimitVal(l.streams())
 	// The resource manager counts QUIC windows beyond the first 768 KiB of a
 	// connection, circuit buffers and messages being parsed. It gives windows
 	// 60 % of the whole and buffers 80 %, so windows starve first.

@@ -1,0 +1,30 @@
+package main
+
+import (
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+)
+
+// fairStreams is a resource manager under which nobody's open streams keep
+// others from opening any: once half of all that may be open are, a peer that has
+// its share opens no more. Those of one address alone could hold them all.
+type fairStreams struct {
+	network.ResourceManager
+	most int // open at once, of all peers
+}
+
+func (f fairStreams) OpenStream(id peer.ID, dir network.Direction) (network.StreamManagementScope, error) {
+	open := 0
+	count := func(stat network.ScopeStat) error {
+		open = stat.NumStreamsInbound + stat.NumStreamsOutbound
+		return nil
+	}
+	f.ViewSystem(func(s network.ResourceScope) error { return count(s.Stat()) })
+	if open > f.most/2 {
+		f.ViewPeer(id, func(s network.PeerScope) error { return count(s.Stat()) })
+		if open >= streamShare {
+			return nil, network.ErrResourceLimitExceeded
+		}
+	}
+	return f.ResourceManager.OpenStream(id, dir)
+}
