@@ -11,6 +11,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -61,7 +62,14 @@ type quicSockets struct {
 
 	admit  func(context.Context, *quic.ClientInfo) (context.Context, error)
 	verify func(net.Addr) bool
-	bound  []*quic.Transport
+
+	// unproven is how many connections have begun from addresses that are not
+	// proven, and are not libp2p's yet. Forged ones stay for 10 s, and take places
+	// from newcomers: at maxUnproven newcomers have to prove theirs.
+	unproven    atomic.Int64
+	maxUnproven int64
+
+	bound []*quic.Transport
 }
 
 func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionGater, resources network.ResourceManager) (transport.Transport, error) {
@@ -112,11 +120,15 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 		}
 		context.AfterFunc(ctx, scope.Done)
 		waiting, taken := context.WithCancel(ctx)
+		if !client.AddrVerified {
+			q.unproven.Add(1)
+			context.AfterFunc(waiting, func() { q.unproven.Add(-1) })
+		}
 		return network.WithConnManagementScope(ctx, waitingScope{scope, waiting.Done(), taken}), nil
 	}
 	handshakes := rate.NewLimiter(handshakeRate, handshakeRate)
 	q.verify = func(addr net.Addr) bool {
-		return !handshakes.Allow() || resources.VerifySourceAddress(addr)
+		return q.unproven.Load() >= q.maxUnproven || !handshakes.Allow() || resources.VerifySourceAddress(addr)
 	}
 	q.manager, err = quicreuse.NewConnManager(reset, token)
 	return q.manager, err

@@ -82,6 +82,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if cfg.metrics != "" {
 		r.registry = newRegistry(r)
 	}
+	r.sockets.maxUnproven = lim.unproven()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
