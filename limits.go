@@ -68,6 +68,10 @@ const (
 	// idle one costs 12 KiB: measured with 10 000.
 	maxHTTPConns = 1024
 
+	// minBandwidth is the least for --max-bandwidth, in bytes per second: with it
+	// the largest sync message, 16 MiB, takes 17 minutes.
+	minBandwidth = 16 << 10
+
 	// maxMaxClients is a typo's distance above anything one UDP port carries.
 	maxMaxClients = 1_000_000
 )

@@ -71,6 +71,8 @@ Usage: privstack-relay [flags]
                                 0 = unlimited (default 1h)
       --circuit-bytes SIZE      most bytes one relayed connection carries each way,
                                 such as 512MiB; 0 = unlimited (default 1GiB)
+      --max-bandwidth SIZE      most bytes per second that all circuits carry
+                                together, such as 5MiB; 0 = unlimited (default 0)
       --max-clients N           most clients at once; 0 = what memory allows
                                 (default 0)
       --max-clients-per-ip N    most clients from one IPv4 address or IPv6 /56
@@ -126,6 +128,10 @@ type config struct {
 	// connection. 0 is unlimited.
 	circuitDuration time.Duration
 	circuitBytes    int64
+
+	// maxBandwidth caps what all circuits carry together, both ways, in bytes
+	// per second. 0 is unlimited.
+	maxBandwidth int64
 
 	// maxClients is the most clients connected at once. 0 derives it from
 	// the memory that the process may use.
@@ -186,6 +192,10 @@ func parseFlags(args []string) (config, error) {
 		cfg.circuitBytes, err = parseSize(s)
 		return err
 	})
+	fs.Func("max-bandwidth", "", func(s string) (err error) {
+		cfg.maxBandwidth, err = parseSize(s)
+		return err
+	})
 	fs.IntVar(&cfg.maxClients, "max-clients", 0, "")
 	fs.IntVar(&cfg.maxClientsPerIP, "max-clients-per-ip", 256, "")
 	fs.Func("metrics", "", func(s string) error {
@@ -235,6 +245,8 @@ func parseFlags(args []string) (config, error) {
 		return config{}, usageError{fmt.Sprintf("--circuit-duration %v is under one second", cfg.circuitDuration)}
 	case cfg.circuitDuration > maxCircuitDuration:
 		return config{}, usageError{fmt.Sprintf("--circuit-duration %v is above %v, use 0 for unlimited", cfg.circuitDuration, maxCircuitDuration)}
+	case cfg.maxBandwidth > 0 && cfg.maxBandwidth < minBandwidth:
+		return config{}, usageError{fmt.Sprintf("--max-bandwidth %d is under %d bytes per second, use 0 for unlimited", cfg.maxBandwidth, minBandwidth)}
 	case cfg.maxClients < 0 || cfg.maxClients > maxMaxClients:
 		return config{}, usageError{fmt.Sprintf("--max-clients %d is not between 0 and %d", cfg.maxClients, maxMaxClients)}
 	case cfg.maxClientsPerIP < 1:

@@ -119,7 +119,11 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if err := r.peers.follow(r.host, r.dht.RoutingTable()); err != nil {
 		return nil, fmt.Errorf("follow peers: %w", err)
 	}
-	r.service, err = circuit.New(r.host,
+	circuitHost := r.host
+	if cfg.maxBandwidth > 0 {
+		circuitHost = newPacedHost(r.host, cfg.maxBandwidth)
+	}
+	r.service, err = circuit.New(circuitHost,
 		circuit.WithResources(lim.resources(cfg.circuitDuration, cfg.circuitBytes)),
 		// Every address that advertised leaves in: a rust client refuses a
 		// reservation without one, and the default filter leaves none on a LAN
