@@ -41,12 +41,28 @@ const crowdSocket = 500
 
 func newCrowd(t testing.TB, clients int) *crowd {
 	t.Helper()
-	c := &crowd{}
-	for range (clients + crowdSocket - 1) / crowdSocket {
+	return newCrowdOn(t, (clients+crowdSocket-1)/crowdSocket)
+}
+
+// newCrowdOn is a crowd on so many sockets.
+func newCrowdOn(t testing.TB, sockets int) *crowd {
+	t.Helper()
+	var conns []*net.UDPConn
+	for range sockets {
 		conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 		if err != nil {
 			t.Fatal(err)
 		}
+		conns = append(conns, conn)
+	}
+	return newCrowdFrom(t, conns)
+}
+
+// newCrowdFrom is a crowd on these sockets, which it closes.
+func newCrowdFrom(t testing.TB, conns []*net.UDPConn) *crowd {
+	t.Helper()
+	c := &crowd{}
+	for _, conn := range conns {
 		tr := &quicgo.Transport{Conn: conn}
 		t.Cleanup(func() {
 			tr.Close()
@@ -98,14 +114,23 @@ func makeLightIdentity() (who lightIdentity, err error) {
 type lightClient struct {
 	lightIdentity
 	*quicgo.Conn
+	transport *quicgo.Transport // nil where it took over a connection
 
 	// stops gets the streams on which the relay offers a circuit.
 	stops chan *quicgo.Stream
 }
 
+func lightConfig() *quicgo.Config {
+	return &quicgo.Config{
+		InitialPacketSize: 1200, // as quinn's
+		MaxIdleTimeout:    10 * time.Second,
+		KeepAlivePeriod:   5 * time.Second,
+	}
+}
+
 // over is who on an established connection, and answers once serve runs.
 func (who lightIdentity) over(conn *quicgo.Conn) *lightClient {
-	return &lightClient{who, conn, make(chan *quicgo.Stream, 1)}
+	return &lightClient{who, conn, nil, make(chan *quicgo.Stream, 1)}
 }
 
 // dial connects as who, and answers the relay's identify requests until the
@@ -120,15 +145,12 @@ func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay p
 		return nil, err
 	}
 	tlsConf, _ := who.tls.ConfigForPeer(relay.ID)
-	conn, err := tr.Dial(ctx, addr, tlsConf, &quicgo.Config{
-		InitialPacketSize: 1200, // as quinn's
-		MaxIdleTimeout:    10 * time.Second,
-		KeepAlivePeriod:   5 * time.Second,
-	})
+	conn, err := tr.Dial(ctx, addr, tlsConf, lightConfig())
 	if err != nil {
 		return nil, err
 	}
 	client := who.over(conn)
+	client.transport = tr
 	if who.listen == nil {
 		client.listen = []ma.Multiaddr{ma.StringCast("/ip4/192.168.1.10/udp/5001/quic-v1")}
 	}
@@ -147,8 +169,15 @@ func (c *lightClient) serve() {
 		PublicKey:       public,
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
 	}
-	for _, a := range c.listen {
-		said.ListenAddrs = append(said.ListenAddrs, a.Bytes())
+	// More than fits into one message goes into more of them, which the reader
+	// merges, as identify's spec has it for large ones.
+	parts := []*identifypb.Identify{said}
+	for i, a := range c.listen {
+		if i > 0 && i%150 == 0 {
+			parts = append(parts, new(identifypb.Identify))
+		}
+		part := parts[len(parts)-1]
+		part.ListenAddrs = append(part.ListenAddrs, a.Bytes())
 	}
 	mux := multistream.NewMultistreamMuxer[string]()
 	mux.AddHandler(identify.ID, nil)
@@ -170,7 +199,9 @@ func (c *lightClient) serve() {
 			switch {
 			case err != nil:
 			case chosen == identify.ID:
-				protodelim.MarshalTo(s, said)
+				for _, part := range parts {
+					protodelim.MarshalTo(s, part)
+				}
 			case chosen == string(kadProtocol):
 				answerKad(s)
 			}

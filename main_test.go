@@ -201,6 +201,9 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	if kind := os.Getenv(benchRelayEnv); kind != "" {
+		panic(runBenchRelay(kind, os.Args[1:]))
+	}
 	// The NAT lab runs this binary in its namespaces.
 	if delay := os.Getenv(labDelayEnv); delay != "" {
 		panic(runLabDelay(delay, os.Stdout))
@@ -277,9 +280,15 @@ func (b *logBuffer) line(msg string) string {
 }
 
 // start runs the binary on free ports until its banner is complete.
-func start(t *testing.T, args ...string) *process {
+func start(t testing.TB, args ...string) *process {
 	t.Helper()
-	p := &process{Cmd: command(t, append([]string{"--port=0", "--http-port=0"}, args...)...), stderr: new(logBuffer), rest: make(chan string, 1)}
+	return launch(t, command(t, append([]string{"--port=0", "--http-port=0"}, args...)...))
+}
+
+// launch starts a relay and waits until its banner is complete.
+func launch(t testing.TB, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{Cmd: cmd, stderr: new(logBuffer), rest: make(chan string, 1)}
 	p.Stderr = p.stderr
 	stdout, err := p.StdoutPipe()
 	if err != nil {

@@ -1,0 +1,598 @@
+//go:build linux
+
+package main
+
+// What an attacker cannot take: clients that do all they can against a relay,
+// which has the memory that its start log promises and no more, while an honest
+// group publishes and finds each other.
+//
+// Each test prints its figures. In go test they are small; ATTACKS=full is for
+// the whole ones, which takes about 15 minutes:
+//
+//	ATTACKS=full go test -run Attack -v -timeout 40m .
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	ma "github.com/multiformats/go-multiaddr"
+	"github.com/multiformats/go-multistream"
+	quicgo "github.com/quic-go/quic-go"
+	"golang.org/x/sys/unix"
+)
+
+// sized picks the size of an attack.
+func sized[T any](quick, whole T) T {
+	if os.Getenv("ATTACKS") == "full" {
+		return whole
+	}
+	return quick
+}
+
+// siege is a relay process under attack.
+type siege struct {
+	*process
+	t        *testing.T
+	promised int64 // bytes, by the start log
+}
+
+// siegeClients is --max-clients for the attacks.
+const siegeClients = 1000
+
+// besiege starts the relay, by cmd or else on loopback.
+func besiege(t *testing.T, cmd *exec.Cmd) *siege {
+	t.Helper()
+	promised := limits{clients: siegeClients}.memory()
+	if cmd == nil {
+		cmd = command(t, "--port=0", "--http-port=0", fmt.Sprint("--max-clients=", siegeClients))
+	}
+	// The relay must not learn of more than the log says, and what counts is that
+	// the kernel never saw more: then a cgroup of that size would not kill it.
+	cmd.Env = append(os.Environ(), fmt.Sprint("GOMEMLIMIT=", promised/8*7))
+	return &siege{launch(t, cmd), t, promised}
+}
+
+// end fails the test if the relay died, took more memory than promised, or no
+// longer serves.
+func (s *siege) end(c *crowd) {
+	s.t.Helper()
+	peak := s.peakRSS(s.t)
+	s.t.Logf("relay: %d MiB at most of %d promised, %.1f s of CPU", peak>>20, s.promised>>20, s.cpu(s.t).Seconds())
+	if peak > s.promised {
+		s.t.Errorf("the relay took %d MiB, above the %d that its log promises", peak>>20, s.promised>>20)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	who := newLightIdentity(s.t)
+	client, err := c.dial(ctx, who, s.bootstrap)
+	if err == nil {
+		_, err = client.named(ctx, who.id)
+	}
+	if err != nil {
+		s.t.Errorf("a newcomer after the attack: %v", err)
+	}
+	s.kill()
+	if !strings.Contains(s.stderr.String(), fmt.Sprint("max_memory_bytes=", s.promised)) {
+		s.t.Errorf("the start log does not promise %d MiB:\n%s", s.promised>>20, s.stderr)
+	}
+}
+
+// loopbackCrowd has sockets on that address of 127.0.0.0/8, which is a network of
+// its own to the relay's store.
+func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
+	t.Helper()
+	var conns []*net.UDPConn
+	for range sockets {
+		conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	return newCrowdFrom(t, conns)
+}
+
+// group is an honest one: two devices that share a key.
+type group struct {
+	a, b         *lightClient
+	tries, found atomic.Int64
+	stop         func()
+}
+
+// newGroup joins, publishes, and refreshes every 30 s; meanwhile one looks for
+// the other without a pause, until stop.
+func newGroup(t *testing.T, c *crowd, relay peer.AddrInfo) *group {
+	t.Helper()
+	g := &group{}
+	var err error
+	if g.a, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
+		t.Fatal(err)
+	}
+	if g.b, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
+		t.Fatal(err)
+	}
+	publish := func(ctx context.Context) error { return g.a.putValue(ctx, "honest", "here I am") }
+	if err := publish(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	// A device is told of once it is identified, which is not at once.
+	eventually(t, "the mate is named", func() bool { ok, _ := g.b.named(testContext(t), g.a.id); return ok })
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		refresh := time.NewTicker(30 * time.Second)
+		defer refresh.Stop()
+		look := time.NewTicker(20 * time.Millisecond)
+		defer look.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-refresh.C:
+				publish(ctx)
+			case <-look.C:
+				try, cancel := context.WithTimeout(ctx, testTimeout)
+				ok := g.look(try) == nil
+				cancel()
+				if ctx.Err() != nil {
+					return
+				}
+				g.tries.Add(1)
+				if ok {
+					g.found.Add(1)
+				}
+			}
+		}
+	})
+	g.stop = func() {
+		cancel()
+		running.Wait()
+	}
+	t.Cleanup(g.stop)
+	return g
+}
+
+// look finds the record, and the mate's address.
+func (g *group) look(ctx context.Context) error {
+	resp, err := g.b.ask(ctx, kadpb.NewMessage(kadpb.Message_GET_VALUE, []byte(recordPrefix+"syncgroup/honest"), 0))
+	if err != nil {
+		return err
+	}
+	if string(resp.GetRecord().GetValue()) != "here I am" {
+		return errors.New("no record")
+	}
+	if ok, err := g.b.named(ctx, g.a.id); err != nil || !ok {
+		return errors.Join(err, errors.New("mate not named"))
+	}
+	return nil
+}
+
+// end fails the test if the group was not found on 99 % of tries.
+func (g *group) end(t *testing.T) {
+	t.Helper()
+	g.stop()
+	tries, found := g.tries.Load(), g.found.Load()
+	t.Logf("honest group: found on %d of %d tries", found, tries)
+	if tries == 0 || found*100 < tries*99 {
+		t.Errorf("the honest group was found on %d of %d tries, want 99 %%", found, tries)
+	}
+}
+
+// A spammer fills the store; those who share it with him are found all the same.
+func TestAttackPutFlood(t *testing.T) {
+	for _, attackers := range []int{1, 50} {
+		t.Run(fmt.Sprint(attackers, " peers on one IP"), func(t *testing.T) {
+			s := besiege(t, nil)
+			honest := loopbackCrowd(t, "127.0.0.2", 1)
+			g := newGroup(t, honest, s.bootstrap)
+			c := loopbackCrowd(t, "127.0.0.1", 4)
+			flooders := make([]*lightClient, attackers)
+			inParallel(t, attackers, 16, func(ctx context.Context, i int) (err error) {
+				flooders[i], err = c.dial(ctx, newLightIdentity(t), s.bootstrap)
+				return err
+			})
+			value := strings.Repeat("x", maxRecordValue)
+			n, began := sized(4000, 100_000), time.Now()
+			var refused atomic.Int64
+			inParallel(t, n, 50, func(ctx context.Context, i int) error {
+				if err := flooders[i%attackers].putValue(ctx, fmt.Sprint("flood ", i), value); err != nil {
+					refused.Add(1)
+				}
+				return nil
+			})
+			t.Logf("%d records of 8 KiB in %.1f s, %d failed", n, time.Since(began).Seconds(), refused.Load())
+			g.end(t)
+			s.end(honest)
+		})
+	}
+}
+
+// One address with any number of identities is one address.
+func TestAttackFreshIdentities(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	honestNS, attackerNS := l.public("honest", "11.0.0.2/8"), l.public("attacker", "11.0.0.3/8")
+	honest := newCrowdFrom(t, l.sockets(honestNS, "11.0.0.2", 2))
+	g := newGroup(t, honest, s.bootstrap)
+	c := newCrowdFrom(t, l.sockets(attackerNS, "11.0.0.3", 8))
+	// As many as come in the time, of 100 000: each has a key and a certificate.
+	ctx, cancel := context.WithTimeout(context.Background(), sized(8*time.Second, 5*time.Minute))
+	defer cancel()
+	var tried, in atomic.Int64
+	var attacking sync.WaitGroup
+	for range 32 {
+		attacking.Go(func() {
+			for ctx.Err() == nil && tried.Add(1) <= 100_000 {
+				if _, err := c.dial(ctx, newLightIdentity(t), s.bootstrap); err == nil {
+					in.Add(1)
+				}
+			}
+		})
+	}
+	attacking.Wait()
+	// Newcomers from elsewhere come in meanwhile.
+	if _, err := honest.dial(testContext(t), newLightIdentity(t), s.bootstrap); err != nil {
+		t.Errorf("a newcomer from another address: %v", err)
+	}
+	t.Logf("%d identities tried from one address, %d let in", tried.Load(), in.Load())
+	// 256 at once, and as many new ones in 30 s.
+	if most := int64(256 * (2 + sized(8, 300)/30)); in.Load() > most {
+		t.Errorf("%d were let in, want at most %d", in.Load(), most)
+	}
+	g.end(t)
+	s.end(honest)
+}
+
+// Whoever opens and drops all day leaves nothing that adds up.
+func TestAttackOpenAndDrop(t *testing.T) {
+	s := besiege(t, nil)
+	honest := loopbackCrowd(t, "127.0.0.2", 1)
+	g := newGroup(t, honest, s.bootstrap)
+	c := loopbackCrowd(t, "127.0.0.1", 4)
+	ctx, cancel := context.WithTimeout(context.Background(), sized(4*time.Second, time.Minute))
+	defer cancel()
+	var reservations, circuits atomic.Int64
+	var attacking sync.WaitGroup
+	for range 20 {
+		a, b := c.pair(testContext(t), t, testRelay{info: s.bootstrap}, [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)})
+		attacking.Go(func() {
+			for ctx.Err() == nil {
+				if a.reserve(ctx) == nil {
+					reservations.Add(1)
+				}
+				from, to, err := a.circuitTo(ctx, b)
+				if err != nil {
+					continue
+				}
+				circuits.Add(1)
+				from.Write([]byte("x"))
+				for _, s := range []*quicgo.Stream{from, to} {
+					s.CancelRead(0)
+					s.CancelWrite(0)
+				}
+			}
+		})
+	}
+	attacking.Wait()
+	t.Logf("%d reservations and %d circuits opened and dropped", reservations.Load(), circuits.Load())
+	if circuits.Load() == 0 {
+		t.Error("no circuit was opened")
+	}
+	g.end(t)
+	s.end(honest)
+}
+
+// Streams that are opened and left cost their owner's share and nobody else's.
+func TestAttackStreamsLeftOpen(t *testing.T) {
+	s := besiege(t, nil)
+	honest := loopbackCrowd(t, "127.0.0.2", 1)
+	g := newGroup(t, honest, s.bootstrap)
+	c := loopbackCrowd(t, "127.0.0.1", 4)
+	protocols := []string{string(kadProtocol), string(proto.ProtoIDv2Hop), identify.ID, identify.IDPush, "/ipfs/ping/1.0.0", ""}
+	var opened, ended atomic.Int64
+	inParallel(t, sized(100, siegeClients-20), 16, func(ctx context.Context, i int) error {
+		client, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		if err != nil {
+			return err
+		}
+		for i := range 256 {
+			// The relay ends those above its limit, which makes room for more.
+			stream, err := client.OpenStream()
+			if err != nil {
+				break
+			}
+			opened.Add(1)
+			stream.SetDeadline(time.Now().Add(testTimeout))
+			if protocol := protocols[i%len(protocols)]; protocol != "" {
+				go func() { // until the end of the test, at the latest
+					if multistream.SelectProtoOrFail(protocol, stream) != nil {
+						ended.Add(1)
+					}
+				}()
+				continue
+			}
+			stream.Write([]byte("\x13/multi"))
+		}
+		return nil
+	})
+	// The others go on while these are held.
+	before := g.tries.Load()
+	eventually(t, "the honest group goes on", func() bool { return g.tries.Load() > before+50 })
+	t.Logf("%d streams left open, %d ended by the relay so far", opened.Load(), ended.Load())
+	g.end(t)
+	s.end(honest)
+}
+
+// What one says of himself in identify does not grow anybody's answers, and says
+// nothing of anybody else.
+func TestAttackIdentifyAddresses(t *testing.T) {
+	s := besiege(t, nil)
+	honest := loopbackCrowd(t, "127.0.0.2", 1)
+	g := newGroup(t, honest, s.bootstrap)
+	var lies []ma.Multiaddr
+	for i := range 400 {
+		lies = append(lies,
+			ma.StringCast(fmt.Sprintf("/ip4/11.9.%d.%d/udp/9/quic-v1", i/256, i%256)),
+			ma.StringCast(fmt.Sprintf("/ip4/10.9.%d.%d/udp/9/quic-v1", i/256, i%256)))
+	}
+	for range 200 {
+		lies = append(lies, ma.StringCast("/ip4/11.8.0.1/udp/9/quic-v1/p2p/"+g.a.id.String()))
+	}
+	c := loopbackCrowd(t, "127.0.0.1", 2)
+	liars := make([]*lightClient, 50)
+	inParallel(t, len(liars), 16, func(ctx context.Context, i int) (err error) {
+		who := newLightIdentity(t)
+		who.listen = lies[i:]
+		liars[i], err = c.dial(ctx, who, s.bootstrap)
+		return err
+	})
+	for _, liar := range append(liars, g.a) {
+		var addrs []ma.Multiaddr
+		honestOne, whole := liar == g.a, 2
+		if !honestOne {
+			whole = maxAddrsPerPeer // once the lies have been read
+		}
+		eventually(t, "the answer says all it will", func() bool {
+			resp, err := g.b.ask(testContext(t), kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(liar.id), 0))
+			if err != nil {
+				t.Fatal(err)
+			}
+			addrs = nil
+			for _, p := range resp.GetCloserPeers() {
+				if len(p.Addrs) > maxAddrsPerPeer {
+					t.Fatalf("an answer names %d addresses of one peer", len(p.Addrs))
+				}
+				if peer.ID(p.Id) == liar.id {
+					addrs = p.Addresses()
+				}
+			}
+			return len(addrs) >= whole
+		})
+		if !slices.ContainsFunc(addrs, liar.seenAt().Equal) {
+			t.Errorf("told %v of a peer, without the observed %v", addrs, liar.seenAt())
+		}
+		if honestOne && slices.ContainsFunc(addrs, func(a ma.Multiaddr) bool {
+			return strings.HasPrefix(a.String(), "/ip4/11.") || strings.HasPrefix(a.String(), "/ip4/10.")
+		}) {
+			t.Errorf("told %v of an honest peer, want nothing of what liars said", addrs)
+		}
+	}
+	t.Logf("%d peers with up to %d addresses each", len(liars), len(lies))
+	g.end(t)
+	s.end(honest)
+}
+
+// Packets with forged sources take no places and are no weapon: newcomers come in,
+// and the relay sends no more than three times what it got.
+func TestAttackSpoofedSources(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	honestNS, attackerNS := l.public("honest", "11.0.0.2/8"), l.public("attacker", "11.0.0.3/8")
+	// All forged addresses lead back here, so that what is sent to them counts.
+	l.in(attackerNS, "ip route add local 11.77.0.0/16 dev lo")
+	honest := newCrowdFrom(t, l.sockets(honestNS, "11.0.0.2", 2))
+	g := newGroup(t, honest, s.bootstrap)
+	target := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("11.0.0.1:4001"))
+
+	// The first packets of real handshakes, each sent again from many addresses: a
+	// connection is known by the ID that its first packet chose.
+	initials := capturedInitials(t, sized(600, 10_000))
+	received, sent := l.counted(s, "rx_bytes"), l.counted(s, "tx_bytes")
+	began, packets := time.Now(), 0
+	var newcomers, in int
+	for i, initial := range initials {
+		ip := fmt.Sprintf("11.77.%d.%d", i/250, 1+i%250)
+		conn := l.sockets(attackerNS, ip, 1)[0]
+		for range 2 {
+			conn.WriteTo(initial, target)
+			packets++
+		}
+		conn.Close()
+		if i%(len(initials)/20) == 0 {
+			newcomers++
+			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+			if client, err := honest.dial(ctx, newLightIdentity(t), s.bootstrap); err == nil {
+				in++
+				client.CloseWithError(0, "")
+			} else {
+				t.Logf("newcomer: %v", err)
+			}
+			cancel()
+		}
+	}
+	// Now that the rate is high, who comes has to prove his address first.
+	retried := l.answeredByRetry(attackerNS, target, initials)
+	received, sent = l.counted(s, "rx_bytes")-received, l.counted(s, "tx_bytes")-sent
+	t.Logf("%d packets from %d forged addresses in %.1f s: %d KiB received, %d KiB sent, Retry %v, %d of %d newcomers in meanwhile",
+		packets, len(initials), time.Since(began).Seconds(), received>>10, sent>>10, retried, in, newcomers)
+	if in < newcomers {
+		t.Errorf("%d of %d newcomers came in", in, newcomers)
+	}
+	if sent > 3*received {
+		t.Errorf("the relay sent %d bytes for %d, above three times as much", sent, received)
+	}
+	if !retried {
+		t.Error("no Retry while connections begin at a high rate")
+	}
+	g.end(t)
+	s.end(honest)
+}
+
+// siege starts the relay in a namespace of the lab, at 11.0.0.1.
+func (l *lab) siege(t *testing.T) *siege {
+	t.Helper()
+	ns := l.public("relay", "11.0.0.1/8")
+	cmd := command(t, "--port=4001", "--http-port=4002", fmt.Sprint("--max-clients=", siegeClients))
+	cmd.Args = append([]string{"ip", "netns", "exec", ns}, cmd.Args...)
+	cmd.Path, _ = exec.LookPath("ip")
+	s := besiege(t, cmd)
+	s.bootstrap.Addrs = []ma.Multiaddr{ma.StringCast(relayV4)}
+	return s
+}
+
+// counted is a figure of the relay's interface.
+func (l *lab) counted(s *siege, name string) int64 {
+	l.t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", s.Process.Pid))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(data), "wan:")
+	field := map[string]int{"rx_bytes": 0, "tx_bytes": 8}[name]
+	n, err := strconv.ParseInt(strings.Fields(rest)[field], 10, 64)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return n
+}
+
+// sockets are bound in ns to ip, and work from this process.
+func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
+	l.t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		// A thread that cannot come back ends with its goroutine.
+		runtime.LockOSThread()
+		done <- func() error {
+			home, err := os.Open("/proc/thread-self/ns/net")
+			if err != nil {
+				return err
+			}
+			defer home.Close()
+			there, err := os.Open("/run/netns/" + ns)
+			if err != nil {
+				return err
+			}
+			defer there.Close()
+			if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			for range n {
+				conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
+				if err != nil {
+					return err
+				}
+				conns = append(conns, conn)
+			}
+			if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			runtime.UnlockOSThread()
+			return nil
+		}()
+	}()
+	if err := <-done; err != nil {
+		l.t.Fatal(err)
+	}
+	return conns
+}
+
+// capturedInitials are the first packets of n handshakes.
+func capturedInitials(t *testing.T, n int) (packets [][]byte) {
+	t.Helper()
+	sink, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sink.Close()
+	c := newCrowdOn(t, 1)
+	who := newLightIdentity(t)
+	tlsConf, _ := who.tls.ConfigForPeer("")
+	ctx, cancel := context.WithCancel(context.Background())
+	var dialing sync.WaitGroup
+	defer dialing.Wait()
+	defer cancel()
+	for range 32 {
+		dialing.Go(func() {
+			for ctx.Err() == nil {
+				ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+				c.transport().Dial(ctx, sink.LocalAddr(), tlsConf, lightConfig())
+				cancel()
+			}
+		})
+	}
+	buf := make([]byte, 2048)
+	seen := map[string]bool{}
+	for len(packets) < n {
+		sink.SetReadDeadline(time.Now().Add(testTimeout))
+		k, err := sink.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// An Initial (RFC 9000, 17.2.2), known by its destination connection ID.
+		if id := string(buf[6 : 6+buf[5]]); buf[0]&0xf0 == 0xc0 && !seen[id] {
+			seen[id] = true
+			packets = append(packets, slices.Clone(buf[:k]))
+		}
+	}
+	return packets
+}
+
+// answeredByRetry sends first packets from one real address, and says whether a
+// Retry came back (RFC 9000, 17.2.5).
+func (l *lab) answeredByRetry(ns string, target net.Addr, initials [][]byte) bool {
+	l.t.Helper()
+	conn := l.sockets(ns, "11.0.0.3", 1)[0]
+	defer conn.Close()
+	retry := make(chan bool, 1)
+	go func() {
+		buf := make([]byte, 2048)
+		conn.SetReadDeadline(time.Now().Add(testTimeout))
+		for {
+			if _, err := conn.Read(buf); err != nil {
+				retry <- false
+				return
+			}
+			if buf[0]&0xf0 == 0xf0 {
+				retry <- true
+				return
+			}
+		}
+	}()
+	for _, initial := range initials {
+		conn.WriteTo(initial, target)
+		select {
+		case found := <-retry:
+			return found
+		case <-time.After(time.Millisecond): // or most are lost on the way
+		}
+	}
+	return <-retry
+}
