@@ -9,6 +9,17 @@ package main
 // of one machine are no test. Ratios are of one run, because absolute figures
 // drift by 30 % on a shared machine.
 //
+// What dominates, by profiles of the relay with 8 circuits: 37 % are the system
+// calls (recvmmsg 17 %, 8 datagrams at a time and no UDP_GRO; sendmsg 18 %), 21 %
+// is what quic-go does with packets that came and 19 % with those to send, and
+// the copy itself is 16 %, most of it memmove. So a relay costs more than one
+// send and one receive: 1.3 to 1.6 times a direct transfer, 1.0 to 1.1 times its
+// clients, where go-libp2p's 2 KiB buffer costs 1.6 to 2.9 and 1.2 to 1.5. Copy
+// buffers of 64 and 128 KiB, a yield before each read and no per-read timer moved
+// no ratio beyond the noise of this measurement; all that is left is in quic-go.
+// Of a client's 59 KiB at 2 000, 46 are heap (10 of them what TLS keeps of the
+// handshake) and 13 the stacks of three goroutines.
+//
 // BENCH_PROFILE=dir writes CPU and heap profiles of the relay there.
 
 import (
