@@ -56,6 +56,10 @@ const (
 	maxRecordValue = 8 << 10
 	maxRecordKey   = 256
 
+	// avgRecord is what a record may take on average, in bytes, with what keeping
+	// it costs.
+	avgRecord = 2 << 10
+
 	// maxRecordAge is how long a record is served unless it is put again; the
 	// clients do so every 30 s.
 	maxRecordAge = 48 * time.Hour
@@ -181,7 +185,7 @@ func (l limits) streams() int { return max(streamShare*l.clients, 8*streamsPerPe
 // Two for each client leave room for those who were here and are not now.
 func (l limits) records() (n int, bytes int64) {
 	n = max(2*l.clients, 1024)
-	return n, int64(n) * 2 << 10
+	return n, int64(n) * avgRecord
 }
 
 // resources bounds the circuit relay service. A duration or a number of bytes

@@ -101,7 +101,7 @@ func knownExtra(unknown []byte) ([]byte, error) {
 // recordStore keeps records in memory, within bounds that are shared fairly: what
 // has to go is the record put longest ago by the peer that holds most, in the
 // network that holds most. So whoever fills the store loses his own records, and
-// nobody else's.
+// nobody else's; and where all hold the same, the record put longest ago goes.
 //
 // It is the datastore under kad-dht's value store, which calls Get, Put and
 // Delete alone; the rest is the null datastore's, where nothing is.
@@ -148,11 +148,32 @@ type holder struct {
 	index   int       // in the parent's parts
 }
 
-// holders is a heap: first comes who holds most.
+// share is what h holds, so coarsely that nobody loses to others for a record of
+// a few bytes more.
+func (h *holder) share() int64 { return (h.bytes + avgRecord - 1) / avgRecord }
+
+// oldest is when what would go next of h was put.
+func (h *holder) oldest() time.Time {
+	for len(h.parts) > 0 {
+		h = h.parts[0]
+	}
+	if front := h.records.Front(); front != nil {
+		return front.Value.(*storedRecord).put
+	}
+	return time.Time{} // it is about to be filled, or forgotten
+}
+
+// holders is a heap: first comes who holds most, and of equals the one with the
+// record put longest ago.
 type holders []*holder
 
-func (h holders) Len() int           { return len(h) }
-func (h holders) Less(i, j int) bool { return h[i].bytes > h[j].bytes }
+func (h holders) Len() int { return len(h) }
+func (h holders) Less(i, j int) bool {
+	if a, b := h[i].share(), h[j].share(); a != b {
+		return a > b
+	}
+	return h[i].oldest().Before(h[j].oldest())
+}
 func (h holders) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
 	h[i].index, h[j].index = i, j

@@ -187,6 +187,37 @@ func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
 	}
 }
 
+// Where everybody holds one record, of whatever size, the one unrefreshed for
+// longest goes: a device that is there refreshes its own.
+func TestOfEqualsTheOldestRecordGoes(t *testing.T) {
+	ctx := context.Background()
+	const most = 50
+	s := newRecordStore(most, 1<<30)
+	put := func(i int) {
+		id := holderID{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i / 3), 0}), 32), peer.ID(fmt.Sprint("peer", i))}
+		key := fmt.Sprint("/privstack/", i)
+		data, err := proto.Marshal(&recpb.Record{Key: []byte(key), Value: make([]byte, 1+i*7%900)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.coming.Add(key, id)
+		s.Put(ctx, ds.NewKey(key), data)
+	}
+	for i := range 200 {
+		put(3 * i) // each in a network of its own
+		put(0)     // refreshed
+	}
+	if _, err := s.Get(ctx, ds.NewKey("/privstack/0")); err != nil {
+		t.Error("the record that was refreshed is gone")
+	}
+	for i := 1; i < 200; i++ {
+		_, err := s.Get(ctx, ds.NewKey(fmt.Sprint("/privstack/", 3*i)))
+		if there := err == nil; there != (i > 200-most) {
+			t.Errorf("record %d of 200: there = %v, with room for the last %d", i, there, most)
+		}
+	}
+}
+
 // One who fills the store, from one identity or from many, loses his own records
 // and nobody else's.
 func TestFloodEvictsItsOwnRecords(t *testing.T) {
