@@ -5,6 +5,7 @@ package main
 // bounded in records and bytes, and so is what a request may bring.
 
 import (
+	"bytes"
 	"container/heap"
 	"container/list"
 	"context"
@@ -216,7 +217,7 @@ func newRecordStore(maxRecords int, maxBytes int64) *recordStore {
 // that kad-dht will let in.
 func (s *recordStore) from(c network.Conn, req *pb.Message) {
 	rec := req.GetRecord()
-	if req.GetType() != pb.Message_PUT_VALUE || rec == nil || (recordValidator{}).Validate(string(rec.Key), rec.Value) != nil {
+	if req.GetType() != pb.Message_PUT_VALUE || rec == nil || !bytes.Equal(req.Key, rec.Key) || (recordValidator{}).Validate(string(rec.Key), rec.Value) != nil {
 		return
 	}
 	id := holderID{peer: c.RemotePeer()}
