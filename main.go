@@ -275,6 +275,9 @@ func parseSize(s string) (int64, error) {
 		return 0, fmt.Errorf("not a size, write 512MiB or 1GiB")
 	}
 	n *= factor
+	if n > 0 && n < 1 { // which as 0 would mean unlimited
+		return 0, fmt.Errorf("less than a byte, write 512MiB or 1GiB")
+	}
 	if n < 0 || n >= 1<<62 {
 		return 0, fmt.Errorf("not between 0 and 4EiB")
 	}

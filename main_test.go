@@ -120,7 +120,7 @@ func TestParseSize(t *testing.T) {
 			t.Errorf("parseSize(%q) = %d, %v, want %d", s, got, err, want)
 		}
 	}
-	for _, s := range []string{"", "MiB", "1XiB", "-1", "1e30", "NaN", "inf", "1 2", "0x"} {
+	for _, s := range []string{"", "MiB", "0.5", "1XiB", "-1", "1e30", "NaN", "inf", "1 2", "0x"} {
 		if got, err := parseSize(s); err == nil {
 			t.Errorf("parseSize(%q) = %d, want an error", s, got)
 		}
