@@ -88,7 +88,7 @@ func (a *answers) named(asker peer.ID, req *pb.Message, rec *recpb.Record) []pee
 		if a.relays.named[target] == nil {
 			name(target, a.peers.network.Peerstore().Addrs(target))
 		}
-		if len(named) == 0 {
+		if len(named) == 0 && !beforePut {
 			name(target, a.elsewhere(asker, target))
 		}
 	}

@@ -28,8 +28,10 @@ import (
 const (
 	// dialTimeout bounds one attempt to connect to a relay. An attempt that
 	// fails is repeated after minRetry, and then after twice as long each time,
-	// up to maxRetry.
+	// up to maxRetry, until a connection has lasted for settleTime: some are taken
+	// and ended at once.
 	dialTimeout = 15 * time.Second
+	settleTime  = 5 * time.Second
 	minRetry    = time.Second
 	maxRetry    = 5 * time.Minute
 
@@ -41,6 +43,10 @@ const (
 	// foundPeers is of how many peers.
 	foundAge   = 10 * time.Second
 	foundPeers = 4096
+
+	// maxPeerID is the length of the longest peer ID, in bytes: a key of at most 42
+	// bytes as it is, or its SHA-256 (peer-ids spec).
+	maxPeerID = 2 + 42
 
 	// maxFinding is how many requests to other relays may run at once. Beyond,
 	// an answer does without, so that a flood here is none there.
@@ -91,13 +97,10 @@ func newRelays(addrs []string, log *slog.Logger) (*relays, error) {
 	return r, nil
 }
 
-// follow keeps a connection to each relay until close. It does not wait for any.
+// follow prepares r for requests of h's clients, before h listens.
 func (r *relays) follow(h host.Host) {
-	if len(r.named) == 0 {
-		return
-	}
 	r.host = h
-	r.found = expirable.NewLRU[peer.ID, []ma.Multiaddr](foundPeers, nil, foundAge)
+	r.found = expirable.NewLRU[peer.ID, []ma.Multiaddr](foundPeers, nil, foundAge) // its goroutine ends with the process
 	r.finding = make(chan struct{}, maxFinding)
 	h.Network().Notify(&network.NotifyBundle{DisconnectedF: func(_ network.Network, c network.Conn) {
 		select {
@@ -105,6 +108,10 @@ func (r *relays) follow(h host.Host) {
 		default:
 		}
 	}})
+}
+
+// connect keeps a connection to each relay until close. It does not wait for any.
+func (r *relays) connect() {
 	var ctx context.Context
 	ctx, r.cancel = context.WithCancel(context.Background())
 	for id := range r.named {
@@ -121,30 +128,33 @@ func (r *relays) close() {
 
 // keep connects to a relay, again whenever it has left.
 func (r *relays) keep(ctx context.Context, id peer.ID) {
-	for retry := minRetry; ; {
+	retry, missed := minRetry, false
+	for {
 		// Ours is the waiting between attempts, not libp2p's.
 		r.host.Network().(*swarm.Swarm).Backoff().Clear(id)
 		dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 		err := r.host.Connect(dialCtx, peer.AddrInfo{ID: id})
 		cancel()
 		if err == nil {
-			r.log.Info("other relay connected", "peer", id)
+			settled := time.After(settleTime)
 			for ctx.Err() == nil && r.connected(id) {
 				select {
 				case <-ctx.Done():
 				case <-r.left[id]:
+				case <-settled:
+					r.log.Info("other relay connected", "peer", id)
+					retry, missed = minRetry, false
 				}
 			}
-			retry = minRetry
+			err = errors.New("it has left")
 		}
 		if ctx.Err() != nil {
 			return
 		}
-		level := slog.LevelDebug
-		if retry == minRetry { // once, until it is there again
-			level = slog.LevelWarn
+		if !missed { // once, until it is there again
+			missed = true
+			r.log.Warn("other relay not connected, trying again", "peer", id, "err", err)
 		}
-		r.log.Log(ctx, level, "other relay not connected, trying again", "peer", id, "err", err)
 		select {
 		case <-ctx.Done():
 			return
@@ -163,8 +173,11 @@ func (r *relays) connected(id peer.ID) bool {
 // find is under which address another relay sees a client of its own, and then on
 // which it listens, as it says. There are none of a peer that none of them knows.
 func (r *relays) find(id peer.ID) []ma.Multiaddr {
-	if len(r.named) == 0 || r.named[id] != nil || id.Validate() != nil {
+	if len(r.named) == 0 || r.named[id] != nil {
 		return nil
+	}
+	if _, err := peer.IDFromBytes([]byte(id)); err != nil || len(id) > maxPeerID {
+		return nil // any bytes can be asked for
 	}
 	if addrs, ok := r.found.Get(id); ok {
 		return addrs

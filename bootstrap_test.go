@@ -239,13 +239,15 @@ func TestRelaysFindOneAnotherAgain(t *testing.T) {
 	if named := seeker.mustAsk(t, findMessage(newGroupKey())); len(named) > 0 {
 		t.Errorf("%v are named, while the other relay is down", named)
 	}
-	for range 2 {
+	for _, lost := range []bool{true, false} {
 		there := newTestRelayWithin(t, newLimits(0, 256), cfg, key)
 		here.waitConnected(t, there.info.ID)
-		if err := here.host.Network().ClosePeer(there.info.ID); err != nil {
-			t.Fatal(err)
+		if lost {
+			if err := here.host.Network().ClosePeer(there.info.ID); err != nil {
+				t.Fatal(err)
+			}
+			here.waitConnected(t, there.info.ID)
 		}
-		here.waitConnected(t, there.info.ID)
 		if named := seeker.mustAsk(t, findMessage(newGroupKey())); len(named) != 1 {
 			t.Errorf("%v are named, want the other relay", named)
 		}
@@ -253,6 +255,37 @@ func TestRelaysFindOneAnotherAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, "it is missed", func() bool { return here.host.Network().Connectedness(there.info.ID) != network.Connected })
+	}
+}
+
+// What the operator wrote stays what is dialled: the swarm works in the list that
+// it is given, and a name must be looked up each time.
+func TestBootstrapAddressesStayAsWritten(t *testing.T) {
+	there := newTestRelay(t, defaultConfig(t))
+	port := listenPort(there.relay)
+	var flags []string
+	for _, addr := range []string{"/dns4/localhost/udp/", "/ip4/127.0.0.1/udp/", "/dns/localhost/udp/"} {
+		flags = append(flags, fmt.Sprintf("--bootstrap=%s%s/quic-v1/p2p/%s", addr, port, there.info.ID))
+	}
+	here := newTestRelay(t, defaultConfig(t, flags...))
+	here.waitConnected(t, there.info.ID)
+	for i, addr := range strs(here.relays.named[there.info.ID]) {
+		if got := fmt.Sprintf("--bootstrap=%s/p2p/%s", addr, there.info.ID); got != flags[i] {
+			t.Errorf("%s was written, %s is kept", flags[i], got)
+		}
+	}
+}
+
+// A walk before a PUT asks for a record's key, and anybody for any bytes: other
+// relays are asked for peers alone.
+func TestOtherRelaysAreAskedForPeersAlone(t *testing.T) {
+	ring := newRing(t, 2)
+	seeker := newCrowd(t, 1).join(t, ring[0], newLightIdentity(t))
+	for _, key := range [][]byte{newGroupKey(), []byte("x"), make([]byte, 1000)} {
+		seeker.mustAsk(t, findMessage(key))
+	}
+	if n := ring[0].relays.found.Len(); n > 0 {
+		t.Errorf("other relays were asked for %d keys that are no peer IDs", n)
 	}
 }
 

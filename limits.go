@@ -46,6 +46,10 @@ const (
 	maxAddrsPerPeer     = 8
 	maxAddrBytesPerPeer = 288
 
+	// maxAddrComponents is how many parts an address may have. A circuit through a
+	// relay by QUIC has six: /dns/…/udp/…/quic-v1/p2p/…/p2p-circuit.
+	maxAddrComponents = 8
+
 	// maxKadMessage is the longest DHT request that is read, in bytes. It is
 	// rust-libp2p's own limit, so no deployed client can send more; kad-dht
 	// would allocate up to 4 MiB on the word of four bytes.
@@ -103,7 +107,7 @@ const (
 	streamsPerPeer = 2 * circuitsPerPeer
 
 	// streamShare is how many of them each peer can count on, whatever the others
-	// do. There are as many for each client.
+	// do: half of all that may be open are enough for that.
 	streamShare = 8
 
 	// connsPerPeer leaves room for a device that comes back over another path
@@ -179,7 +183,7 @@ func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
 func (l limits) unproven() int64 { return int64(max(l.clients/8, 16)) }
 
 // streams is the most open at once.
-func (l limits) streams() int { return max(streamShare*l.clients, 8*streamsPerPeer) }
+func (l limits) streams() int { return max(2*streamShare*l.clients, 8*streamsPerPeer) }
 
 // records bounds the DHT's values: how many, and how many bytes all together.
 // Two for each client leave room for those who were here and are not now.

@@ -236,7 +236,8 @@ func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.
 	}
 	var usable []ma.Multiaddr
 	for _, a := range reported {
-		if len(a) == 0 || len(a.Bytes()) > maxAddrBytesPerPeer {
+		// A component takes two bytes on the wire and many times as much here.
+		if len(a) == 0 || len(a) > maxAddrComponents || len(a.Bytes()) > maxAddrBytesPerPeer {
 			continue
 		}
 		if _, last := ma.SplitLast(a); last != nil && last.Protocol().Code == ma.P_P2P {
@@ -250,7 +251,7 @@ func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.
 		usable = append(usable, a)
 	}
 	slices.SortStableFunc(usable, func(a, b ma.Multiaddr) int { return cmp.Compare(rank(a), rank(b)) })
-	return slices.Clip(usable[:min(len(usable), maxAddrsPerPeer)])
+	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // not the array with all of them
 }
 
 func isDNS(a ma.Multiaddr) bool {
@@ -281,7 +282,7 @@ func (b addrBook) Addrs(id peer.ID) []ma.Multiaddr {
 		return b.Peerstore.Addrs(id)
 	}
 	if named := b.peers.relays[id]; named != nil {
-		return named
+		return slices.Clone(named) // in which the swarm resolves and sorts
 	}
 	return b.peers.addrs(id)
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/libp2p/go-libp2p"
@@ -88,6 +89,7 @@ func TestUsableAddrs(t *testing.T) {
 			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(), circuit + "/p2p/" + other.String(), "/p2p/" + self.String()}, nil},
 		{"loopback from outside", remote, []string{"/ip4/127.0.0.1/udp/2/quic-v1", "/ip6/::1/udp/2/quic-v1"}, nil},
 		{"loopback from here", "/ip4/127.0.0.1/udp/5/quic-v1", []string{"/ip4/127.0.0.1/udp/2/quic-v1"}, []string{"/ip4/127.0.0.1/udp/2/quic-v1"}},
+		{"of more parts than any has", remote, []string{"/ip4/8.8.8.8" + strings.Repeat("/p2p-circuit", 20)}, nil},
 		{"unspecified", remote, []string{"/ip4/0.0.0.0/udp/2/quic-v1", "/ip6/::/udp/2/quic-v1"}, nil},
 		{"names", remote, []string{"/dns4/home.example.org/udp/2/quic-v1"}, []string{"/dns4/home.example.org/udp/2/quic-v1"}},
 		{"not of an IP network", remote, []string{"/unix/tmp/sock", "/p2p-circuit", "/memory/4"}, nil},

@@ -137,10 +137,11 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	}
 
 	// Listen last: the first client meets a relay that is whole.
+	r.relays.follow(r.host)
 	if err := r.listen(port, log); err != nil {
 		return nil, err
 	}
-	r.relays.follow(r.host)
+	r.relays.connect() // from the sockets that listen
 	return r, nil
 }
 
