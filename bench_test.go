@@ -13,8 +13,8 @@ package main
 // calls (recvmmsg 17 %, 8 datagrams at a time and no UDP_GRO; sendmsg 18 %), 21 %
 // is what quic-go does with packets that came and 19 % with those to send, and
 // the copy itself is 16 %, most of it memmove. So a relay costs more than one
-// send and one receive: 1.2 to 1.6 times a direct transfer, 1.0 to 1.1 times its
-// clients, where go-libp2p's 2 KiB buffer costs 1.8 to 2.6 and 1.3 to 1.4. Copy
+// send and one receive: 1.1 to 1.5 times a direct transfer, 1.0 to 1.1 times its
+// clients, where go-libp2p's 2 KiB buffer costs 1.8 to 2.7 and 1.2 to 1.4. Copy
 // buffers of 4, 16, 32, 64 and 256 KiB cost 1.5, 1.2, 1.1, 1.2 and 0.8 times a
 // direct transfer with 64 circuits, but 1.2, 1.0, 0.9, 1.0 and 0.9 times the
 // clients of the same run, one run each: above 16 KiB they gain little that is
