@@ -87,7 +87,7 @@ const (
 const (
 	// clientMemory is what one client costs, in bytes: connected, reserved and
 	// serving kad, with a record. Measured: 95 KiB of RSS each at 1 000, 78 KiB at
-	// 5 000 (go test -bench Capacity/clients).
+	// 5 000 and at 10 000 (go test -bench Capacity/clients).
 	clientMemory = 96 << 10
 
 	// baseMemory is what the relay takes with nobody connected: 20 MiB of RSS,
