@@ -67,8 +67,8 @@ func parseBootstrap(s string) (peer.AddrInfo, error) {
 	return peer.AddrInfo{ID: id, Addrs: []ma.Multiaddr{transport}}, nil
 }
 
-// relays are the other relays. Make it with newRelays, then call follow; close
-// ends it.
+// relays are the other relays. Make it with newRelays, then call follow, and
+// connect when the host listens; close ends it.
 type relays struct {
 	log   *slog.Logger
 	named map[peer.ID][]ma.Multiaddr // as the operator wrote them; not changed
@@ -99,6 +99,9 @@ func newRelays(addrs []string, log *slog.Logger) (*relays, error) {
 
 // follow prepares r for requests of h's clients, before h listens.
 func (r *relays) follow(h host.Host) {
+	if len(r.named) == 0 {
+		return // find has nobody to ask
+	}
 	r.host = h
 	r.found = expirable.NewLRU[peer.ID, []ma.Multiaddr](foundPeers, nil, foundAge) // its goroutine ends with the process
 	r.finding = make(chan struct{}, maxFinding)

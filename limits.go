@@ -47,7 +47,7 @@ const (
 	maxAddrBytesPerPeer = 288
 
 	// maxAddrComponents is how many parts an address may have. A circuit through a
-	// relay by QUIC has six: /dns/…/udp/…/quic-v1/p2p/…/p2p-circuit.
+	// relay by QUIC has six: /dns/…/udp/…/quic-v1/p2p/…/p2p-circuit/p2p/….
 	maxAddrComponents = 8
 
 	// maxKadMessage is the longest DHT request that is read, in bytes. It is

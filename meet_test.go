@@ -179,17 +179,8 @@ func (l *lab) crowd(relay peer.AddrInfo, network string) *labCrowd {
 	ns := l.public("crowd", network+".255.254/8")
 	l.in(ns, "ip route add local "+network+".0.0/16 dev lo")
 	l.nft(ns, fmt.Sprintf("table ip sink {\nchain arriving { type filter hook input priority filter; udp dport %d drop; }\n}", crowdSink))
-	cmd := l.self(ns, fmt.Sprintf("%s=%s/p2p/%s %s", labCrowdEnv, relay.Addrs[0], relay.ID, network))
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	l.start(cmd)
-	return &labCrowd{l.t, json.NewEncoder(stdin), json.NewDecoder(stdout)}
+	enc, dec := l.talk(ns, fmt.Sprintf("%s=%s/p2p/%s %s", labCrowdEnv, relay.Addrs[0], relay.ID, network))
+	return &labCrowd{l.t, enc, dec}
 }
 
 // grow lets clients join until they are as many as size says.

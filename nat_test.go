@@ -356,7 +356,14 @@ func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
 
 func (l *lab) labClient(ns string) *labClient {
 	l.t.Helper()
-	cmd := l.self(ns, labClientEnv+"=1")
+	enc, dec := l.talk(ns, labClientEnv+"=1")
+	return &labClient{t: l.t, name: ns, enc: enc, dec: dec}
+}
+
+// talk runs self, and writes to and reads from it.
+func (l *lab) talk(ns, env string) (*json.Encoder, *json.Decoder) {
+	l.t.Helper()
+	cmd := l.self(ns, env)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		l.t.Fatal(err)
@@ -366,7 +373,7 @@ func (l *lab) labClient(ns string) *labClient {
 		l.t.Fatal(err)
 	}
 	l.start(cmd)
-	return &labClient{t: l.t, name: ns, enc: json.NewEncoder(stdin), dec: json.NewDecoder(stdout)}
+	return json.NewEncoder(stdin), json.NewDecoder(stdout)
 }
 
 func (c *labClient) try(req labRequest) (resp labResponse, err error) {

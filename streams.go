@@ -1,5 +1,8 @@
 package main
 
+// A fair share of the open streams for every peer, where go-libp2p's resource
+// manager knows only how many one may have and how many all.
+
 import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
