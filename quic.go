@@ -142,7 +142,7 @@ func (q *quicSockets) bind(family string, port int) error {
 		return err
 	}
 	tr := &quic.Transport{
-		Conn:                conn,
+		Conn:                coalescing(conn),
 		StatelessResetKey:   &q.reset,
 		TokenGeneratorKey:   &q.token,
 		ConnContext:         q.admit,
@@ -157,7 +157,7 @@ func (q *quicSockets) bind(family string, port int) error {
 // sockets, in bytes. They are set once libp2p listens. 0 is unknown.
 func (q *quicSockets) buffers() (receive, send int) {
 	for i, tr := range q.bound {
-		raw, err := tr.Conn.(*net.UDPConn).SyscallConn()
+		raw, err := tr.Conn.(quic.OOBCapablePacketConn).SyscallConn()
 		if err != nil {
 			return 0, 0
 		}

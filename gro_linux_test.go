@@ -1,0 +1,128 @@
+package main
+
+import (
+	"bytes"
+	"net"
+	"testing"
+
+	xipv4 "golang.org/x/net/ipv4"
+	"golang.org/x/sys/unix"
+)
+
+// What the kernel coalesced arrives as it was sent: each datagram by itself, from
+// whom and marked as it was.
+func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
+	for _, local := range []*net.UDPAddr{{IP: net.IPv4(127, 0, 0, 1)}, {IP: net.IPv6loopback}} {
+		t.Run(local.IP.String(), func(t *testing.T) {
+			in, out := listenUDP(t, local), listenUDP(t, local)
+			conn, ok := coalescing(in).(*groConn)
+			if !ok {
+				t.Skip("this kernel has no UDP_GRO")
+			}
+			const ect0 = 2 // RFC 3168
+			if local.IP.To4() != nil {
+				setOption(t, in, unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
+				setOption(t, out, unix.IPPROTO_IP, unix.IP_TOS, ect0)
+			} else {
+				setOption(t, in, unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1)
+				setOption(t, out, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, ect0)
+			}
+			// One datagram; 40 of a size and a shorter one; more than quic-go's buffer
+			// has room for; none; one again.
+			var want [][]byte
+			send := func(datagrams ...[]byte) {
+				t.Helper()
+				want = append(want, datagrams...)
+				if _, _, err := out.WriteMsgUDP(bytes.Join(datagrams, nil), nil, in.LocalAddr().(*net.UDPAddr)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			pattern := func(n int) []byte { return bytes.Repeat([]byte{byte(len(want) + 1)}, n) }
+			send(pattern(1200))
+			var burst [][]byte
+			for i := range 40 {
+				burst = append(burst, bytes.Repeat([]byte{byte(100 + i)}, 1252))
+			}
+			setOption(t, out, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 1252)
+			send(append(burst, []byte("the last one"))...)
+			setOption(t, out, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 0)
+			send(pattern(2000))
+			send(nil)
+			send(pattern(7))
+
+			datagrams := make([]xipv4.Message, 8)
+			for i := range datagrams {
+				datagrams[i].Buffers = [][]byte{make([]byte, 1452)}
+				datagrams[i].OOB = make([]byte, groControl)
+			}
+			coalesced := false
+			for len(want) > 0 {
+				n, err := conn.ReadBatch(datagrams, 0)
+				if err != nil || n == 0 {
+					t.Fatalf("ReadBatch = %d, %v", n, err)
+				}
+				for _, m := range conn.messages {
+					coalesced = coalesced || m.N > 2*1252
+				}
+				for _, d := range datagrams[:n] {
+					if len(want) == 0 {
+						t.Fatalf("%d bytes more than were sent", d.N)
+					}
+					if got, want := d.Buffers[0][:d.N], want[0][:min(len(want[0]), 1452)]; !bytes.Equal(got, want) {
+						t.Fatalf("got %d bytes, %.8q…, want %d, %.8q…", len(got), got, len(want), want)
+					}
+					if d.Addr.String() != out.LocalAddr().String() {
+						t.Errorf("from %v, want %v", d.Addr, out.LocalAddr())
+					}
+					if got := ecn(d.OOB[:d.NN]); got != ect0 {
+						t.Errorf("ECN bits %d, want %d", got, ect0)
+					}
+					want = want[1:]
+				}
+			}
+			if !coalesced {
+				t.Error("each datagram came by itself: nothing was tested")
+			}
+		})
+	}
+}
+
+func listenUDP(t *testing.T, local *net.UDPAddr) *net.UDPConn {
+	t.Helper()
+	conn, err := net.ListenUDP("udp", local)
+	if err != nil {
+		t.Skip(err) // no IPv6
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// setOption sets an integer option of conn's socket.
+func setOption(t *testing.T, conn *net.UDPConn, level, option, value int) {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var optErr error
+	err = raw.Control(func(fd uintptr) { optErr = unix.SetsockoptInt(int(fd), level, option, value) })
+	if err != nil || optErr != nil {
+		t.Fatal(err, optErr)
+	}
+}
+
+// ecn is the ECN bits that control tells, -1 if it does not.
+func ecn(control []byte) int {
+	for len(control) > 0 {
+		header, value, rest, err := unix.ParseOneSocketControlMessage(control)
+		if err != nil {
+			break
+		}
+		if header.Level == unix.IPPROTO_IP && header.Type == unix.IP_TOS ||
+			header.Level == unix.IPPROTO_IPV6 && header.Type == unix.IPV6_TCLASS {
+			return int(value[0] & 3)
+		}
+		control = rest
+	}
+	return -1
+}

@@ -1,0 +1,13 @@
+//go:build !linux
+
+package main
+
+// Linux alone has what gro_linux.go does.
+
+import (
+	"net"
+
+	"github.com/quic-go/quic-go"
+)
+
+func coalescing(conn *net.UDPConn) quic.OOBCapablePacketConn { return conn }
