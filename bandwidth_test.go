@@ -60,7 +60,7 @@ func TestPacedStreamEndsAtItsDeadline(t *testing.T) {
 	s := &pacedStream{Stream: deadlineStream{memoryStream{Reader: bytes.NewReader(make([]byte, 1<<20))}}, host: h}
 	h.limiter.ReserveN(time.Now(), h.limiter.Burst()) // as others would
 	for range 1000 {
-		h.limiter.ReserveN(time.Now(), h.chunk)
+		h.limiter.ReserveN(time.Now(), minTurn)
 	}
 	s.SetDeadline(time.Now().Add(10 * time.Millisecond))
 	if n, err := s.Read(make([]byte, circuitBuffer)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -69,6 +69,23 @@ func TestPacedStreamEndsAtItsDeadline(t *testing.T) {
 	// Short reads are the protocol's messages.
 	if n, err := s.Read(make([]byte, maxCircuitMessage)); n != maxCircuitMessage || err != nil {
 		t.Errorf("Read = %d, %v, want a message at once", n, err)
+	}
+}
+
+// Circuits that each carry little do not carry more than the cap together.
+func TestShortCircuitsKeepTheCap(t *testing.T) {
+	const bandwidth, circuits = 1 << 20, 100
+	h := newPacedHost(nil, bandwidth)
+	began := time.Now()
+	for range circuits {
+		s := &pacedStream{Stream: deadlineStream{memoryStream{Reader: bytes.NewReader(make([]byte, circuitBuffer))}}, host: h}
+		if n, err := s.Read(make([]byte, circuitBuffer)); n != circuitBuffer || err != nil {
+			t.Fatalf("Read = %d, %v", n, err)
+		}
+	}
+	least := time.Duration(circuits*circuitBuffer-h.limiter.Burst())*time.Second/bandwidth - 2*turnTime
+	if took := time.Since(began); took < least {
+		t.Errorf("%d circuits carried %d bytes in %v, want at least %v", circuits, circuits*circuitBuffer, took, least)
 	}
 }
 
