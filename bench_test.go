@@ -602,6 +602,11 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	}
 	clients := make([]*lightClient, n)
 	began, cpu := time.Now(), p.cpu(b)
+	profiled := make(chan struct{})
+	go func() {
+		defer close(profiled)
+		p.profile(b, "profile?seconds=20", fmt.Sprintf("cpu-clients-%d.pb.gz", n))
+	}()
 	// Who is lost on a machine that is busy with both sides comes again.
 	each := func(do func(context.Context, *lightClient) error) func(context.Context, int) error {
 		return func(ctx context.Context, i int) (err error) {
@@ -634,6 +639,7 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	}))
 	// A minute later, which is when what the crowd's arrival took is given back.
 	time.Sleep(givingBack + 5*time.Second)
+	<-profiled
 	serving := p.rss(b)
 	p.profile(b, "heap", fmt.Sprintf("heap-clients-%d.pb.gz", n))
 	p.profile(b, "heap?debug=1&gc=1", fmt.Sprintf("heap-clients-%d.txt", n))
@@ -650,6 +656,7 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 		left = p.rss(b)
 	}
 	p.profile(b, "heap", fmt.Sprintf("heap-left-%d.pb.gz", n))
+	p.profile(b, "heap?debug=1&gc=1", fmt.Sprintf("heap-left-%d.txt", n))
 	mib := func(n int64) float64 { return float64(n) / (1 << 20) }
 	t.row(n, float64(n)/joined.Seconds(), joinCPU.Seconds()*1000/float64(n), mib(connected), mib(reserved), mib(serving),
 		float64(serving-base)/float64(n)/1024, mib(peak), mib(left), within.Round(time.Second))

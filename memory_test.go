@@ -16,8 +16,8 @@ func TestBoundMemoryLeavesTheOperatorsChoice(t *testing.T) {
 	}
 	before, limit := percent(), debug.SetMemoryLimit(-1)
 	stop := boundMemory(1 << 30)
-	if got := debug.SetMemoryLimit(-1); percent() != gcPercent || got != 1<<30 {
-		t.Errorf("GC percent %d and limit %d, want %d and %d", percent(), got, gcPercent, 1<<30)
+	if got := debug.SetMemoryLimit(-1); percent() == before || got != 1<<30 {
+		t.Errorf("GC percent %d and limit %d, want another than %d and %d", percent(), got, before, 1<<30)
 	}
 	stop()
 	t.Setenv("GOGC", "100")
@@ -29,5 +29,22 @@ func TestBoundMemoryLeavesTheOperatorsChoice(t *testing.T) {
 	stop()
 	if got := debug.SetMemoryLimit(-1); percent() != before || got != limit {
 		t.Errorf("afterwards: GC percent %d and limit %d, want %d and %d", percent(), got, before, limit)
+	}
+}
+
+func TestGarbageIsAQuarterOfWhatLives(t *testing.T) {
+	const mib = 1 << 20
+	for _, c := range []struct{ live, roots, garbage uint64 }{
+		{10 * mib, 2 * mib, minGarbage},
+		{90 * mib, 30 * mib, 90 * mib / 4},
+		{400 * mib, 130 * mib, 100 * mib},
+	} {
+		garbage := (c.live + c.roots) * uint64(garbagePercent(c.live, c.roots)) / 100
+		if garbage > c.garbage || garbage < c.garbage*9/10 {
+			t.Errorf("with %d MiB live and %d of roots: %d MiB of garbage, want %d", c.live/mib, c.roots/mib, garbage/mib, c.garbage/mib)
+		}
+	}
+	if percent := garbagePercent(0, 0); percent < 100 || percent > 1000 {
+		t.Errorf("GC percent %d with nothing live yet", percent)
 	}
 }
