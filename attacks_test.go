@@ -15,6 +15,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -50,7 +51,8 @@ func sized[T any](quick, whole T) T {
 type siege struct {
 	*process
 	t        *testing.T
-	promised int64 // bytes, by the start log
+	promised int64  // bytes, by the start log
+	cgroup   string // its directory, in which it has no more; empty where there are none
 }
 
 // siegeClients is --max-clients for the attacks.
@@ -59,14 +61,63 @@ const siegeClients = 1000
 // besiege starts the relay, by cmd or else on loopback.
 func besiege(t *testing.T, cmd *exec.Cmd) *siege {
 	t.Helper()
-	promised := limits{clients: siegeClients}.memory()
+	s := &siege{t: t, promised: limits{clients: siegeClients}.memory()}
 	if cmd == nil {
 		cmd = command(t, "--port=0", "--http-port=0", fmt.Sprint("--max-clients=", siegeClients))
 	}
-	// The relay must not learn of more than the log says, and what counts is that
-	// the kernel never saw more: then a cgroup of that size would not kill it.
-	cmd.Env = append(os.Environ(), fmt.Sprint("GOMEMLIMIT=", promised/8*7))
-	return &siege{launch(t, cmd), t, promised}
+	if s.cgroup = memoryCgroup(t, s.promised); s.cgroup != "" {
+		join := []string{"sh", "-c", `echo $$ >"$0/cgroup.procs" && exec "$@"`, s.cgroup}
+		cmd.Args = append(join, append([]string{cmd.Path}, cmd.Args[1:]...)...)
+		cmd.Path, _ = exec.LookPath("sh")
+	}
+	s.process = launch(t, cmd)
+	return s
+}
+
+// memoryCgroup makes a cgroup whose processes are killed beyond so many bytes
+// together, or returns "" where that takes rights that the test has not.
+func memoryCgroup(t *testing.T, bytes int64) (dir string) {
+	t.Helper()
+	for root, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", // version 1
+		"/sys/fs/cgroup":        "memory.max",
+	} {
+		if _, err := os.Stat(root + "/cgroup.procs"); err != nil {
+			continue
+		}
+		dir, err := os.MkdirTemp(root, "privstack-relay-test-")
+		if err != nil {
+			continue
+		}
+		t.Cleanup(func() { // after launch's, which kills the process
+			eventually(t, "the cgroup is empty", func() bool { return os.Remove(dir) == nil })
+		})
+		// There is none in version 2 where the controller is not handed down.
+		limit, err := os.OpenFile(dir+"/"+file, os.O_WRONLY, 0)
+		if err != nil {
+			continue
+		}
+		_, err = fmt.Fprint(limit, bytes)
+		if limit.Close(); err == nil {
+			return dir
+		}
+	}
+	t.Log("no cgroup can be made here: memory is measured, not enforced")
+	return ""
+}
+
+// reclaimed is how often the cgroup's limit was hit, and the most bytes it held:
+// the binary's pages and what the kernel holds for the process among them.
+func (s *siege) reclaimed() (hits, most int64) {
+	for _, f := range []struct {
+		name string
+		n    *int64
+	}{{"memory.failcnt", &hits}, {"memory.max_usage_in_bytes", &most}, {"memory.peak", &most}} {
+		if data, err := os.ReadFile(s.cgroup + "/" + f.name); err == nil {
+			*f.n, _ = strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64)
+		}
+	}
+	return hits, most
 }
 
 // end fails the test if the relay died, took more memory than promised, or no
@@ -75,6 +126,10 @@ func (s *siege) end(c *crowd) {
 	s.t.Helper()
 	peak := s.peakRSS(s.t)
 	s.t.Logf("relay: %d MiB at most of %d promised, %.1f s of CPU", peak>>20, s.promised>>20, s.cpu(s.t).Seconds())
+	if s.cgroup != "" {
+		hits, most := s.reclaimed()
+		s.t.Logf("cgroup of %d MiB: %d at most, limit hit %d times", s.promised>>20, most>>20, hits)
+	}
 	if peak > s.promised {
 		s.t.Errorf("the relay took %d MiB, above the %d that its log promises", peak>>20, s.promised>>20)
 	}
@@ -111,6 +166,7 @@ func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
 
 // group is an honest one: two devices that share a key.
 type group struct {
+	t            *testing.T
 	a, b         *lightClient
 	tries, found atomic.Int64
 	stop         func()
@@ -120,7 +176,7 @@ type group struct {
 // the other without a pause, until stop.
 func newGroup(t *testing.T, c *crowd, relay peer.AddrInfo) *group {
 	t.Helper()
-	g := &group{}
+	g := &group{t: t}
 	var err error
 	if g.a, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
 		t.Fatal(err)
@@ -184,14 +240,21 @@ func (g *group) look(ctx context.Context) error {
 	return nil
 }
 
+// goesOn waits until they have looked for each other a hundred times more.
+func (g *group) goesOn() {
+	g.t.Helper()
+	before := g.tries.Load()
+	eventually(g.t, "the honest group goes on", func() bool { return g.tries.Load() > before+100 })
+}
+
 // end fails the test if the group was not found on 99 % of tries.
-func (g *group) end(t *testing.T) {
-	t.Helper()
+func (g *group) end() {
+	g.t.Helper()
 	g.stop()
 	tries, found := g.tries.Load(), g.found.Load()
-	t.Logf("honest group: found on %d of %d tries", found, tries)
+	g.t.Logf("honest group: found on %d of %d tries", found, tries)
 	if tries == 0 || found*100 < tries*99 {
-		t.Errorf("the honest group was found on %d of %d tries, want 99 %%", found, tries)
+		g.t.Errorf("the honest group was found on %d of %d tries, want 99 %%", found, tries)
 	}
 }
 
@@ -218,7 +281,7 @@ func TestAttackPutFlood(t *testing.T) {
 				return nil
 			})
 			t.Logf("%d records of 8 KiB in %.1f s, %d failed", n, time.Since(began).Seconds(), refused.Load())
-			g.end(t)
+			g.end()
 			s.end(honest)
 		})
 	}
@@ -256,7 +319,7 @@ func TestAttackFreshIdentities(t *testing.T) {
 	if most := int64(256 * (2 + sized(8, 300)/30)); in.Load() > most {
 		t.Errorf("%d were let in, want at most %d", in.Load(), most)
 	}
-	g.end(t)
+	g.end()
 	s.end(honest)
 }
 
@@ -295,7 +358,7 @@ func TestAttackOpenAndDrop(t *testing.T) {
 	if circuits.Load() == 0 {
 		t.Error("no circuit was opened")
 	}
-	g.end(t)
+	g.end()
 	s.end(honest)
 }
 
@@ -332,11 +395,57 @@ func TestAttackStreamsLeftOpen(t *testing.T) {
 		}
 		return nil
 	})
-	// The others go on while these are held.
-	before := g.tries.Load()
-	eventually(t, "the honest group goes on", func() bool { return g.tries.Load() > before+50 })
+	g.goesOn() // while these are held
 	t.Logf("%d streams left open, %d ended by the relay so far", opened.Load(), ended.Load())
-	g.end(t)
+	g.end()
+	s.end(honest)
+}
+
+// What is sent into circuits whose other end does not read is held up at the
+// sender, not kept by the relay.
+func TestAttackCircuitsNobodyReads(t *testing.T) {
+	s := besiege(t, nil)
+	honest := loopbackCrowd(t, "127.0.0.2", 1)
+	g := newGroup(t, honest, s.bootstrap)
+	c := loopbackCrowd(t, "127.0.0.1", 8)
+	var taken, opened atomic.Int64
+	inParallel(t, sized(50, siegeClients/2-10), 16, func(ctx context.Context, i int) error {
+		a, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		if err != nil {
+			return err
+		}
+		b, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		if err != nil {
+			return err
+		}
+		from, to, err := a.circuitTo(ctx, b)
+		if err != nil {
+			return nil // when the relay has no more memory for circuits
+		}
+		opened.Add(1)
+		// Read at first, so that the relay's windows grow.
+		from.SetDeadline(time.Now().Add(sized(time.Second, 3*time.Second)))
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			io.CopyN(io.Discard, to, 2<<20)
+		}()
+		chunk := make([]byte, 64<<10)
+		for err == nil {
+			var n int
+			n, err = from.Write(chunk)
+			taken.Add(int64(n))
+		}
+		to.SetDeadline(time.Now()) // for who did not get that far
+		<-read
+		return nil
+	})
+	g.goesOn() // while all of it is held
+	t.Logf("%d circuits took %d MiB until they were held up", opened.Load(), taken.Load()>>20)
+	if opened.Load() == 0 {
+		t.Error("no circuit was opened")
+	}
+	g.end()
 	s.end(honest)
 }
 
@@ -394,8 +503,9 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 			t.Errorf("told %v of an honest peer, want nothing of what liars said", addrs)
 		}
 	}
+	g.goesOn()
 	t.Logf("%d peers with up to %d addresses each", len(liars), len(lies))
-	g.end(t)
+	g.end()
 	s.end(honest)
 }
 
@@ -451,7 +561,7 @@ func TestAttackSpoofedSources(t *testing.T) {
 	if !retried {
 		t.Error("no Retry while connections begin at a high rate")
 	}
-	g.end(t)
+	g.end()
 	s.end(honest)
 }
 

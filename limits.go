@@ -86,13 +86,29 @@ const (
 
 const (
 	// clientMemory is what one client costs, in bytes: connected, reserved and
-	// serving kad, with a record. Measured: 95 KiB of RSS each at 1 000, 78 KiB at
-	// 5 000 and at 10 000 (go test -bench Capacity/clients).
-	clientMemory = 96 << 10
+	// serving kad, with a record. Measured: 68 KiB of RSS each at 10 000, 74 at
+	// 5 000 (go test -bench Capacity/clients).
+	clientMemory = 68 << 10
 
 	// baseMemory is what the relay takes with nobody connected: 20 MiB of RSS,
-	// and some for a burst.
+	// garbage, and some for a burst.
 	baseMemory = 48 << 20
+
+	// initialWindow is what a client may send before the relay has read any of it,
+	// in bytes, on one stream and on all. quic-go has 512 and 768 KiB, which some
+	// hundred clients could fill. The window doubles with each round trip in which
+	// it was used up, so a long transfer takes the fifth round trip to get there.
+	initialWindow = 32 << 10
+
+	// sharedMemory is for what comes and goes, in bytes: per client, and sharedBase
+	// once. Streams, the buffers of circuits and windows that have grown share it,
+	// and whoever comes when it is taken has to do without.
+	sharedMemory = 40 << 10
+	sharedBase   = 16 << 20
+
+	// streamMemory is what an open stream costs, in bytes, half of it its
+	// goroutine's stack. Measured: 11 to 13 KiB for each of the protocols.
+	streamMemory = 12 << 10
 
 	// circuitBuffer is the relay's copy buffer for one direction of a circuit,
 	// in bytes; both live as long as the circuit. go-libp2p's 2 KiB costs half
@@ -107,9 +123,14 @@ const (
 	// circuit takes one, a DHT request one for as long as it runs.
 	streamsPerPeer = 2 * circuitsPerPeer
 
+	// maxIncomingStreams is how many a client may have open at once, before the
+	// next has to wait. QUIC keeps each, about 2 KiB, until the client has ended it as
+	// well, also where the relay has refused it.
+	maxIncomingStreams = 32
+
 	// streamShare is how many of them each peer can count on, whatever the others
-	// do: half of all that may be open are enough for that.
-	streamShare = 8
+	// do: a device asks the DHT for three things at a time.
+	streamShare = 3
 
 	// connsPerPeer leaves room for a device that comes back over another path
 	// before its old connection has timed out.
@@ -159,22 +180,29 @@ func newLimits(maxClients, perIP int) limits {
 	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback, why: why}
 }
 
-// clientsFor is how many clients fit into memory bytes, a quarter of which is
-// left to circuits, the kernel's socket buffers and the rest of the machine. 0
-// bytes is unknown: then as for half a gigabyte.
+// clientsFor is how many clients fit into memory bytes, whatever they do. 0 bytes
+// is unknown: then as for half a gigabyte.
 func clientsFor(memory uint64) int {
 	if memory == 0 {
 		memory = 512 << 20
 	}
-	usable := int64(min(memory, 1<<40))/4*3 - baseMemory
-	return int(min(max(usable/clientMemory, 64), maxMaxClients))
+	usable := int64(min(memory, 1<<40)) - (baseMemory + sharedBase)
+	return int(min(max(usable/(clientMemory+initialWindow+sharedMemory), 64), maxMaxClients))
 }
 
-// memory is what the relay may take with all of its clients, in bytes: what
-// clientsFor would have derived clients from.
+// memory is what the relay takes at most, in bytes, with all of its clients doing
+// their worst. With a thousand well-behaved ones it is 60 % of that.
 func (l limits) memory() int64 {
-	return (int64(l.clients)*clientMemory + baseMemory) / 3 * 4
+	return baseMemory + int64(l.clients)*(clientMemory+initialWindow) + l.shared()
 }
+
+// goMemory is the part of memory that the Go runtime should stay within, in bytes:
+// the rest is the binary's own pages, and what the runtime takes beyond its limit
+// in a rush.
+func (l limits) goMemory() int64 { return (l.memory() - baseMemory/2) / 8 * 7 }
+
+// shared is how much memory comes and goes, in bytes: see sharedMemory.
+func (l limits) shared() int64 { return sharedBase + int64(l.clients)*sharedMemory }
 
 // circuits is the most open at once: every client in one with another.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
@@ -183,8 +211,9 @@ func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
 // prove their addresses by a Retry, which costs them a round trip.
 func (l limits) unproven() int64 { return int64(max(l.clients/8, 16)) }
 
-// streams is the most open at once.
-func (l limits) streams() int { return max(2*streamShare*l.clients, 8*streamsPerPeer) }
+// streams is the most open at once: everybody's share, and as many again as
+// there are clients, or what some busy ones may have.
+func (l limits) streams() int { return streamShare*l.clients + max(l.clients, 8*streamsPerPeer) }
 
 // records bounds the DHT's values: how many, and how many bytes all together.
 // Two for each client leave room for those who were here and are not now.
@@ -228,11 +257,10 @@ func (l limits) resourceLimits(kad protocol.ID, relays int) rcmgr.ConcreteLimitC
 		outbound, outboundEach = rcmgr.LimitVal(relays), 1
 	}
 	streams := rcmgr.LimitVal(l.streams())
-	// The resource manager counts QUIC windows beyond the first 768 KiB of a
-	// connection, circuit buffers and messages being parsed. It gives windows
-	// 60 % of the whole and buffers 80 %, so windows starve first.
-	circuitMemory := int64(l.circuits()) * (2*circuitBuffer + 4096)
-	memory := rcmgr.LimitVal64(circuitMemory*5/4 + int64(l.clients)*16<<10 + 8*peerMemory)
+	// The resource manager counts what fairStreams reserves for each, circuit
+	// buffers, messages being parsed, and QUIC windows beyond the initial one. It
+	// gives windows 60 % of the whole and buffers 80 %, so windows starve first.
+	memory := rcmgr.LimitVal64(l.shared())
 
 	return rcmgr.PartialLimitConfig{
 		System: rcmgr.ResourceLimits{
@@ -257,7 +285,7 @@ func (l limits) resourceLimits(kad protocol.ID, relays int) rcmgr.ConcreteLimitC
 			kad: {Streams: 64, StreamsInbound: 64, StreamsOutbound: 64},
 		},
 		Service: map[string]rcmgr.ResourceLimits{
-			circuit.ServiceName: {Memory: rcmgr.LimitVal64(circuitMemory * 5 / 4)},
+			circuit.ServiceName: {Memory: memory},
 		},
 	}.Build(rcmgr.InfiniteLimits)
 }

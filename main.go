@@ -415,7 +415,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	}
 
 	// The rest is the kernel's, for sockets.
-	defer boundMemory(relay.limits.memory() / 8 * 7)()
+	defer boundMemory(relay.limits.goMemory())()
 
 	api := newAPIHandler(identityResponse{
 		PeerID:          relay.peerID(),

@@ -202,6 +202,9 @@ func (t lentTransport) Dial(ctx context.Context, addr net.Addr, tlsConf *tls.Con
 func tuned(conf *quic.Config) *quic.Config {
 	conf = conf.Clone()
 	conf.InitialPacketSize = packetSize
+	conf.InitialStreamReceiveWindow = initialWindow
+	conf.InitialConnectionReceiveWindow = initialWindow
+	conf.MaxIncomingStreams = maxIncomingStreams
 	// libp2p speaks neither over QUIC by itself, only WebTransport does. Nobody
 	// would read them here, and each client could fill a queue.
 	conf.MaxIncomingUniStreams = -1
