@@ -151,9 +151,14 @@ func (p *process) profile(b *testing.B, name, file string) {
 }
 
 // cpu is what the process has used so far, of all its threads, in steps of 10 ms.
-func (p *process) cpu(t testing.TB) time.Duration {
+func (p *process) cpu(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, p.Process.Pid) }
+
+// ownCPU is what this process, the clients', has used so far.
+func ownCPU(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, os.Getpid()) }
+
+func cpuOf(t testing.TB, pid int) time.Duration {
 	t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,13 +193,6 @@ func (p *process) status(t testing.TB, name string) int64 {
 		t.Fatal(err)
 	}
 	return kib << 10
-}
-
-// ownCPU is what this process, the clients', has used so far.
-func ownCPU() time.Duration {
-	var u syscall.Rusage
-	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // table collects what is measured.
@@ -393,7 +391,7 @@ type carried struct {
 
 func (p *process) carry(b *testing.B, links []link, total int64) carried {
 	b.Helper()
-	began, relay, clients := time.Now(), p.cpu(b), ownCPU()
+	began, relay, clients := time.Now(), p.cpu(b), ownCPU(b)
 	each := total / int64(len(links))
 	if err := transfer(links, each); err != nil {
 		b.Fatal(err)
@@ -402,7 +400,7 @@ func (p *process) carry(b *testing.B, links []link, total int64) carried {
 	return carried{
 		mibps:   gib * 1024 / time.Since(began).Seconds(),
 		relay:   (p.cpu(b) - relay).Seconds() / gib,
-		clients: (ownCPU() - clients).Seconds() / gib,
+		clients: (ownCPU(b) - clients).Seconds() / gib,
 	}
 }
 

@@ -100,6 +100,11 @@ const (
 	// it was used up, so a long transfer takes the fifth round trip to get there.
 	initialWindow = 32 << 10
 
+	// maxWindow is what it grows to on one stream, and half as much again on a
+	// connection: 10 MiB/s for a circuit over 100 ms. With go-libp2p's 10 and 15 MiB
+	// a few clients would take what all share.
+	maxWindow = 1 << 20
+
 	// sharedMemory is for what comes and goes, in bytes: per client, and sharedBase
 	// once. Streams, the buffers of circuits and windows that have grown share it,
 	// and whoever comes when it is taken has to do without.
@@ -136,9 +141,9 @@ const (
 	// before its old connection has timed out.
 	connsPerPeer = 4
 
-	// peerMemory is what the resource manager lets one peer's connections grow
-	// to, in bytes: go-libp2p's largest QUIC connection window (15 MiB) once.
-	peerMemory = 16 << 20
+	// peerMemory is what one peer can take of what is shared, in bytes: the windows
+	// of its connections, its streams and circuits.
+	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
 	// rateWindow is the time in which one network can open as many connections
 	// as it may hold: an office is back at once after a restart of the relay,
@@ -164,20 +169,23 @@ type limits struct {
 
 	// why says where clients comes from, for the log.
 	why string
+
+	// available is how much memory this process may use, in bytes; 0 is unknown.
+	available uint64
 }
 
 // newLimits derives clients from the memory available where maxClients is 0.
 func newLimits(maxClients, perIP int) limits {
+	available, source := availableMemory(os.DirFS("/"))
 	why := "--max-clients"
 	if maxClients == 0 {
-		memory, source := availableMemory(os.DirFS("/"))
-		maxClients = clientsFor(memory)
-		why = fmt.Sprintf("%d MiB of memory (%s)", memory>>20, source)
-		if memory == 0 {
+		maxClients = clientsFor(available)
+		why = fmt.Sprintf("%d MiB of memory (%s)", available>>20, source)
+		if available == 0 {
 			why = "memory unknown, taken as 512 MiB"
 		}
 	}
-	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback, why: why}
+	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback, why: why, available: available}
 }
 
 // clientsFor is how many clients fit into memory bytes, whatever they do. 0 bytes

@@ -18,7 +18,7 @@ func TestClientsForMemory(t *testing.T) {
 		{1 << 20, 64, 64},                        // too small for anything, and still starts
 		{512 << 20, 3000, 6000},                  //
 		{1 << 30, 7000, 12_000},                  // the 5-dollar machine
-		{4 << 30, 30_000, 55_000},                //
+		{4 << 30, 28_000, 55_000},                //
 		{1 << 50, maxMaxClients, 1 << 20},        //
 		{math.MaxUint64, maxMaxClients, 1 << 20}, //
 	}
@@ -80,9 +80,13 @@ func TestLimitsFollowMaxClients(t *testing.T) {
 			t.Errorf("%d clients: %d streams, want %d for the circuits alone", clients, host.System.Streams, min)
 		}
 		// go-libp2p lets circuit buffers have 80 % of a scope's memory.
-		buffers := int64(l.circuits()) * 2 * circuitBuffer
+		buffers := int64(l.circuits()) * 2 * (circuitBuffer + streamMemory)
 		if int64(host.System.Memory)/5*4 < buffers || int64(host.Service["libp2p.relay/v2"].Memory)/5*4 < buffers {
 			t.Errorf("%d clients: memory for circuits is short of %d bytes", clients, buffers)
+		}
+		// What the log promises is enough for all of it.
+		if sum := baseMemory + int64(clients)*(clientMemory+initialWindow) + int64(host.System.Memory); l.memory() < sum {
+			t.Errorf("%d clients: %d bytes are promised, which could take %d", clients, l.memory(), sum)
 		}
 	}
 }

@@ -612,6 +612,17 @@ func TestProcessTellsHowItRuns(t *testing.T) {
 		t.Errorf("log holds quic-go's warning beside ours, or metrics that nobody asked for:\n%s", log)
 	}
 
+	if p.stderr.line("that many clients could take more memory") != "" {
+		t.Errorf("warned of 77 clients' memory:\n%s", p.stderr)
+	}
+
+	p = start(t, "--max-clients=1000000")
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	if p.stderr.line("that many clients could take more memory") == "" {
+		t.Errorf("no warning of a million clients' memory:\n%s", p.stderr)
+	}
+
 	p = start(t, "--announce=203.0.113.7")
 	p.Process.Signal(syscall.SIGTERM)
 	p.wait(t)

@@ -204,6 +204,8 @@ func tuned(conf *quic.Config) *quic.Config {
 	conf.InitialPacketSize = packetSize
 	conf.InitialStreamReceiveWindow = initialWindow
 	conf.InitialConnectionReceiveWindow = initialWindow
+	conf.MaxStreamReceiveWindow = maxWindow
+	conf.MaxConnectionReceiveWindow = maxWindow * 3 / 2
 	conf.MaxIncomingStreams = maxIncomingStreams
 	// libp2p speaks neither over QUIC by itself, only WebTransport does. Nobody
 	// would read them here, and each client could fill a queue.
