@@ -28,7 +28,7 @@ func TestCircuitsShareTheBandwidth(t *testing.T) {
 	}
 	got := make([]atomic.Int64, circuits)
 	for i, l := range links {
-		go l.flood(&got[i]) // until the relay is closed
+		go l.flood(&got[i], 0) // until the relay is closed
 	}
 	sum := func() (n int64) {
 		for i := range got {
