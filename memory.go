@@ -14,9 +14,10 @@ import (
 const (
 	// Garbage comes on top of what lives, up to a garbageShare-th of it but at
 	// least minGarbage, before it is collected. Go's own is as much again, up to
-	// 37 MiB more at 2 000 clients. A quarter costs a crowd's arrival a third more
-	// CPU; below minGarbage there would be little to gain, and collections all the
-	// time while circuits carry all they can.
+	// 37 MiB more at 2 000 clients. With a quarter, a tenth and a fourteenth 10 000
+	// clients took 687, 650 and 652 MiB, and 1.8, 2.5 and 3.9 ms of CPU each to come.
+	// Below minGarbage there would be little to gain, and collections all the time
+	// while circuits carry all they can.
 	garbageShare = 4
 	minGarbage   = 16 << 20
 
