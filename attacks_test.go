@@ -377,7 +377,9 @@ func TestAttackStreamsLeftOpen(t *testing.T) {
 		}
 		for i := range 256 {
 			// The relay ends those above its limit, which makes room for more.
-			stream, err := client.OpenStream()
+			room, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+			stream, err := client.OpenStreamSync(room)
+			cancel()
 			if err != nil {
 				break
 			}

@@ -25,10 +25,10 @@ package main
 // A circuit's latency while others carry all they can is time in queues, above
 // all in the socket's: with receive buffers of 128, 256, 512 KiB, 1, 2 and 7 MiB
 // the 99th percentile was 7.5, 11, 15, 20, 28 and 31 ms, the median 1.0, 2.4, 4.4,
-// 6.0, 11 and 11. From 512 KiB on that costs no throughput here, but 7 MiB, which quic-go asks
-// for, are there for a thousand clients that come back at once and for a machine
-// whose CPU is taken away for some milliseconds. The rest is the run queue of the Go
-// scheduler: a round trip is 10 turns of goroutines, each behind some six others
+// 6.0, 11 and 11. From 512 KiB on that costs no throughput here, but 7 MiB, which
+// quic-go asks for, are there for a thousand clients that come back at once and for
+// a machine whose CPU is taken away for some milliseconds. The rest is the run
+// queue of the Go scheduler: a round trip is 10 turns of goroutines, each behind some six others
 // that want the same two cores. Windows of 128 KiB halve it, too, at the price of
 // 2.5 MiB/s for a circuit over 50 ms. Marking what waited in the socket for 1 ms as
 // congested (ECN) brings the 99th from 22 to 8 ms for a quarter of the throughput.

@@ -219,9 +219,12 @@ func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
 // prove their addresses by a Retry, which costs them a round trip.
 func (l limits) unproven() int64 { return int64(max(l.clients/8, 16)) }
 
-// streams is the most open at once: everybody's share, and as many again as
+// streams is the most open at once: everybody's share, and those beside.
+func (l limits) streams() int { return streamShare*l.clients + l.unshared() }
+
+// unshared is how many streams may be open beside everybody's share: as many as
 // there are clients, or what some busy ones may have.
-func (l limits) streams() int { return streamShare*l.clients + max(l.clients, 8*streamsPerPeer) }
+func (l limits) unshared() int { return max(l.clients, 8*streamsPerPeer) }
 
 // records bounds the DHT's values: how many, and how many bytes all together.
 // Two for each client leave room for those who were here and are not now.

@@ -365,7 +365,7 @@ func (s served) log(log *slog.Logger, cfg config) {
 		"announced", len(cfg.announce) > 0, "http_port", s.httpPort)
 	log.Info("limits", "max_clients", s.limits.clients, "because_of", s.limits.why, "max_clients_per_ip", s.limits.perNetwork, "max_memory_bytes", s.limits.memory(),
 		"circuits", s.limits.circuits(), "circuit_duration", cfg.circuitDuration, "circuit_bytes", cfg.circuitBytes)
-	if most := s.limits.available; most > 0 && uint64(s.limits.memory()) > most && s.limits.clients > clientsFor(most) {
+	if most := s.limits.available; most > 0 && s.limits.clients > clientsFor(most) {
 		log.Warn("that many clients could take more memory than there is, if they did their worst",
 			"memory_bytes", most, "max_clients_that_fit", clientsFor(most))
 	}

@@ -170,7 +170,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	resources = fairStreams{resources, r.limits.streams() - streamShare*r.limits.clients}
+	resources = fairStreams{resources, r.limits.unshared()}
 	bus := eventbus.NewBus(onBus...)
 	swarm, err := swarm.NewSwarm(self, addrBook{store, store, self, r.peers}, bus, append(onSwarm,
 		swarm.WithConnectionGater(r.relays),

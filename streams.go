@@ -15,7 +15,7 @@ import (
 // hold them all.
 type fairStreams struct {
 	network.ResourceManager
-	unshared int // streams that may be open beside everybody's share
+	unshared int // see limits
 }
 
 func (f fairStreams) OpenStream(id peer.ID, dir network.Direction) (network.StreamManagementScope, error) {
