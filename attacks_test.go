@@ -58,13 +58,19 @@ type siege struct {
 // siegeClients is --max-clients for the attacks.
 const siegeClients = 1000
 
-// besiege starts the relay, by cmd or else on loopback.
+// besieged is a relay on loopback with an honest group, and whoever attacks it, from
+// another address by so many sockets.
+func besieged(t *testing.T, sockets int) (s *siege, g *group, attackers *crowd) {
+	t.Helper()
+	s = besiege(t, command(t, "--port=0", "--http-port=0", fmt.Sprint("--max-clients=", siegeClients)))
+	g = newGroup(t, loopbackCrowd(t, "127.0.0.2", 1), s.bootstrap)
+	return s, g, loopbackCrowd(t, "127.0.0.1", sockets)
+}
+
+// besiege starts the relay by cmd.
 func besiege(t *testing.T, cmd *exec.Cmd) *siege {
 	t.Helper()
 	s := &siege{t: t, promised: limits{clients: siegeClients}.memory()}
-	if cmd == nil {
-		cmd = command(t, "--port=0", "--http-port=0", fmt.Sprint("--max-clients=", siegeClients))
-	}
 	if s.cgroup = memoryCgroup(t, s.promised); s.cgroup != "" {
 		join := []string{"sh", "-c", `echo $$ >"$0/cgroup.procs" && exec "$@"`, s.cgroup}
 		cmd.Args = append(join, append([]string{cmd.Path}, cmd.Args[1:]...)...)
@@ -120,10 +126,11 @@ func (s *siege) reclaimed() (hits, most int64) {
 	return hits, most
 }
 
-// end fails the test if the relay died, took more memory than promised, or no
-// longer serves.
-func (s *siege) end(c *crowd) {
+// end fails the test if the relay died, took more memory than promised, no longer
+// serves, or did not serve the group all the time.
+func (s *siege) end(g *group) {
 	s.t.Helper()
+	g.end()
 	peak := s.peakRSS(s.t)
 	s.t.Logf("relay: %d MiB at most of %d promised, %.1f s of CPU", peak>>20, s.promised>>20, s.cpu(s.t).Seconds())
 	if s.cgroup != "" {
@@ -136,7 +143,7 @@ func (s *siege) end(c *crowd) {
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
 	who := newLightIdentity(s.t)
-	client, err := c.dial(ctx, who, s.bootstrap)
+	client, err := g.crowd.dial(ctx, who, s.bootstrap)
 	if err == nil {
 		_, err = client.named(ctx, who.id)
 	}
@@ -167,6 +174,7 @@ func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
 // group is an honest one: two devices that share a key.
 type group struct {
 	t            *testing.T
+	crowd        *crowd
 	a, b         *lightClient
 	tries, found atomic.Int64
 	stop         func()
@@ -176,7 +184,7 @@ type group struct {
 // the other without a pause, until stop.
 func newGroup(t *testing.T, c *crowd, relay peer.AddrInfo) *group {
 	t.Helper()
-	g := &group{t: t}
+	g := &group{t: t, crowd: c}
 	var err error
 	if g.a, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
 		t.Fatal(err)
@@ -262,10 +270,7 @@ func (g *group) end() {
 func TestAttackPutFlood(t *testing.T) {
 	for _, attackers := range []int{1, 50} {
 		t.Run(fmt.Sprint(attackers, " peers on one IP"), func(t *testing.T) {
-			s := besiege(t, nil)
-			honest := loopbackCrowd(t, "127.0.0.2", 1)
-			g := newGroup(t, honest, s.bootstrap)
-			c := loopbackCrowd(t, "127.0.0.1", 4)
+			s, g, c := besieged(t, 4)
 			flooders := make([]*lightClient, attackers)
 			inParallel(t, attackers, 16, func(ctx context.Context, i int) (err error) {
 				flooders[i], err = c.dial(ctx, newLightIdentity(t), s.bootstrap)
@@ -281,8 +286,7 @@ func TestAttackPutFlood(t *testing.T) {
 				return nil
 			})
 			t.Logf("%d records of 8 KiB in %.1f s, %d failed", n, time.Since(began).Seconds(), refused.Load())
-			g.end()
-			s.end(honest)
+			s.end(g)
 		})
 	}
 }
@@ -319,16 +323,12 @@ func TestAttackFreshIdentities(t *testing.T) {
 	if most := int64(256 * (2 + sized(8, 300)/30)); in.Load() > most {
 		t.Errorf("%d were let in, want at most %d", in.Load(), most)
 	}
-	g.end()
-	s.end(honest)
+	s.end(g)
 }
 
 // Whoever opens and drops all day leaves nothing that adds up.
 func TestAttackOpenAndDrop(t *testing.T) {
-	s := besiege(t, nil)
-	honest := loopbackCrowd(t, "127.0.0.2", 1)
-	g := newGroup(t, honest, s.bootstrap)
-	c := loopbackCrowd(t, "127.0.0.1", 4)
+	s, g, c := besieged(t, 4)
 	ctx, cancel := context.WithTimeout(context.Background(), sized(4*time.Second, time.Minute))
 	defer cancel()
 	var reservations, circuits atomic.Int64
@@ -358,16 +358,12 @@ func TestAttackOpenAndDrop(t *testing.T) {
 	if circuits.Load() == 0 {
 		t.Error("no circuit was opened")
 	}
-	g.end()
-	s.end(honest)
+	s.end(g)
 }
 
 // Streams that are opened and left cost their owner's share and nobody else's.
 func TestAttackStreamsLeftOpen(t *testing.T) {
-	s := besiege(t, nil)
-	honest := loopbackCrowd(t, "127.0.0.2", 1)
-	g := newGroup(t, honest, s.bootstrap)
-	c := loopbackCrowd(t, "127.0.0.1", 4)
+	s, g, c := besieged(t, 4)
 	protocols := []string{string(kadProtocol), string(proto.ProtoIDv2Hop), identify.ID, identify.IDPush, "/ipfs/ping/1.0.0", ""}
 	var opened, ended atomic.Int64
 	inParallel(t, sized(100, siegeClients-20), 16, func(ctx context.Context, i int) error {
@@ -399,17 +395,13 @@ func TestAttackStreamsLeftOpen(t *testing.T) {
 	})
 	g.goesOn() // while these are held
 	t.Logf("%d streams left open, %d ended by the relay so far", opened.Load(), ended.Load())
-	g.end()
-	s.end(honest)
+	s.end(g)
 }
 
 // What is sent into circuits whose other end does not read is held up at the
 // sender, not kept by the relay.
 func TestAttackCircuitsNobodyReads(t *testing.T) {
-	s := besiege(t, nil)
-	honest := loopbackCrowd(t, "127.0.0.2", 1)
-	g := newGroup(t, honest, s.bootstrap)
-	c := loopbackCrowd(t, "127.0.0.1", 8)
+	s, g, c := besieged(t, 8)
 	var taken, opened atomic.Int64
 	inParallel(t, sized(50, siegeClients/2-10), 16, func(ctx context.Context, i int) error {
 		a, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
@@ -447,16 +439,13 @@ func TestAttackCircuitsNobodyReads(t *testing.T) {
 	if opened.Load() == 0 {
 		t.Error("no circuit was opened")
 	}
-	g.end()
-	s.end(honest)
+	s.end(g)
 }
 
 // What one says of himself in identify does not grow anybody's answers, and says
 // nothing of anybody else.
 func TestAttackIdentifyAddresses(t *testing.T) {
-	s := besiege(t, nil)
-	honest := loopbackCrowd(t, "127.0.0.2", 1)
-	g := newGroup(t, honest, s.bootstrap)
+	s, g, c := besieged(t, 2)
 	var lies []ma.Multiaddr
 	for i := range 400 {
 		lies = append(lies,
@@ -466,7 +455,6 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 	for range 200 {
 		lies = append(lies, ma.StringCast("/ip4/11.8.0.1/udp/9/quic-v1/p2p/"+g.a.id.String()))
 	}
-	c := loopbackCrowd(t, "127.0.0.1", 2)
 	liars := make([]*lightClient, 50)
 	inParallel(t, len(liars), 16, func(ctx context.Context, i int) (err error) {
 		who := newLightIdentity(t)
@@ -507,8 +495,7 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 	}
 	g.goesOn()
 	t.Logf("%d peers with up to %d addresses each", len(liars), len(lies))
-	g.end()
-	s.end(honest)
+	s.end(g)
 }
 
 // Packets with forged sources take no places and are no weapon: newcomers come in,
@@ -563,8 +550,7 @@ func TestAttackSpoofedSources(t *testing.T) {
 	if !retried {
 		t.Error("no Retry while connections begin at a high rate")
 	}
-	g.end()
-	s.end(honest)
+	s.end(g)
 }
 
 // siege starts the relay in a namespace of the lab, at 11.0.0.1.
