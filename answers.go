@@ -10,19 +10,14 @@ package main
 // client's whole request takes as long as without (BenchmarkAnswer: 0.3 ms).
 
 import (
-	"encoding/binary"
 	"slices"
 	"strings"
 
-	pb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	kb "github.com/libp2p/go-libp2p-kbucket"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
-	"github.com/libp2p/go-libp2p/core/host"
-	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/core/protocol"
 	ma "github.com/multiformats/go-multiaddr"
-	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -40,15 +35,15 @@ type answers struct {
 }
 
 // amend returns kad-dht's answer to req with the peers replaced that it names.
-func (a *answers) amend(asker peer.ID, req *pb.Message, answer []byte) ([]byte, error) {
-	if a.plain || req.GetType() != pb.Message_FIND_NODE && req.GetType() != pb.Message_GET_VALUE {
+func (a *answers) amend(asker peer.ID, req *kadpb.Message, answer []byte) ([]byte, error) {
+	if a.plain || req.GetType() != kadpb.Message_FIND_NODE && req.GetType() != kadpb.Message_GET_VALUE {
 		return answer, nil
 	}
-	resp := new(pb.Message)
+	resp := new(kadpb.Message)
 	if err := proto.Unmarshal(answer, resp); err != nil {
 		return nil, err
 	}
-	resp.CloserPeers = pb.PeerInfosToPBPeers(a.peers.network, a.named(asker, req, resp.Record))
+	resp.CloserPeers = kadpb.PeerInfosToPBPeers(a.peers.network, a.named(asker, req, resp.Record))
 	return proto.Marshal(resp)
 }
 
@@ -71,7 +66,7 @@ func (a *answers) amend(asker peer.ID, req *pb.Message, answer []byte) ([]byte, 
 // its queries begin and end with, and this relay is not asked any more. Measured
 // with rust-libp2p among 1 000 strangers, half of them open: when answers were
 // filled with open ones, 3 of 5 pairs met that could; with none, all.
-func (a *answers) named(asker peer.ID, req *pb.Message, rec *recpb.Record) []peer.AddrInfo {
+func (a *answers) named(asker peer.ID, req *kadpb.Message, rec *recpb.Record) []peer.AddrInfo {
 	named := make([]peer.AddrInfo, 0, maxNamed)
 	name := func(id peer.ID, addrs []ma.Multiaddr) {
 		// Who has left has no address.
@@ -80,7 +75,7 @@ func (a *answers) named(asker peer.ID, req *pb.Message, rec *recpb.Record) []pee
 		}
 	}
 	beforePut := false
-	if req.Type == pb.Message_FIND_NODE {
+	if req.Type == kadpb.Message_FIND_NODE {
 		// The walk before a PUT has a record's key. It waits for all that are
 		// named, up to 60 s and then in vain.
 		beforePut = strings.HasPrefix(string(req.Key), recordPrefix)
@@ -121,71 +116,4 @@ func (a *answers) elsewhere(asker, id peer.ID) []ma.Multiaddr {
 		return nil
 	}
 	return a.relays.find(id)
-}
-
-// publisherOf is who put the record, as it says, or "". As everywhere in
-// protobuf, the last of several is meant.
-func publisherOf(rec *recpb.Record) (publisher peer.ID) {
-	for unknown := rec.ProtoReflect().GetUnknown(); len(unknown) > 0; {
-		num, typ, tag := protowire.ConsumeTag(unknown)
-		if tag < 0 {
-			return ""
-		}
-		n := protowire.ConsumeFieldValue(num, typ, unknown[tag:])
-		if n < 0 {
-			return ""
-		}
-		if num == publisherField && typ == protowire.BytesType {
-			id, _ := protowire.ConsumeBytes(unknown[tag:])
-			publisher = peer.ID(id)
-		}
-		unknown = unknown[tag+n:]
-	}
-	return publisher
-}
-
-// kadHost is the host that kad-dht is given: it bounds the requests on the
-// streams that kad-dht handles, and amends the answers.
-type kadHost struct {
-	host.Host
-	answers *answers
-	tally   *tally
-}
-
-func (h kadHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) {
-	h.Host.SetStreamHandler(id, func(s network.Stream) {
-		handle(&kadStream{boundedStream: boundedStream{Stream: s, tally: h.tally}, answers: h.answers})
-	})
-}
-
-// kadStream is one on which kad-dht reads requests and writes an answer to each.
-type kadStream struct {
-	boundedStream
-	answers *answers
-
-	// request is the one being handled; kad-dht's request hook sets it.
-	request *pb.Message
-
-	// answer is what was written of the answer to it.
-	answer []byte
-}
-
-// Write gathers an answer, which kad-dht writes as a varint length and as many
-// bytes (kad-dht spec, RPC messages), in pieces, and sends it amended.
-func (s *kadStream) Write(p []byte) (int, error) {
-	s.answer = append(s.answer, p...)
-	length, n := binary.Uvarint(s.answer)
-	if n <= 0 || uint64(len(s.answer)-n) < length {
-		return len(p), nil // not yet whole
-	}
-	amended, err := s.answers.amend(s.Conn().RemotePeer(), s.request, s.answer[n:])
-	if err != nil {
-		return 0, err
-	}
-	frame := append(binary.AppendUvarint(nil, uint64(len(amended))), amended...)
-	s.answer, s.request = nil, nil // a stream may idle for a minute
-	if _, err := s.Stream.Write(frame); err != nil {
-		return 0, err
-	}
-	return len(p), nil
 }

@@ -7,8 +7,8 @@ package main
 //
 // It leaves behind one record that expires, and no file. It dials the host that
 // was asked for and what its identity endpoint announces, maxCheckDials
-// addresses at most. The steps are in checksteps.go, the clients that they
-// play in checkhost.go.
+// addresses at most. The steps are in check_*.go, the clients that they
+// play in check_client.go.
 
 import (
 	"context"
@@ -19,14 +19,15 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	ma "github.com/multiformats/go-multiaddr"
 )
 
@@ -136,134 +137,6 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	return err
 }
 
-// The results of a step, as they are in JSON.
-const (
-	checkPassed  = "ok"
-	checkFailed  = "failed"
-	checkSkipped = "skipped" // does not apply here, or needs a step that failed
-)
-
-// checkReport is the JSON document. Monitoring relies on its names.
-type checkReport struct {
-	Target  string      `json:"target"`  // as it was given
-	PeerID  string      `json:"peer_id"` // promised, or else found; "" if neither
-	OK      bool        `json:"ok"`      // no step failed
-	Millis  float64     `json:"ms"`
-	Version string      `json:"version"` // of the program that checked
-	Steps   []checkStep `json:"steps"`   // all of them, always in the same order
-}
-
-func (r checkReport) count(result string) (n int) {
-	for _, s := range r.Steps {
-		if s.Result == result {
-			n++
-		}
-	}
-	return n
-}
-
-// checkStep is what came of one step.
-type checkStep struct {
-	Name   string         `json:"name"`
-	Result string         `json:"result"`
-	Millis float64        `json:"ms"` // 0 if skipped
-	Detail string         `json:"detail"`
-	Lines  []string       `json:"lines,omitempty"`  // more details, one line each
-	Cause  string         `json:"cause,omitempty"`  // the likely one of a failure
-	Try    []string       `json:"try,omitempty"`    // commands, to be run on the relay's machine
-	Values map[string]any `json:"values,omitempty"` // numbers and addresses in Detail, for machines
-}
-
-func passed(format string, args ...any) checkStep {
-	return checkStep{Result: checkPassed, Detail: fmt.Sprintf(format, args...)}
-}
-
-func skipped(format string, args ...any) checkStep {
-	return checkStep{Result: checkSkipped, Detail: fmt.Sprintf(format, args...)}
-}
-
-func failed(why diagnosis, format string, args ...any) checkStep {
-	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), Cause: why.cause, Try: why.try}
-}
-
-func (s checkStep) with(values map[string]any) checkStep {
-	s.Values = values
-	return s
-}
-
-// diagnosis is the likely cause of a failure and the commands to run.
-type diagnosis struct {
-	cause string
-	try   []string
-}
-
-func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
-
-// text is the step for a terminal of 100 columns.
-func (s checkStep) text() string {
-	const indent, width = 26, 100
-	mark, took := "–", ""
-	switch s.Result {
-	case checkPassed:
-		mark = "✓"
-	case checkFailed:
-		mark = "✗"
-	}
-	if s.Result != checkSkipped {
-		took = fmt.Sprintf("%.0f ms", s.Millis)
-	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s %-13s %8s  ", mark, s.Name, took)
-	paragraphs := append([]string{s.Detail}, s.Lines...)
-	if s.Cause != "" {
-		paragraphs = append(paragraphs, "likely: "+s.Cause)
-	}
-	for _, command := range s.Try {
-		paragraphs = append(paragraphs, "try: "+command)
-	}
-	for i, p := range paragraphs {
-		for j, line := range wrap(p, width-indent) {
-			if i+j > 0 {
-				b.WriteString(strings.Repeat(" ", indent))
-			}
-			b.WriteString(line + "\n")
-		}
-	}
-	return b.String()
-}
-
-// clean makes text of the other side's harmless to a terminal, and short.
-func clean(s string) string {
-	const most = 600
-	runes := []rune(strings.ToValidUTF8(s, "?"))
-	for i, r := range runes {
-		if !unicode.IsPrint(r) {
-			runes[i] = '?'
-		}
-	}
-	if len(runes) > most {
-		runes = append(runes[:most], '…')
-	}
-	return string(runes)
-}
-
-// wrap breaks s into lines of at most width characters, between words where it can.
-func wrap(s string, width int) (lines []string) {
-	line := []rune(s)
-	for len(line) > width {
-		cut := width
-		for i := width; i > 0; i-- {
-			if line[i] == ' ' {
-				cut = i
-				break
-			}
-		}
-		lines = append(lines, string(line[:cut]))
-		line = []rune(strings.TrimLeft(string(line[cut:]), " "))
-	}
-	return append(lines, string(line))
-}
-
 // checkTarget is the relay as the operator named it.
 type checkTarget struct {
 	given string
@@ -329,4 +202,90 @@ func parseCheckTarget(s string) (t checkTarget, err error) {
 	}
 	t.url.Host = net.JoinHostPort(t.host, port)
 	return t, nil
+}
+
+// checker carries what one step learns to the next.
+type checker struct {
+	target checkTarget
+	a, b   *checkHost
+
+	// blocked is why the steps that follow make no sense. Empty: they do.
+	blocked string
+
+	ips     map[family][]netip.Addr // the host's, at most maxCheckIPs each
+	noRoute map[family]error        // why this machine can't send to them
+
+	id        peer.ID // the relay's: promised, or else found
+	endpoints map[family]endpointAnswer
+	listed    []string // by the endpoint that answered; nil if none did
+	dials     []dialled
+	used      *probe // the address over which the rest is checked
+
+	reservation *circuitclient.Reservation
+}
+
+// checkRelay takes all the steps and hands each to report as it ends. The error
+// is one of this machine's; what is wrong with the relay is in the steps.
+func checkRelay(ctx context.Context, target checkTarget, report func(checkStep)) (r checkReport, err error) {
+	begun := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	c := &checker{target: target, id: target.id, ips: make(map[family][]netip.Addr), noRoute: make(map[family]error)}
+	for _, h := range []**checkHost{&c.a, &c.b} {
+		if *h, err = newCheckHost(); err != nil {
+			return r, fmt.Errorf("start a client: %w", err)
+		}
+		defer (*h).Close()
+	}
+
+	r = checkReport{Target: target.given, OK: true, Version: buildVersion()}
+	for _, step := range []struct {
+		name string
+		most time.Duration
+		take func(context.Context) checkStep
+	}{
+		{"name", checkAskTime, c.resolve},
+		{"identity-ipv4", checkDialTime, func(ctx context.Context) checkStep { return c.identity(ctx, ipv4) }},
+		{"identity-ipv6", checkDialTime, func(ctx context.Context) checkStep { return c.identity(ctx, ipv6) }},
+		{"quic-ipv4", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { return c.quic(ctx, ipv4) }},
+		{"quic-ipv6", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { return c.quic(ctx, ipv6) }},
+		{"addresses", checkAskTime, c.addresses},
+		{"identify", checkAskTime, c.identify},
+		{"observed", checkAskTime, c.observed},
+		{"nat", checkAskTime, c.nat},
+		{"clients", checkDialTime, c.clients},
+		{"dht", checkAskTime, c.dht},
+		{"record", checkAskTime, c.record},
+		{"reservation", checkAskTime, c.reserve},
+		{"circuit", checkCircuitTime, c.circuit},
+	} {
+		var s checkStep
+		switch begun := time.Now(); {
+		case ctx.Err() != nil:
+			s = failed(diagnosis{}, "not reached: %v", ctx.Err())
+		case c.blocked != "":
+			s = skipped("%s", c.blocked)
+		default:
+			stepCtx, cancel := context.WithTimeout(ctx, step.most)
+			s = step.take(stepCtx)
+			cancel()
+			if s.Millis == 0 && s.Result != checkSkipped {
+				s.Millis = millis(time.Since(begun))
+			}
+		}
+		s.Name, s.Detail = step.name, clean(s.Detail)
+		for i, line := range s.Lines {
+			s.Lines[i] = clean(line)
+		}
+		if s.Result == checkFailed {
+			r.OK = false
+		}
+		r.Steps = append(r.Steps, s)
+		report(s)
+	}
+	if c.id != "" {
+		r.PeerID = c.id.String()
+	}
+	r.Millis = millis(time.Since(begun))
+	return r, nil
 }

@@ -6,7 +6,10 @@ package main
 
 import (
 	"bytes"
+	"hash/maphash"
 	"log/slog"
+	"math"
+	"sync"
 	"sync/atomic"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
@@ -159,28 +162,6 @@ type counters struct {
 	recordBytes  int64
 }
 
-func (r *relay) counters() counters {
-	c := counters{
-		peersServed:  r.peers.served.count(),
-		relayedBytes: r.tally.relayedBytes.Load(),
-		clients:      len(r.host.Network().Peers()),
-		reservations: r.tally.reservations.Load(),
-	}
-	r.host.Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
-		c.connections = s.Stat().NumConnsInbound
-		return nil
-	})
-	c.relayedConnections, c.circuits = r.circuits.counts()
-	c.records, c.recordBytes = r.records.held()
-	for i := range c.requests {
-		c.requests[i] = r.tally.requests[i].Load()
-	}
-	for i := range c.refused {
-		c.refused[i] = r.tally.refused[i].Load()
-	}
-	return c
-}
-
 // attrs are for one line of the log; of the refusals, those that there were.
 func (c counters) attrs() []any {
 	var refused []any
@@ -195,4 +176,46 @@ func (c counters) attrs() []any {
 		"relayed_bytes", c.relayedBytes, "records", c.records, "record_bytes", c.recordBytes,
 		slog.Group("refused", refused...),
 	}
+}
+
+// uniqueCounter counts distinct strings in 1 MiB, however many come: linear
+// counting (Whang, Vander-Zanden and Taylor 1990). Each sets the bit that its
+// hash names, and the share of bits still clear tells how many there were. The
+// standard error is 0.25 of one at 1 000, 25 at 100 000 (0.025 %) and stays
+// below 0.1 % up to thirty million. The hash is seeded, so that nobody can
+// choose IDs that share a bit.
+type uniqueCounter struct {
+	seed maphash.Seed
+
+	mu   sync.Mutex
+	bits []uint64
+	set  int // bits set
+}
+
+// uniqueBits is a power of two, for the index.
+const uniqueBits = 1 << 23
+
+func newUniqueCounter() *uniqueCounter {
+	return &uniqueCounter{seed: maphash.MakeSeed(), bits: make([]uint64, uniqueBits/64)}
+}
+
+// add reports whether s, as far as can be told, is new.
+func (c *uniqueCounter) add(s string) bool {
+	i := maphash.String(c.seed, s) % uniqueBits
+	word, bit := &c.bits[i/64], uint64(1)<<(i%64)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if *word&bit != 0 {
+		return false
+	}
+	*word |= bit
+	c.set++
+	return true
+}
+
+func (c *uniqueCounter) count() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear := max(uniqueBits-c.set, 1)
+	return int(math.Round(-uniqueBits * math.Log(float64(clear)/uniqueBits)))
 }

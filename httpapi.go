@@ -15,21 +15,6 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 )
 
-// identityPath is fixed in the deployed clients.
-const identityPath = "/api/v1/identity"
-
-// identityResponse is the body of GET /api/v1/identity. Field names and their
-// order are the old relay's, on which deployed clients rely.
-type identityResponse struct {
-	PeerID string `json:"peer_id"`
-
-	// Addresses are multiaddrs without /p2p: announced ones first, then the
-	// sockets, which clients complete with the host they asked.
-	Addresses       []string `json:"addresses"`
-	ProtocolVersion string   `json:"protocol_version"`
-	AgentVersion    string   `json:"agent_version"`
-}
-
 // apiHandler answers every HTTP request.
 type apiHandler struct {
 	http.ServeMux

@@ -6,23 +6,16 @@ package main
 // of a library bites first. Who applies them is in the other files.
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"net/netip"
 	"os"
-	"path"
-	"runtime/debug"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/protocol"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/libp2p/go-libp2p/x/rate"
-	"github.com/pbnjay/memory"
 )
 
 const (
@@ -333,62 +326,12 @@ func (l limits) resourceOptions() []rcmgr.Option {
 	}
 }
 
-// availableMemory is how many bytes this process may use, and who says so: the
-// machine, or where they allow less its cgroup or GOMEMLIMIT. 0 if unknown. root
-// is the file system at "/".
-func availableMemory(root fs.FS) (available uint64, source string) {
-	atMost := func(limit uint64, by string) {
-		if limit > 0 && (available == 0 || limit < available) {
-			available, source = limit, by
-		}
+// networkOf is the block that a provider gives to one customer: see limits.
+func networkOf(addr netip.Addr) netip.Prefix {
+	bits := 56
+	if addr.Is4() {
+		bits = 32
 	}
-	// By sysinfo(2) and its like, not /proc/meminfo, which a sandbox may hide.
-	atMost(memory.TotalMemory(), "machine")
-	if limit, err := cgroupMemory(root); err == nil {
-		atMost(limit, "cgroup")
-	}
-	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
-		atMost(uint64(limit), "GOMEMLIMIT")
-	}
-	return available, source
-}
-
-// cgroupMemory is the smallest memory limit of this process's cgroup and those
-// above it, in bytes, for cgroup v2 (memory.max) and v1 (memory.limit_in_bytes).
-// https://docs.kernel.org/admin-guide/cgroup-v2.html
-func cgroupMemory(root fs.FS) (uint64, error) {
-	self, err := fs.ReadFile(root, "proc/self/cgroup")
-	if err != nil {
-		return 0, err
-	}
-	limit, found := uint64(math.MaxUint64), false
-	for line := range strings.Lines(string(self)) {
-		// hierarchy:controllers:path, where version 2 has no controllers.
-		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(fields) != 3 {
-			continue
-		}
-		mount, file := "sys/fs/cgroup", "memory.max"
-		if fields[1] != "" {
-			mount, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-			if !strings.Contains(","+fields[1]+",", ",memory,") {
-				continue
-			}
-		}
-		// A container sees its own cgroup at the root, whatever the path says:
-		// directories that are not there are skipped.
-		for dir := path.Clean("/" + fields[2]); ; dir = path.Dir(dir) {
-			data, err := fs.ReadFile(root, path.Join(mount, dir, file))
-			if n, parseErr := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err == nil && parseErr == nil {
-				limit, found = min(limit, n), true // "max" does not parse: none here
-			}
-			if dir == "/" {
-				break
-			}
-		}
-	}
-	if !found {
-		return 0, errors.New("no memory limit")
-	}
-	return limit, nil
+	network, _ := addr.Prefix(bits) // the zero Prefix of no address
+	return network
 }

@@ -5,10 +5,18 @@ package main
 // crowd that has left no longer needs.
 
 import (
+	"errors"
+	"io/fs"
+	"math"
 	"os"
+	"path"
 	"runtime/debug"
 	"runtime/metrics"
+	"strconv"
+	"strings"
 	"time"
+
+	"github.com/pbnjay/memory"
 )
 
 const (
@@ -92,4 +100,72 @@ func readMetric(name string) uint64 {
 	sample := []metrics.Sample{{Name: name}}
 	metrics.Read(sample)
 	return sample[0].Value.Uint64()
+}
+
+// availableMemory is how many bytes this process may use, and who says so: the
+// machine, or where they allow less its cgroup or GOMEMLIMIT. 0 if unknown. root
+// is the file system at "/".
+func availableMemory(root fs.FS) (available uint64, source string) {
+	atMost := func(limit uint64, by string) {
+		if limit > 0 && (available == 0 || limit < available) {
+			available, source = limit, by
+		}
+	}
+	// By sysinfo(2) and its like, not /proc/meminfo, which a sandbox may hide.
+	atMost(memory.TotalMemory(), "machine")
+	if limit, err := cgroupMemory(root); err == nil {
+		atMost(limit, "cgroup")
+	}
+	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
+		atMost(uint64(limit), "GOMEMLIMIT")
+	}
+	return available, source
+}
+
+// cgroupMemory is the smallest memory limit of this process's cgroup and those
+// above it, in bytes, for cgroup v2 (memory.max) and v1 (memory.limit_in_bytes).
+// https://docs.kernel.org/admin-guide/cgroup-v2.html
+func cgroupMemory(root fs.FS) (uint64, error) {
+	self, err := fs.ReadFile(root, "proc/self/cgroup")
+	if err != nil {
+		return 0, err
+	}
+	limit, found := uint64(math.MaxUint64), false
+	for line := range strings.Lines(string(self)) {
+		// hierarchy:controllers:path, where version 2 has no controllers.
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) != 3 {
+			continue
+		}
+		mount, file := "sys/fs/cgroup", "memory.max"
+		if fields[1] != "" {
+			mount, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+			if !strings.Contains(","+fields[1]+",", ",memory,") {
+				continue
+			}
+		}
+		// A container sees its own cgroup at the root, whatever the path says:
+		// directories that are not there are skipped.
+		for dir := path.Clean("/" + fields[2]); ; dir = path.Dir(dir) {
+			data, err := fs.ReadFile(root, path.Join(mount, dir, file))
+			if n, parseErr := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err == nil && parseErr == nil {
+				limit, found = min(limit, n), true // "max" does not parse: none here
+			}
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	if !found {
+		return 0, errors.New("no memory limit")
+	}
+	return limit, nil
+}
+
+// memoryInUse is how many bytes the Go runtime has of the system: most of what
+// the process takes.
+func memoryInUse() uint64 {
+	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64() - s[1].Value.Uint64()
 }

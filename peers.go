@@ -8,10 +8,7 @@ package main
 // has no connection, and no address.
 
 import (
-	"cmp"
-	"hash/maphash"
 	"log/slog"
-	"math"
 	"slices"
 	"sync"
 	"time"
@@ -194,74 +191,6 @@ func (p *peers) told(id, asker peer.ID) []ma.Multiaddr {
 	}))
 }
 
-// within puts the addresses of conns, the newest first, and listen together, as
-// many as an answer has room for.
-func within(conns []network.Conn, listen []ma.Multiaddr) []ma.Multiaddr {
-	addrs := make([]ma.Multiaddr, 0, maxAddrsPerPeer)
-	size := 0
-	add := func(a ma.Multiaddr) {
-		const framing = 3 // field tag and length of a protobuf entry
-		if len(addrs) == maxAddrsPerPeer || size+len(a.Bytes())+framing > maxAddrBytesPerPeer || slices.ContainsFunc(addrs, a.Equal) {
-			return
-		}
-		addrs = append(addrs, a)
-		size += len(a.Bytes()) + framing
-	}
-	// The newest connection is the likeliest to be alive. connsPerPeer observed
-	// addresses, of 23 bytes at most, always fit.
-	for _, c := range slices.Backward(conns) {
-		add(c.RemoteMultiaddr())
-	}
-	for _, a := range listen {
-		add(a)
-	}
-	return addrs
-}
-
-// usableAddrs picks what id's mates may be told of the listen addresses it
-// reported over a connection from remote: a circuit through a relay first, then
-// public addresses, then private ones, which mates in the same home use. Others
-// are dropped: loopback (unless it came over loopback), unspecified, too long,
-// and those that name another peer.
-func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.Multiaddr {
-	rank := func(a ma.Multiaddr) int {
-		_, relayErr := a.ValueForProtocol(ma.P_CIRCUIT)
-		switch {
-		case relayErr == nil:
-			return 0
-		case manet.IsPublicAddr(a):
-			return 1
-		}
-		return 2
-	}
-	var usable []ma.Multiaddr
-	for _, a := range reported {
-		// A component takes two bytes on the wire and many times as much here.
-		if len(a) == 0 || len(a) > maxAddrComponents || len(a.Bytes()) > maxAddrBytesPerPeer {
-			continue
-		}
-		if _, last := ma.SplitLast(a); last != nil && last.Protocol().Code == ma.P_P2P {
-			if a, _ = peer.SplitAddr(a); len(a) == 0 || last.Value() != id.String() {
-				continue
-			}
-		}
-		if !manet.IsThinWaist(a) && !isDNS(a) || manet.IsIPUnspecified(a) || manet.IsIPLoopback(a) && !manet.IsIPLoopback(remote) {
-			continue
-		}
-		usable = append(usable, a)
-	}
-	slices.SortStableFunc(usable, func(a, b ma.Multiaddr) int { return cmp.Compare(rank(a), rank(b)) })
-	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // not the array with all of them
-}
-
-func isDNS(a ma.Multiaddr) bool {
-	switch a[0].Protocol().Code {
-	case ma.P_DNS, ma.P_DNS4, ma.P_DNS6, ma.P_DNSADDR:
-		return true
-	}
-	return false
-}
-
 // addrBook is the host's peerstore with one book replaced: the addresses of
 // clients are what peers.addrs says, and cannot be written. The relay dials none,
 // so only the DHT's answers read them; and what one client says of another never
@@ -309,46 +238,4 @@ func (b addrBook) SetAddrs(id peer.ID, addrs []ma.Multiaddr, ttl time.Duration) 
 	if id == b.self {
 		b.Peerstore.SetAddrs(id, addrs, ttl)
 	}
-}
-
-// uniqueCounter counts distinct strings in 1 MiB, however many come: linear
-// counting (Whang, Vander-Zanden and Taylor 1990). Each sets the bit that its
-// hash names, and the share of bits still clear tells how many there were. The
-// standard error is 0.25 of one at 1 000, 25 at 100 000 (0.025 %) and stays
-// below 0.1 % up to thirty million. The hash is seeded, so that nobody can
-// choose IDs that share a bit.
-type uniqueCounter struct {
-	seed maphash.Seed
-
-	mu   sync.Mutex
-	bits []uint64
-	set  int // bits set
-}
-
-// uniqueBits is a power of two, for the index.
-const uniqueBits = 1 << 23
-
-func newUniqueCounter() *uniqueCounter {
-	return &uniqueCounter{seed: maphash.MakeSeed(), bits: make([]uint64, uniqueBits/64)}
-}
-
-// add reports whether s, as far as can be told, is new.
-func (c *uniqueCounter) add(s string) bool {
-	i := maphash.String(c.seed, s) % uniqueBits
-	word, bit := &c.bits[i/64], uint64(1)<<(i%64)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if *word&bit != 0 {
-		return false
-	}
-	*word |= bit
-	c.set++
-	return true
-}
-
-func (c *uniqueCounter) count() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	clear := max(uniqueBits-c.set, 1)
-	return int(math.Round(-uniqueBits * math.Log(float64(clear)/uniqueBits)))
 }

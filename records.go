@@ -9,95 +9,19 @@ import (
 	"container/heap"
 	"container/list"
 	"context"
-	"encoding/binary"
-	"errors"
-	"fmt"
 	"net/netip"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 	ds "github.com/ipfs/go-datastore"
-	pb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	manet "github.com/multiformats/go-multiaddr/net"
-	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
-
-// recordPrefix begins every key that is stored.
-const recordPrefix = "/privstack/"
-
-// recordValidator accepts any value under recordPrefix within the bounds. What
-// a value says is the clients' business.
-type recordValidator struct{}
-
-func (recordValidator) Validate(key string, value []byte) error {
-	switch {
-	case !strings.HasPrefix(key, recordPrefix) || len(key) == len(recordPrefix):
-		return errors.New("key is not under " + recordPrefix)
-	case len(key) > maxRecordKey:
-		return fmt.Errorf("key of %d bytes is above %d", len(key), maxRecordKey)
-	case len(value) == 0:
-		return errors.New("value is empty")
-	case len(value) > maxRecordValue:
-		return fmt.Errorf("value of %d bytes is above %d", len(value), maxRecordValue)
-	}
-	return nil
-}
-
-// Select prefers values[0], which is the one arriving: all devices of a group
-// share one key, and the last to write it must be the one found. A timestamp
-// inside is no guide, because a device with a slow clock would never be.
-func (recordValidator) Select(string, [][]byte) (int, error) { return 0, nil }
-
-// rust-libp2p adds two fields to the record of the kad-dht spec, and its clients
-// ignore a record without the first. Go's record type knows neither, so they
-// travel as unknown fields.
-// https://github.com/libp2p/rust-libp2p/blob/master/protocols/kad/src/generated/dht.proto
-const (
-	publisherField protowire.Number = 666 // bytes: the peer ID of who put it
-	ttlField       protowire.Number = 777 // varint: seconds left to live
-
-	// maxRecordExtra bounds both together, in bytes; a peer ID has at most 42.
-	maxRecordExtra = 128
-)
-
-// boundRequest is kad-dht's hook before it handles a request. It leaves of a
-// record what clients use, so that nothing else is stored or sent on, and takes
-// the record away, which makes the handler refuse the request, if that is too
-// much.
-func boundRequest(req *pb.Message) {
-	rec := req.GetRecord()
-	if rec == nil {
-		return
-	}
-	extra, err := knownExtra(rec.ProtoReflect().GetUnknown())
-	if err != nil || len(extra) > maxRecordExtra {
-		req.Record = nil
-		return
-	}
-	rec.ProtoReflect().SetUnknown(extra)
-}
-
-// knownExtra returns the publisher and ttl fields in unknown, byte for byte.
-func knownExtra(unknown []byte) ([]byte, error) {
-	var extra []byte
-	for len(unknown) > 0 {
-		num, typ, n := protowire.ConsumeField(unknown)
-		if n < 0 {
-			return nil, protowire.ParseError(n)
-		}
-		if num == publisherField && typ == protowire.BytesType || num == ttlField && typ == protowire.VarintType {
-			extra = append(extra, unknown[:n]...)
-		}
-		unknown = unknown[n:]
-	}
-	return extra, nil
-}
 
 // recordStore keeps records in memory, within bounds that are shared fairly: what
 // has to go is the record put longest ago by the peer that holds most, in the
@@ -215,9 +139,9 @@ func newRecordStore(maxRecords int, maxBytes int64) *recordStore {
 
 // from tells the store who is about to put the record of req, if it holds one
 // that kad-dht will let in.
-func (s *recordStore) from(c network.Conn, req *pb.Message) {
+func (s *recordStore) from(c network.Conn, req *kadpb.Message) {
 	rec := req.GetRecord()
-	if req.GetType() != pb.Message_PUT_VALUE || rec == nil || !bytes.Equal(req.Key, rec.Key) || (recordValidator{}).Validate(string(rec.Key), rec.Value) != nil {
+	if req.GetType() != kadpb.Message_PUT_VALUE || rec == nil || !bytes.Equal(req.Key, rec.Key) || (recordValidator{}).Validate(string(rec.Key), rec.Value) != nil {
 		return
 	}
 	id := holderID{peer: c.RemotePeer()}
@@ -228,16 +152,6 @@ func (s *recordStore) from(c network.Conn, req *pb.Message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.coming.Add(string(rec.Key), id)
-}
-
-// networkOf is the block that a provider gives to one customer: see limits.
-func networkOf(addr netip.Addr) netip.Prefix {
-	bits := 56
-	if addr.Is4() {
-		bits = 32
-	}
-	network, _ := addr.Prefix(bits) // the zero Prefix of no address
-	return network
 }
 
 // Get returns the encoded record, or ds.ErrNotFound. It does not count as use.
@@ -346,39 +260,3 @@ func (s *recordStore) count(h *holder, bytes int64) {
 }
 
 var _ ds.Batching = (*recordStore)(nil)
-
-var errKadMessageTooLong = fmt.Errorf("DHT message is above %d bytes", maxKadMessage)
-
-// boundedStream follows the frames that are read from it, each a varint length
-// and as many bytes (kad-dht spec, RPC messages), and fails at a length above
-// maxKadMessage: before the last byte of that length is handed out, so that the
-// reader cannot yet allocate for it. It has one reader.
-type boundedStream struct {
-	network.Stream
-	tally  *tally
-	body   uint64 // bytes left of the current frame
-	header []byte // of the next frame, while incomplete
-}
-
-func (s *boundedStream) Read(p []byte) (int, error) {
-	n, err := s.Stream.Read(p)
-	for rest := p[:n]; len(rest) > 0; {
-		if skip := min(s.body, uint64(len(rest))); skip > 0 {
-			s.body -= skip
-			rest = rest[skip:]
-			continue
-		}
-		s.header = append(s.header, rest[0])
-		rest = rest[1:]
-		length, size := binary.Uvarint(s.header)
-		switch {
-		case size == 0 && len(s.header) < binary.MaxVarintLen64: // needs more
-			continue
-		case size <= 0 || length > maxKadMessage:
-			s.tally.refuse(refusedMessage)
-			return 0, errKadMessageTooLong
-		}
-		s.body, s.header = length, s.header[:0]
-	}
-	return n, err
-}

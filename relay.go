@@ -9,42 +9,24 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/netip"
-	"regexp"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	dht "github.com/libp2p/go-libp2p-kad-dht"
-	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/core/protocol"
 	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/libp2p/go-libp2p/p2p/host/observedaddrs"
 	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
-	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/prometheus/client_golang/prometheus"
-)
-
-const (
-	// protocolVersion is what identify and the identity endpoint say.
-	protocolVersion = "/privstack/relay/1.0.0"
-
-	// kadProtocol is rust-libp2p's default DHT protocol, kad::PROTOCOL_NAME,
-	// which the clients left as it was: theirs is a network of its own
-	// nonetheless, because nothing ties it to IPFS's nodes.
-	kadProtocol protocol.ID = "/ipfs/kad/1.0.0"
 )
 
 // relay is a running node. Make it with startRelay, end it with drain and close.
@@ -222,86 +204,6 @@ func (h observingHost) Close() error {
 	return errors.Join(h.observed.Close(), h.Network().Close(), h.BasicHost.Close())
 }
 
-// newDHT serves DHT requests and makes none.
-func (r *relay) newDHT() (*dht.IpfsDHT, error) {
-	r.records = newRecordStore(r.limits.records())
-	return dht.New(kadHost{r.host, r.answers, &r.tally},
-		dht.Mode(dht.ModeServer),
-		// On the prefix /ipfs kad-dht insists on IPFS's two validators, so it
-		// gets another one, and the protocol by itself.
-		dht.ProtocolPrefix("/privstack"),
-		dht.V1ProtocolOverride(kadProtocol),
-		dht.Validator(recordValidator{}),
-		dht.Datastore(r.records),
-		dht.MaxRecordAge(maxRecordAge),
-		dht.ValueGCInterval(0), // recordStore drops by itself what is too old
-		dht.DisableProviders(), // unbounded, and clients have none
-		// peers admits to the routing table: no lookup checks of kad-dht's own,
-		// and no refreshing, which would dial what clients name.
-		dht.LookupCheckConcurrency(0),
-		dht.DisableAutoRefresh(),
-		dht.OnRequestHook(func(_ context.Context, s network.Stream, req *kadpb.Message) {
-			boundRequest(req)
-			r.tally.dhtRequest(req)
-			r.records.from(s.Conn(), req)
-			s.(*kadStream).request = req
-			r.peers.admit(s.Conn().RemotePeer())
-		}),
-	)
-}
-
-// listen binds the UDP port on IPv4 and IPv6. A machine without one of them is
-// worth a warning; a port that is taken is an error.
-func (r *relay) listen(port int, log *slog.Logger) error {
-	for _, family := range []struct{ name, network, addr string }{
-		{"IPv4", "udp4", "/ip4/0.0.0.0/udp/%d/quic-v1"},
-		{"IPv6", "udp6", "/ip6/::/udp/%d/quic-v1"},
-	} {
-		// Whether any port can be bound tells the two apart on every system.
-		probe, err := net.ListenPacket(family.network, ":0")
-		if err != nil {
-			log.Warn("no "+family.name+" on this machine, clients can't reach it that way", "err", err)
-			continue
-		}
-		probe.Close()
-		if err := r.sockets.bind(family.network, port); err != nil {
-			return fmt.Errorf("bind UDP port %d on %s: %w", port, family.name, err)
-		}
-		if err := r.host.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
-			return fmt.Errorf("listen on UDP port %d on %s: %w", port, family.name, err)
-		}
-	}
-	bound := r.host.Network().ListenAddresses()
-	if len(bound) == 0 {
-		return errors.New("neither IPv4 nor IPv6 on this machine")
-	}
-	// Switched off by sysctl, IPv6 can still be bound, but no interface has it.
-	addrs, err := r.host.Network().InterfaceListenAddresses()
-	if err != nil {
-		return fmt.Errorf("list interface addresses: %w", err)
-	}
-	if !slices.ContainsFunc(addrs, func(a ma.Multiaddr) bool { return a[0].Protocol().Code == ma.P_IP6 }) {
-		log.Warn("no interface has an IPv6 address, clients can't reach it that way")
-	}
-	r.host.Network().Notify(&network.NotifyBundle{ListenCloseF: func(_ network.Network, a ma.Multiaddr) {
-		select { // when the host closes there is nobody to tell, and no need
-		case r.failed <- fmt.Errorf("listener on %s stopped", a):
-		default:
-		}
-	}})
-	return nil
-}
-
-// freePort finds a UDP port for both families, as they share one number.
-func freePort() (int, error) {
-	conn, err := net.ListenPacket("udp", ":0")
-	if err != nil {
-		return 0, err
-	}
-	defer conn.Close()
-	return conn.LocalAddr().(*net.UDPAddr).Port, nil
-}
-
 // advertised is what peers are told of this relay's addresses, in identify and
 // in reservations: the announced ones; else those of the machine (addrs, with
 // what peers observed), public ones first, without loopback unless it is all
@@ -354,78 +256,6 @@ func (r *relay) hidden() bool {
 	return len(r.announce) == 0 && !slices.ContainsFunc(r.advertised(r.host.Addrs()), manet.IsPublicAddr)
 }
 
-func strs(addrs []ma.Multiaddr) []string {
-	out := make([]string, len(addrs))
-	for i, a := range addrs {
-		out[i] = a.String()
-	}
-	return out
-}
-
-// announcedAddrs are the addresses that the operator announces, for a relay on
-// port with key; its ID may end them.
-func announcedAddrs(announce []string, port int, key crypto.PrivKey) ([]ma.Multiaddr, error) {
-	self, err := peer.IDFromPrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	var addrs []ma.Multiaddr
-	for _, s := range announce {
-		addr, err := parseAnnounce(s, port)
-		if err != nil {
-			return nil, fmt.Errorf("announce %s: %w", s, err)
-		}
-		addr, id := peer.SplitAddr(addr)
-		if id != "" && id != self {
-			return nil, fmt.Errorf("announce %s: this relay is %s", s, self)
-		}
-		addrs = append(addrs, addr)
-	}
-	return addrs, nil
-}
-
-// dnsName is a host name: letters, digits and hyphens between dots (RFC 1123).
-var dnsName = regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
-
-// parseAnnounce reads an address that clients can reach: an IP address or a DNS
-// name, at which UDP port is ours, or a full QUIC multiaddr, which may name
-// another port and end in /p2p and our ID.
-func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
-	const example = "write an IP address, a DNS name, or a multiaddr such as /ip4/203.0.113.7/udp/4001/quic-v1"
-	text := s
-	if ip, err := netip.ParseAddr(s); err == nil {
-		if ip.Zone() != "" {
-			return nil, errors.New("an address with a zone means nothing on another machine")
-		}
-		ip = ip.Unmap()
-		family := "ip6"
-		if ip.Is4() {
-			family = "ip4"
-		}
-		text = fmt.Sprintf("/%s/%s/udp/%d/quic-v1", family, ip, port)
-	} else if len(s) <= 253 && dnsName.MatchString(s) {
-		text = fmt.Sprintf("/dns/%s/udp/%d/quic-v1", strings.TrimSuffix(s, "."), port)
-	} else if !strings.HasPrefix(s, "/") {
-		return nil, errors.New(example)
-	}
-	addr, err := ma.NewMultiaddr(text)
-	if err != nil {
-		return nil, fmt.Errorf("%w; %s", err, example)
-	}
-	transport, _ := peer.SplitAddr(addr)
-	if len(transport) != 3 || !(manet.IsThinWaist(transport) || isDNS(transport)) ||
-		transport[1].Protocol().Code != ma.P_UDP || transport[2].Protocol().Code != ma.P_QUIC_V1 {
-		return nil, fmt.Errorf("not a QUIC address; %s", example)
-	}
-	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast()) {
-		return nil, errors.New("not an address that a client can reach")
-	}
-	if len(transport.Bytes()) > 260 {
-		return nil, errors.New("longer than a DNS name can be")
-	}
-	return addr, nil
-}
-
 // drain refuses new reservations and circuits and waits until the open circuits
 // are closed, for at most timeout. It returns how many are left.
 func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
@@ -465,101 +295,24 @@ func (r *relay) takeLocks() {
 	defer r.peers.mu.Unlock()
 }
 
-// circuits counts circuits and, once draining, refuses new ones. It is the
-// circuit relay's metrics tracer, for its only view of a circuit's ends, and its
-// access control.
-type circuits struct {
-	log   *slog.Logger
-	tally *tally
-
-	mu          sync.Mutex
-	established int
-	open        int           // being opened or open
-	draining    bool          //
-	drained     chan struct{} // closed when draining and none are open
-}
-
-func newCircuits(log *slog.Logger, t *tally) *circuits {
-	return &circuits{log: log, tally: t, drained: make(chan struct{})}
-}
-
-func (c *circuits) counts() (established, open int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.established, c.open
-}
-
-func (c *circuits) drain(ctx context.Context) (left int) {
-	c.mu.Lock()
-	c.draining = true
-	c.closeIfDrained()
-	c.mu.Unlock()
-	select {
-	case <-c.drained:
-	case <-ctx.Done():
+func (r *relay) counters() counters {
+	c := counters{
+		peersServed:  r.peers.served.count(),
+		relayedBytes: r.tally.relayedBytes.Load(),
+		clients:      len(r.host.Network().Peers()),
+		reservations: r.tally.reservations.Load(),
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.open
-}
-
-func (c *circuits) closeIfDrained() {
-	if c.draining && c.open == 0 {
-		select {
-		case <-c.drained:
-		default:
-			close(c.drained)
-		}
+	r.host.Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
+		c.connections = s.Stat().NumConnsInbound
+		return nil
+	})
+	c.relayedConnections, c.circuits = r.circuits.counts()
+	c.records, c.recordBytes = r.records.held()
+	for i := range c.requests {
+		c.requests[i] = r.tally.requests[i].Load()
 	}
-}
-
-func (c *circuits) allow() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return !c.draining
-}
-
-func (c *circuits) AllowReserve(peer.ID, ma.Multiaddr) bool          { return c.allow() }
-func (c *circuits) AllowConnect(peer.ID, ma.Multiaddr, peer.ID) bool { return c.allow() }
-
-// ConnectionOpened comes before the destination has been asked.
-func (c *circuits) ConnectionOpened() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.open++
-}
-
-// ConnectionClosed comes for each ConnectionOpened.
-func (c *circuits) ConnectionClosed(time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.open--
-	c.closeIfDrained()
-}
-
-// ConnectionRequestHandled comes once both ends are joined, or it failed.
-func (c *circuits) ConnectionRequestHandled(status circuitpb.Status) {
-	c.tally.circuitRequest(requestConnect, status)
-	if status != circuitpb.Status_OK {
-		return
+	for i := range c.refused {
+		c.refused[i] = r.tally.refused[i].Load()
 	}
-	c.mu.Lock()
-	c.established++
-	n := c.established
-	c.mu.Unlock()
-	c.log.Debug("circuit established", "relayed_connections", n)
+	return c
 }
-
-func (c *circuits) ReservationRequestHandled(status circuitpb.Status) {
-	c.tally.circuitRequest(requestReserve, status)
-}
-
-func (c *circuits) ReservationAllowed(renewal bool) {
-	if !renewal {
-		c.tally.reservations.Add(1)
-	}
-}
-
-func (c *circuits) ReservationClosed(n int) { c.tally.reservations.Add(-int64(n)) }
-func (c *circuits) BytesTransferred(n int)  { c.tally.relayedBytes.Add(int64(n)) }
-func (*circuits) RelayStatus(bool)          {}

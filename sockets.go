@@ -9,7 +9,10 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"errors"
+	"fmt"
+	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -20,6 +23,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/transport"
 	libp2pquic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
+	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
 	"golang.org/x/time/rate"
 )
@@ -286,4 +290,56 @@ func (l *pacedListener) Accept(ctx context.Context) (*quic.Conn, error) {
 func (l *pacedListener) Close() error {
 	l.close()
 	return l.Listener.Close()
+}
+
+// listen binds the UDP port on IPv4 and IPv6. A machine without one of them is
+// worth a warning; a port that is taken is an error.
+func (r *relay) listen(port int, log *slog.Logger) error {
+	for _, family := range []struct{ name, network, addr string }{
+		{"IPv4", "udp4", "/ip4/0.0.0.0/udp/%d/quic-v1"},
+		{"IPv6", "udp6", "/ip6/::/udp/%d/quic-v1"},
+	} {
+		// Whether any port can be bound tells the two apart on every system.
+		probe, err := net.ListenPacket(family.network, ":0")
+		if err != nil {
+			log.Warn("no "+family.name+" on this machine, clients can't reach it that way", "err", err)
+			continue
+		}
+		probe.Close()
+		if err := r.sockets.bind(family.network, port); err != nil {
+			return fmt.Errorf("bind UDP port %d on %s: %w", port, family.name, err)
+		}
+		if err := r.host.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
+			return fmt.Errorf("listen on UDP port %d on %s: %w", port, family.name, err)
+		}
+	}
+	bound := r.host.Network().ListenAddresses()
+	if len(bound) == 0 {
+		return errors.New("neither IPv4 nor IPv6 on this machine")
+	}
+	// Switched off by sysctl, IPv6 can still be bound, but no interface has it.
+	addrs, err := r.host.Network().InterfaceListenAddresses()
+	if err != nil {
+		return fmt.Errorf("list interface addresses: %w", err)
+	}
+	if !slices.ContainsFunc(addrs, func(a ma.Multiaddr) bool { return a[0].Protocol().Code == ma.P_IP6 }) {
+		log.Warn("no interface has an IPv6 address, clients can't reach it that way")
+	}
+	r.host.Network().Notify(&network.NotifyBundle{ListenCloseF: func(_ network.Network, a ma.Multiaddr) {
+		select { // when the host closes there is nobody to tell, and no need
+		case r.failed <- fmt.Errorf("listener on %s stopped", a):
+		default:
+		}
+	}})
+	return nil
+}
+
+// freePort finds a UDP port for both families, as they share one number.
+func freePort() (int, error) {
+	conn, err := net.ListenPacket("udp", ":0")
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	return conn.LocalAddr().(*net.UDPAddr).Port, nil
 }

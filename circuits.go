@@ -1,11 +1,13 @@
 package main
 
-// --max-bandwidth: one cap on what all circuits carry together, shared fairly.
-// go-libp2p's relay copies by itself, so its streams are paced underneath it.
+// Circuits: counting and admitting them, --max-bandwidth, and a fair share of the
+// open streams for everybody.
 
 import (
 	"context"
+	"log/slog"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,6 +15,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	ma "github.com/multiformats/go-multiaddr"
 	"golang.org/x/time/rate"
 )
 
@@ -133,4 +137,139 @@ func (s *pacedStream) keep(t time.Time) {
 		at = t.UnixNano()
 	}
 	s.deadline.Store(at)
+}
+
+// circuits counts circuits and, once draining, refuses new ones. It is the
+// circuit relay's metrics tracer, for its only view of a circuit's ends, and its
+// access control.
+type circuits struct {
+	log   *slog.Logger
+	tally *tally
+
+	mu          sync.Mutex
+	established int
+	open        int           // being opened or open
+	draining    bool          //
+	drained     chan struct{} // closed when draining and none are open
+}
+
+func newCircuits(log *slog.Logger, t *tally) *circuits {
+	return &circuits{log: log, tally: t, drained: make(chan struct{})}
+}
+
+func (c *circuits) counts() (established, open int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.established, c.open
+}
+
+func (c *circuits) drain(ctx context.Context) (left int) {
+	c.mu.Lock()
+	c.draining = true
+	c.closeIfDrained()
+	c.mu.Unlock()
+	select {
+	case <-c.drained:
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.open
+}
+
+func (c *circuits) closeIfDrained() {
+	if c.draining && c.open == 0 {
+		select {
+		case <-c.drained:
+		default:
+			close(c.drained)
+		}
+	}
+}
+
+func (c *circuits) allow() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.draining
+}
+
+func (c *circuits) AllowReserve(peer.ID, ma.Multiaddr) bool { return c.allow() }
+
+func (c *circuits) AllowConnect(peer.ID, ma.Multiaddr, peer.ID) bool { return c.allow() }
+
+// ConnectionOpened comes before the destination has been asked.
+func (c *circuits) ConnectionOpened() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open++
+}
+
+// ConnectionClosed comes for each ConnectionOpened.
+func (c *circuits) ConnectionClosed(time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open--
+	c.closeIfDrained()
+}
+
+// ConnectionRequestHandled comes once both ends are joined, or it failed.
+func (c *circuits) ConnectionRequestHandled(status circuitpb.Status) {
+	c.tally.circuitRequest(requestConnect, status)
+	if status != circuitpb.Status_OK {
+		return
+	}
+	c.mu.Lock()
+	c.established++
+	n := c.established
+	c.mu.Unlock()
+	c.log.Debug("circuit established", "relayed_connections", n)
+}
+
+func (c *circuits) ReservationRequestHandled(status circuitpb.Status) {
+	c.tally.circuitRequest(requestReserve, status)
+}
+
+func (c *circuits) ReservationAllowed(renewal bool) {
+	if !renewal {
+		c.tally.reservations.Add(1)
+	}
+}
+
+func (c *circuits) ReservationClosed(n int) { c.tally.reservations.Add(-int64(n)) }
+
+func (c *circuits) BytesTransferred(n int) { c.tally.relayedBytes.Add(int64(n)) }
+
+func (*circuits) RelayStatus(bool) {}
+
+// fairStreams is a resource manager under which nobody's open streams keep
+// others from opening any: once more are open than can be beside everybody's
+// share, a peer that has its share opens no more. Those of one address alone could
+// hold them all.
+type fairStreams struct {
+	network.ResourceManager
+	unshared int // see limits
+}
+
+func (f fairStreams) OpenStream(id peer.ID, dir network.Direction) (network.StreamManagementScope, error) {
+	open := 0
+	count := func(stat network.ScopeStat) error {
+		open = stat.NumStreamsInbound + stat.NumStreamsOutbound
+		return nil
+	}
+	f.ViewSystem(func(s network.ResourceScope) error { return count(s.Stat()) })
+	if open > f.unshared {
+		f.ViewPeer(id, func(s network.PeerScope) error { return count(s.Stat()) })
+		if open >= streamShare {
+			return nil, network.ErrResourceLimitExceeded
+		}
+	}
+	scope, err := f.ResourceManager.OpenStream(id, dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := scope.ReserveMemory(streamMemory, network.ReservationPriorityAlways); err != nil {
+		scope.Done()
+		return nil, err
+	}
+	return scope, nil
 }

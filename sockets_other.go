@@ -2,7 +2,7 @@
 
 package main
 
-// Linux alone has what gro_linux.go does.
+// Linux alone has what sockets_linux.go does.
 
 import (
 	"net"

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/expirable"
-	pb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -52,20 +52,6 @@ const (
 	// an answer does without, so that a flood here is none there.
 	maxFinding = 64
 )
-
-// parseBootstrap reads the address of another relay: a QUIC multiaddr that ends
-// in its ID.
-func parseBootstrap(s string) (peer.AddrInfo, error) {
-	addr, err := parseAnnounce(s, 0)
-	if err != nil {
-		return peer.AddrInfo{}, err
-	}
-	transport, id := peer.SplitAddr(addr)
-	if id == "" {
-		return peer.AddrInfo{}, errors.New("no peer ID, write /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…")
-	}
-	return peer.AddrInfo{ID: id, Addrs: []ma.Multiaddr{transport}}, nil
-}
 
 // relays are the other relays. Make it with newRelays, then call follow, and
 // connect when the host listens; close ends it.
@@ -217,8 +203,8 @@ func (r *relays) ask(ctx context.Context, relay, id peer.ID) []ma.Multiaddr {
 	}
 	defer s.Reset()
 	defer context.AfterFunc(ctx, func() { s.Reset() })()
-	resp := new(pb.Message)
-	_, err = protodelim.MarshalTo(s, pb.NewMessage(pb.Message_FIND_NODE, []byte(id), 0))
+	resp := new(kadpb.Message)
+	_, err = protodelim.MarshalTo(s, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
 	if err == nil {
 		err = protodelim.UnmarshalOptions{MaxSize: maxKadMessage}.UnmarshalFrom(bufio.NewReader(s), resp)
 	}
