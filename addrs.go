@@ -1,7 +1,8 @@
 package main
 
-// What an address may be: what an operator announces, what a client may claim to
-// listen on, and what others are told of it.
+// What an address may be: what an operator may announce, what a client may claim
+// to listen on, which of our own addresses we advertise, and how many addresses fit
+// into an answer.
 
 import (
 	"cmp"
@@ -12,18 +13,54 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// What an address may be: what an operator announces, what a client may claim to
-// listen on, and what others are told of it.
+// dnsName is a host name: letters, digits and hyphens between dots (RFC 1123).
+var dnsName = regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
 
-// parseBootstrap reads the address of another relay: a QUIC multiaddr that ends
-// in its ID.
+// parseAnnounce reads an address at which clients can reach a relay: an IP address
+// or a DNS name, where the UDP port is port, or a whole QUIC multiaddr, which may
+// have another port and may end in /p2p and the relay's ID.
+func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
+	const example = "write an IP address, a DNS name, or a multiaddr such as /ip4/203.0.113.7/udp/4001/quic-v1"
+	text := s
+	if ip, err := netip.ParseAddr(s); err == nil {
+		if ip.Zone() != "" {
+			return nil, errors.New("an address with a zone means nothing on another machine")
+		}
+		ip = ip.Unmap()
+		family := "ip6"
+		if ip.Is4() {
+			family = "ip4"
+		}
+		text = fmt.Sprintf("/%s/%s/udp/%d/quic-v1", family, ip, port)
+	} else if len(s) <= 253 && dnsName.MatchString(s) {
+		text = fmt.Sprintf("/dns/%s/udp/%d/quic-v1", strings.TrimSuffix(s, "."), port)
+	} else if !strings.HasPrefix(s, "/") {
+		return nil, errors.New(example)
+	}
+	addr, err := ma.NewMultiaddr(text)
+	if err != nil {
+		return nil, fmt.Errorf("%w; %s", err, example)
+	}
+	transport, _ := peer.SplitAddr(addr)
+	if !isQUICAddr(transport) {
+		return nil, fmt.Errorf("not a QUIC address; %s", example)
+	}
+	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast()) {
+		return nil, errors.New("not an address that a client can reach")
+	}
+	if len(transport.Bytes()) > 260 {
+		return nil, errors.New("longer than a DNS name can be")
+	}
+	return addr, nil
+}
+
+// parseBootstrap reads the address of another relay: as parseAnnounce does, but
+// the address must end in that relay's ID.
 func parseBootstrap(s string) (peer.AddrInfo, error) {
 	addr, err := parseAnnounce(s, 0)
 	if err != nil {
@@ -36,35 +73,51 @@ func parseBootstrap(s string) (peer.AddrInfo, error) {
 	return peer.AddrInfo{ID: id, Addrs: []ma.Multiaddr{transport}}, nil
 }
 
-// within puts the addresses of conns, the newest first, and listen together, as
-// many as an answer has room for.
-func within(conns []network.Conn, listen []ma.Multiaddr) []ma.Multiaddr {
-	addrs := make([]ma.Multiaddr, 0, maxAddrsPerPeer)
-	size := 0
-	add := func(a ma.Multiaddr) {
-		const framing = 3 // field tag and length of a protobuf entry
-		if len(addrs) == maxAddrsPerPeer || size+len(a.Bytes())+framing > maxAddrBytesPerPeer || slices.ContainsFunc(addrs, a.Equal) {
-			return
+// announcedAddrs returns the addresses in announce, which parseAnnounce accepts,
+// for the relay self on UDP port. Its own ID may end them, another's may not.
+func announcedAddrs(announce []string, port int, self peer.ID) ([]ma.Multiaddr, error) {
+	var addrs []ma.Multiaddr
+	for _, s := range announce {
+		addr, err := parseAnnounce(s, port)
+		if err != nil {
+			return nil, fmt.Errorf("announce %s: %w", s, err)
 		}
-		addrs = append(addrs, a)
-		size += len(a.Bytes()) + framing
+		addr, id := peer.SplitAddr(addr)
+		if id != "" && id != self {
+			return nil, fmt.Errorf("announce %s: this relay is %s", s, self)
+		}
+		addrs = append(addrs, addr)
 	}
-	// The newest connection is the likeliest to be alive. connsPerPeer observed
-	// addresses, of 23 bytes at most, always fit.
-	for _, c := range slices.Backward(conns) {
-		add(c.RemoteMultiaddr())
-	}
-	for _, a := range listen {
-		add(a)
-	}
-	return addrs
+	return addrs, nil
 }
 
-// usableAddrs picks what id's mates may be told of the listen addresses it
-// reported over a connection from remote: a circuit through a relay first, then
-// public addresses, then private ones, which mates in the same home use. Others
-// are dropped: loopback (unless it came over loopback), unspecified, too long,
-// and those that name another peer.
+// bestAddrs returns those of the machine's addresses that are worth advertising:
+// public ones first, then private ones, and loopback only if there is nothing
+// else. It is empty only if addrs is.
+func bestAddrs(addrs []ma.Multiaddr) []ma.Multiaddr {
+	var public, private, loopback []ma.Multiaddr
+	for _, a := range addrs {
+		switch {
+		case manet.IsIPLoopback(a):
+			loopback = append(loopback, a)
+		case manet.IsPublicAddr(a):
+			public = append(public, a)
+		case !manet.IsIP6LinkLocal(a): // which means nothing on another link
+			private = append(private, a)
+		}
+	}
+	offered := append(public, private...)
+	if len(offered) == 0 {
+		offered = loopback
+	}
+	return offered[:min(len(offered), maxOfferedAddrs)]
+}
+
+// usableAddrs picks those of the listen addresses that id reported over a
+// connection from remote which its mates may be told: a circuit through a relay
+// first, then public addresses, then private ones, which mates in the same home
+// use. It drops loopback (unless the report came over loopback), unspecified and
+// overlong addresses, and those that name another peer.
 func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.Multiaddr {
 	rank := func(a ma.Multiaddr) int {
 		_, relayErr := a.ValueForProtocol(ma.P_CIRCUIT)
@@ -93,9 +146,36 @@ func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.
 		usable = append(usable, a)
 	}
 	slices.SortStableFunc(usable, func(a, b ma.Multiaddr) int { return cmp.Compare(rank(a), rank(b)) })
-	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // not the array with all of them
+	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // let go of the array behind all of them
 }
 
+// fitAddrs returns the addresses of all lists in order, each once, as many as an
+// answer has room for. connsPerPeer observed addresses, of 23 bytes at most, always
+// fit.
+func fitAddrs(lists ...[]ma.Multiaddr) []ma.Multiaddr {
+	addrs := make([]ma.Multiaddr, 0, maxAddrsPerPeer)
+	size := 0
+	for _, list := range lists {
+		for _, a := range list {
+			const framing = 3 // field tag and length of a protobuf entry
+			if len(addrs) == maxAddrsPerPeer || size+len(a.Bytes())+framing > maxAddrBytesPerPeer || slices.ContainsFunc(addrs, a.Equal) {
+				continue
+			}
+			addrs = append(addrs, a)
+			size += len(a.Bytes()) + framing
+		}
+	}
+	return addrs
+}
+
+// isQUICAddr reports whether a is an IP address or DNS name, a UDP port and QUIC
+// v1, and nothing more.
+func isQUICAddr(a ma.Multiaddr) bool {
+	return len(a) == 3 && (manet.IsThinWaist(a) || isDNS(a)) &&
+		a[1].Protocol().Code == ma.P_UDP && a[2].Protocol().Code == ma.P_QUIC_V1
+}
+
+// isDNS reports whether a, which is not empty, begins with a DNS name.
 func isDNS(a ma.Multiaddr) bool {
 	switch a[0].Protocol().Code {
 	case ma.P_DNS, ma.P_DNS4, ma.P_DNS6, ma.P_DNSADDR:
@@ -104,74 +184,33 @@ func isDNS(a ma.Multiaddr) bool {
 	return false
 }
 
+// ipOf returns the IP address that a begins with, or the zero Addr.
+func ipOf(a ma.Multiaddr) netip.Addr {
+	ip, err := manet.ToIP(a)
+	if err != nil {
+		return netip.Addr{}
+	}
+	addr, _ := netip.AddrFromSlice(ip)
+	return addr.Unmap()
+}
+
+// sameLAN reports whether devices seen at a and b are likely to be in one home:
+// they share an IPv4 address, which is their NAT's, or an IPv6 /64, which is one
+// link (RFC 7421).
+func sameLAN(a, b netip.Addr) bool {
+	bits := 64
+	if a.Is4() {
+		bits = 32
+	}
+	lan, err := a.Prefix(bits)
+	return err == nil && lan.Contains(b)
+}
+
+// strs returns addrs as strings.
 func strs(addrs []ma.Multiaddr) []string {
 	out := make([]string, len(addrs))
 	for i, a := range addrs {
 		out[i] = a.String()
 	}
 	return out
-}
-
-// announcedAddrs are the addresses that the operator announces, for a relay on
-// port with key; its ID may end them.
-func announcedAddrs(announce []string, port int, key crypto.PrivKey) ([]ma.Multiaddr, error) {
-	self, err := peer.IDFromPrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	var addrs []ma.Multiaddr
-	for _, s := range announce {
-		addr, err := parseAnnounce(s, port)
-		if err != nil {
-			return nil, fmt.Errorf("announce %s: %w", s, err)
-		}
-		addr, id := peer.SplitAddr(addr)
-		if id != "" && id != self {
-			return nil, fmt.Errorf("announce %s: this relay is %s", s, self)
-		}
-		addrs = append(addrs, addr)
-	}
-	return addrs, nil
-}
-
-// dnsName is a host name: letters, digits and hyphens between dots (RFC 1123).
-var dnsName = regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
-
-// parseAnnounce reads an address that clients can reach: an IP address or a DNS
-// name, at which UDP port is ours, or a full QUIC multiaddr, which may name
-// another port and end in /p2p and our ID.
-func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
-	const example = "write an IP address, a DNS name, or a multiaddr such as /ip4/203.0.113.7/udp/4001/quic-v1"
-	text := s
-	if ip, err := netip.ParseAddr(s); err == nil {
-		if ip.Zone() != "" {
-			return nil, errors.New("an address with a zone means nothing on another machine")
-		}
-		ip = ip.Unmap()
-		family := "ip6"
-		if ip.Is4() {
-			family = "ip4"
-		}
-		text = fmt.Sprintf("/%s/%s/udp/%d/quic-v1", family, ip, port)
-	} else if len(s) <= 253 && dnsName.MatchString(s) {
-		text = fmt.Sprintf("/dns/%s/udp/%d/quic-v1", strings.TrimSuffix(s, "."), port)
-	} else if !strings.HasPrefix(s, "/") {
-		return nil, errors.New(example)
-	}
-	addr, err := ma.NewMultiaddr(text)
-	if err != nil {
-		return nil, fmt.Errorf("%w; %s", err, example)
-	}
-	transport, _ := peer.SplitAddr(addr)
-	if len(transport) != 3 || !(manet.IsThinWaist(transport) || isDNS(transport)) ||
-		transport[1].Protocol().Code != ma.P_UDP || transport[2].Protocol().Code != ma.P_QUIC_V1 {
-		return nil, fmt.Errorf("not a QUIC address; %s", example)
-	}
-	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast()) {
-		return nil, errors.New("not an address that a client can reach")
-	}
-	if len(transport.Bytes()) > 260 {
-		return nil, errors.New("longer than a DNS name can be")
-	}
-	return addr, nil
 }

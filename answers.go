@@ -1,13 +1,8 @@
 package main
 
-// Whom a DHT answer names. A client can dial only those that an answer names
-// while its query runs, and a query ends only when all that were named have
-// answered or failed, so this decides how fast devices meet.
-//
-// kad-dht names the closest to the key. It writes its answers to the streams of
-// the host that it is given, and kadHost gives it streams on which the list of
-// peers is replaced. Requests, records and the routing table stay kad-dht's. The
-// client's whole request takes as long as without (BenchmarkAnswer: 0.3 ms).
+// Whom a DHT answer names. A client can dial only those that an answer names while
+// its query runs, and a query ends only when all that were named have answered or
+// failed. So this decides how fast devices meet.
 
 import (
 	"slices"
@@ -18,102 +13,93 @@ import (
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
-	"google.golang.org/protobuf/proto"
 )
-
-// maxNamed is how many peers an answer names, and the size up to which a network
-// is small: the k of Kademlia, K_VALUE in rust-libp2p.
-const maxNamed = 20
 
 // answers decides whom an answer names.
 type answers struct {
-	peers  *peers
-	relays *relays
-
-	// plain leaves answers as kad-dht makes them: for tests, to compare.
-	plain bool
+	peers      *peers
+	federation *federation
 }
 
-// amend returns kad-dht's answer to req with the peers replaced that it names.
-func (a *answers) amend(asker peer.ID, req *kadpb.Message, answer []byte) ([]byte, error) {
-	if a.plain || req.GetType() != kadpb.Message_FIND_NODE && req.GetType() != kadpb.Message_GET_VALUE {
-		return answer, nil
-	}
-	resp := new(kadpb.Message)
-	if err := proto.Unmarshal(answer, resp); err != nil {
-		return nil, err
-	}
-	resp.CloserPeers = kadpb.PeerInfosToPBPeers(a.peers.network, a.named(asker, req, resp.Record))
-	return proto.Marshal(resp)
-}
-
-// named are the peers that an answer to req names:
+// choose returns the peers that the answer to req names, where rec is the record
+// that the answer holds:
 //
-//   - whom FIND_NODE asks for, with all addresses, though it be no DHT peer;
+//   - the peer that FIND_NODE asks for, with all its addresses, even if it is no
+//     DHT peer;
 //   - the publisher of the record, however far from the key: it is the mate that
 //     the asker looks for, and its addresses are known from nowhere else. A record
-//     may claim any publisher. It is told under the addresses from which it
-//     authenticated here, or not at all;
+//     may claim any publisher, so we give the address from which that peer
+//     authenticated here, or none;
 //   - the other relays, so that the asker looks and publishes there, too;
 //   - in a small network everybody, so that dials can cross;
 //   - in a larger one no strangers, whether they can be dialled or not.
 //
-// Clients of other relays are told under the addresses that their relays tell.
+// Clients of other relays get the addresses that their relays give.
 //
 // Strangers do harm. A query waits 5 s for each that cannot be reached, three at
 // a time. Each that can be enters the client's own table, and answers with
-// others; and as soon as a client knows twenty, they are the closest ones that
-// its queries begin and end with, and this relay is not asked any more. Measured
-// with rust-libp2p among 1 000 strangers, half of them open: when answers were
-// filled with open ones, 3 of 5 pairs met that could; with none, all.
-func (a *answers) named(asker peer.ID, req *kadpb.Message, rec *recpb.Record) []peer.AddrInfo {
-	named := make([]peer.AddrInfo, 0, maxNamed)
+// others; and as soon as a client knows twenty, its queries begin and end with the
+// twenty closest of them, and this relay is not asked any more. Measured with
+// rust-libp2p among 1 000 strangers, half of them open: when answers were filled
+// with open ones, 3 of 5 pairs met that could; with none, all.
+func (a *answers) choose(asker peer.ID, req *kadpb.Message, rec *recpb.Record) []peer.AddrInfo {
+	chosen := make([]peer.AddrInfo, 0, maxNamed)
 	name := func(id peer.ID, addrs []ma.Multiaddr) {
-		// Who has left has no address.
-		if len(addrs) > 0 && len(named) < maxNamed && !slices.ContainsFunc(named, func(i peer.AddrInfo) bool { return i.ID == id }) {
-			named = append(named, peer.AddrInfo{ID: id, Addrs: addrs})
+		// A peer that has left has no address.
+		if len(addrs) > 0 && len(chosen) < maxNamed && !slices.ContainsFunc(chosen, func(i peer.AddrInfo) bool { return i.ID == id }) {
+			chosen = append(chosen, peer.AddrInfo{ID: id, Addrs: addrs})
 		}
 	}
 	beforePut := false
-	if req.Type == kadpb.Message_FIND_NODE {
-		// The walk before a PUT has a record's key. It waits for all that are
-		// named, up to 60 s and then in vain.
+	if req.GetType() == kadpb.Message_FIND_NODE {
+		// The walk before a PUT has a record's key. It waits for all peers that
+		// are named, up to 60 s and then in vain.
 		beforePut = strings.HasPrefix(string(req.Key), recordPrefix)
 		target := peer.ID(req.Key)
-		if a.relays.named[target] == nil {
+		if a.federation.members[target] == nil {
 			name(target, a.peers.network.Peerstore().Addrs(target))
 		}
-		if len(named) == 0 && !beforePut {
+		if len(chosen) == 0 && !beforePut {
 			name(target, a.elsewhere(asker, target))
 		}
 	}
-	if publisher := publisherOf(rec); publisher != asker && publisher != "" {
-		name(publisher, a.peers.told(publisher, asker))
-		if len(named) == 0 {
+	// checkRecord has let the record in, so its fields can be read.
+	if extras, _ := readExtras(rec); extras.publisher != asker && extras.publisher != "" {
+		publisher := extras.publisher
+		name(publisher, a.addrs(publisher, asker))
+		if len(chosen) == 0 {
 			seen := a.elsewhere(asker, publisher)
 			name(publisher, seen[:min(len(seen), 1)])
 		}
 	}
-	for relay := range a.relays.named {
-		if relay != asker {
-			name(relay, a.peers.told(relay, asker))
+	for id := range a.federation.members {
+		if id != asker {
+			name(id, a.addrs(id, asker))
 		}
 	}
 	if !beforePut && a.peers.table.Size() <= maxNamed {
 		for _, id := range a.peers.table.NearestPeers(kb.ConvertKey(string(req.Key)), maxNamed) {
 			if id != asker {
-				name(id, a.peers.told(id, asker))
+				name(id, a.addrs(id, asker))
 			}
 		}
 	}
-	return named
+	return chosen
 }
 
-// elsewhere are the addresses that other relays tell of a peer that is not here.
-// They are not asked for one another, which might go round and round.
+// addrs returns the addresses that we give asker of id, for which it did not ask.
+func (a *answers) addrs(id, asker peer.ID) []ma.Multiaddr {
+	if named := a.federation.members[id]; named != nil && a.peers.connected(id) {
+		return fitAddrs(a.peers.observed(id), named)
+	}
+	return a.peers.unasked(id, asker)
+}
+
+// elsewhere returns the addresses that other relays give of a peer that is not here.
+// If asker is a relay, we do not ask: the question might go round in circles.
 func (a *answers) elsewhere(asker, id peer.ID) []ma.Multiaddr {
 	if said, err := a.peers.network.Peerstore().Get(asker, "ProtocolVersion"); err == nil && said == protocolVersion {
 		return nil
 	}
-	return a.relays.find(id)
+	return a.federation.find(id)
 }

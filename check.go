@@ -162,7 +162,7 @@ func parseCheckTarget(s string) (t checkTarget, err error) {
 		return t, nil
 	}
 
-	t.url = &url.URL{Scheme: "http", Path: identityPath}
+	t.url = &url.URL{Scheme: "http", Path: identityRoute}
 	port := checkHTTPPort
 	if strings.Contains(s, "://") {
 		u, err := url.Parse(s)
@@ -179,7 +179,7 @@ func parseCheckTarget(s string) (t checkTarget, err error) {
 			port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
 		}
 		t.url.Scheme = u.Scheme
-		t.url.Path = strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), identityPath) + identityPath
+		t.url.Path = strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), identityRoute) + identityRoute
 	} else if host, p, err := net.SplitHostPort(s); err == nil {
 		t.host, port = host, p
 	} else {

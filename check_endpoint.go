@@ -244,7 +244,7 @@ func askEndpoint(ctx context.Context, u *url.URL, ip netip.Addr) (a endpointAnsw
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fail(fmt.Errorf("HTTP status %d", resp.StatusCode), likely("another program answers on this port, or the reverse proxy does not pass "+identityPath+" on", "curl -i "+u.String()))
+		return fail(fmt.Errorf("HTTP status %d", resp.StatusCode), likely("another program answers on this port, or the reverse proxy does not pass "+identityRoute+" on", "curl -i "+u.String()))
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxIdentityBody+1))
 	other := likely("another program answers there", "curl -i "+u.String())

@@ -23,7 +23,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
-	"google.golang.org/protobuf/encoding/protowire"
 )
 
 // The last steps of `check`: two clients publish, find and reach each other.
@@ -104,10 +103,7 @@ func (c *checker) record(ctx context.Context) checkStep {
 	if err != nil {
 		panic(err) // these types always marshal
 	}
-	extra := protowire.AppendTag(nil, publisherField, protowire.BytesType)
-	extra = protowire.AppendBytes(extra, []byte(c.a.ID()))
-	extra = protowire.AppendTag(extra, ttlField, protowire.VarintType)
-	extra = protowire.AppendVarint(extra, checkRecordTTL)
+	extra := newExtras(c.a.ID(), checkRecordTTL).encoded
 	rec := &recpb.Record{Key: key, Value: value}
 	rec.ProtoReflect().SetUnknown(extra)
 
@@ -128,7 +124,7 @@ func (c *checker) record(ctx context.Context) checkStep {
 	case !bytes.Equal(got.GetKey(), key) || !bytes.Equal(got.GetValue(), value):
 		return failed(wrong, "what comes back is not what was put")
 	}
-	if fields, err := knownExtra(got.ProtoReflect().GetUnknown()); err != nil || !bytes.Equal(fields, extra) {
+	if fields, err := readExtras(got); err != nil || !bytes.Equal(fields.encoded, extra) {
 		return failed(wrong, "it comes back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
 	}
 	return passed("put by one client, got by the other, byte for byte with publisher and ttl")

@@ -537,7 +537,7 @@ func TestCheckFindsRelayFull(t *testing.T) {
 		{2, []string{"clients"}},
 	} {
 		t.Run(fmt.Sprint(tt.clients), func(t *testing.T) {
-			r := newTestRelayWithin(t, limits{clients: tt.clients, perNetwork: 256, exempt: loopback}, defaultConfig(t), newTestKey(t))
+			r := newTestRelayWithin(t, limits{clients: tt.clients, perNetwork: 256}, defaultConfig(t), newTestKey(t))
 			connect(t, newClient(t), r)
 			got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID())
 			got.wantFailed(t, "--max-clients", tt.failed...)

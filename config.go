@@ -1,6 +1,6 @@
 package main
 
-// What an operator can choose: the flags, their help and the version.
+// What an operator can choose: the flags with their help, and which version this is.
 
 import (
 	"errors"
@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// defaultVersion is what a build that knows no release says it is: the version
-// the deployed clients were written against.
+// defaultVersion is the version of a build that knows no release. The deployed clients
+// were written against it.
 const defaultVersion = "0.1.0"
 
 const usage = `privstack-relay - find and reach your PrivStack devices through your own server
@@ -61,16 +61,16 @@ type config struct {
 	// takes any free port.
 	httpPort int
 
-	// identityPath is the file holding the private key. If there is none,
-	// one is created there, readable by its owner only.
-	identityPath string
+	// keyFile is the file that holds the private key. If there is none, one is
+	// created there, readable by its owner only.
+	keyFile string
 
 	// announce are the addresses that clients can reach, as the operator
 	// wrote them; parseAnnounce accepts each. Empty: the machine's own.
 	announce []string
 
 	// bootstrap are the addresses of other relays, as the operator wrote them;
-	// parseBootstrap accepts each. Empty: this one is alone.
+	// parseBootstrap accepts each. Empty: this relay is alone.
 	bootstrap []string
 
 	// circuitDuration and circuitBytes (each way) cap one relayed
@@ -90,20 +90,20 @@ type config struct {
 	// IPv4 address or IPv6 /56.
 	maxClientsPerIP int
 
-	// metrics is the host and TCP port of the metrics listener; port 0 takes
-	// any free one. Empty: there is none.
+	// metrics is the host and TCP port of the metrics listener; port 0 takes any free
+	// port. Empty: there is no listener.
 	metrics string
 
 	// verbose logs every peer and libp2p's own debug lines.
 	verbose bool
 }
 
-// usageError is a mistake on the command line: exit status 2.
+// usageError is a mistake on the command line. The exit status is 2.
 type usageError struct{ msg string }
 
 func (e usageError) Error() string { return e.msg }
 
-// errHelp and errVersion are asked for, not failures: run answers on stdout.
+// errHelp and errVersion are requests, not failures. run answers them on stdout.
 var (
 	errHelp    = flag.ErrHelp
 	errVersion = errors.New("version requested")
@@ -120,7 +120,7 @@ func parseFlags(args []string) (config, error) {
 	}
 	fs.IntVar(&cfg.httpPort, "http-port", 4002, "")
 	for _, name := range []string{"identity", "i"} {
-		fs.StringVar(&cfg.identityPath, name, "relay-identity.key", "")
+		fs.StringVar(&cfg.keyFile, name, "relay-identity.key", "")
 	}
 	fs.Func("announce", "", func(s string) error {
 		if _, err := parseAnnounce(s, 1); err != nil {
@@ -181,7 +181,7 @@ func parseFlags(args []string) (config, error) {
 		}
 	}
 	switch {
-	case cfg.identityPath == "":
+	case cfg.keyFile == "":
 		return config{}, usageError{"--identity needs a file name"}
 	case len(cfg.announce) > maxAnnounce:
 		return config{}, usageError{fmt.Sprintf("--announce given %d times, at most %d fit into a reservation", len(cfg.announce), maxAnnounce)}
@@ -204,8 +204,8 @@ func parseFlags(args []string) (config, error) {
 	return cfg, nil
 }
 
-// parseSize reads a number of bytes: 1048576, 512KiB, 1.5GiB, 10MB (powers of
-// ten). Upper and lower case are the same.
+// parseSize reads a number of bytes: 1048576, 512KiB, 1.5GiB, or 10MB (a power of
+// ten), in upper or lower case.
 func parseSize(s string) (int64, error) {
 	number, factor := strings.ToLower(strings.TrimSpace(s)), 1.0
 	for i, unit := range []string{"k", "m", "g", "t"} {
@@ -224,7 +224,7 @@ func parseSize(s string) (int64, error) {
 		return 0, fmt.Errorf("not a size, write 512MiB or 1GiB")
 	}
 	n *= factor
-	if n > 0 && n < 1 { // which as 0 would mean unlimited
+	if n > 0 && n < 1 { // as an integer it would be 0, which means unlimited
 		return 0, fmt.Errorf("less than a byte, write 512MiB or 1GiB")
 	}
 	if n < 0 || n >= 1<<62 {
@@ -233,13 +233,14 @@ func parseSize(s string) (int64, error) {
 	return int64(n), nil
 }
 
-// pseudoVersion matches what the Go toolchain makes up for a commit that is no
+// pseudoVersion matches the version that the Go toolchain gives a commit that is no
 // release. https://go.dev/ref/mod#pseudo-versions
 var pseudoVersion = regexp.MustCompile(`\d{14}-[0-9a-f]{12}`)
 
-// buildVersion is the version of this build without a leading v: what the Go
-// toolchain stamped (the tag of a release, of a clean clone at it and of `go
-// install …@v1.2.3`, a pseudo-version for any other commit), else defaultVersion.
+// buildVersion returns the version of this build without a leading v. The Go toolchain
+// stamps it: the tag of a release, of a clean clone at that tag and of `go install
+// …@v1.2.3`, or a pseudo-version for any other commit. Without a stamp it is
+// defaultVersion.
 func buildVersion() string {
 	if info, ok := debug.ReadBuildInfo(); ok && strings.HasPrefix(info.Main.Version, "v") {
 		return info.Main.Version[1:]
@@ -247,8 +248,8 @@ func buildVersion() string {
 	return defaultVersion
 }
 
-// agentVersion is what peers and the identity endpoint are told: the release,
-// and defaultVersion for a build that is none.
+// agentVersion returns what peers and the identity endpoint are told: the release, or
+// defaultVersion for a build that is none.
 func agentVersion() string {
 	v := buildVersion()
 	if pseudoVersion.MatchString(v) || strings.Contains(v, "+") {

@@ -1,11 +1,10 @@
 package main
 
-// What the relay counts while it runs: what it did, what it holds, and what it
-// refused and why. Counts are made where things happen, are read by the log's
-// summary and by the metrics, and tell nobody's ID or address.
+// What the relay counts while it runs: what it has done, what it holds, and what it
+// has refused and why. Each room counts what happens in it; the log's summary and
+// the metrics read the counts. None of them tells a peer's ID or address.
 
 import (
-	"bytes"
 	"hash/maphash"
 	"log/slog"
 	"math"
@@ -19,7 +18,7 @@ import (
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 )
 
-// request is what clients ask of the relay.
+// request is what a client may ask of the relay.
 type request int
 
 const (
@@ -27,7 +26,7 @@ const (
 	requestGetValue
 	requestFindNode
 	requestPing
-	requestOther // of the DHT, and not answered
+	requestOther // another DHT request, which is not answered
 	requestReserve
 	requestConnect // a circuit
 	requestTypes   // how many there are
@@ -43,16 +42,16 @@ type refusal int
 
 const (
 	refusedClient        refusal = iota // all of --max-clients are here
-	refusedNetwork                      // --max-clients-per-ip of that network are here, or came in rateWindow
+	refusedNetwork                      // --max-clients-per-ip of that network are here, or came within rateWindow
 	refusedConnection                   // the device has connsPerPeer
-	refusedStream                       // a device, or all together, have too many
+	refusedStream                       // a device has too many, or all devices together
 	refusedMemory                       // a larger QUIC window, or a circuit's buffers
 	refusedReserve                      // a reservation: no room
-	refusedCircuit                      // one end has circuitsPerPeer, or all together are too many
+	refusedCircuit                      // one end has circuitsPerPeer, or as many as can be are open
 	refusedNoReservation                // a circuit to a device that has none
 	refusedUnanswered                   // a circuit that the other device did not take
 	refusedStopping                     // a reservation or circuit, as the relay is about to stop
-	refusedRecord                       // see recordValidator and boundRequest
+	refusedRecord                       // see checkRecord
 	refusedMessage                      // longer than maxKadMessage
 	refusalReasons                      // how many there are
 )
@@ -65,8 +64,8 @@ func (r refusal) String() string {
 	}[r]
 }
 
-// tally is what is counted as it happens. The zero value is ready, and so is a
-// nil one, which counts nothing.
+// tally counts things as they happen. The zero value is ready to use. A nil one
+// counts no refusals.
 type tally struct {
 	requests     [requestTypes]atomic.Int64
 	refused      [refusalReasons]atomic.Int64
@@ -80,17 +79,12 @@ func (t *tally) refuse(why refusal) {
 	}
 }
 
-// dhtRequest counts a request as the DHT is about to handle it.
-func (t *tally) dhtRequest(req *kadpb.Message) {
+// dhtRequest counts a request that the DHT is about to handle.
+func (t *tally) dhtRequest(typ kadpb.Message_MessageType) {
 	kind := requestOther
-	switch req.GetType() {
+	switch typ {
 	case kadpb.Message_PUT_VALUE:
 		kind = requestPutValue
-		// What kad-dht's handler refuses; nobody is told by it.
-		rec := req.GetRecord()
-		if rec == nil || !bytes.Equal(req.GetKey(), rec.GetKey()) || (recordValidator{}).Validate(string(rec.GetKey()), rec.GetValue()) != nil {
-			t.refuse(refusedRecord)
-		}
 	case kadpb.Message_GET_VALUE:
 		kind = requestGetValue
 	case kadpb.Message_FIND_NODE:
@@ -115,13 +109,12 @@ func (t *tally) circuitRequest(kind request, status circuitpb.Status) {
 		if kind == requestConnect { // else the client left before it had the answer
 			t.refuse(refusedUnanswered)
 		}
-	case circuitpb.Status_PERMISSION_DENIED:
-		t.refuse(refusedStopping) // circuits.allow has no other reason
 	}
+	// PERMISSION_DENIED is circuits' own answer, which has counted why.
 }
 
-// tally is told by the resource manager what its limits refuse. It leaves out
-// refusedNetwork, of which quicSockets learns.
+// tally is the resource manager's reporter, and so learns what its limits refuse.
+// The resource manager does not report refusedNetwork; quicSockets count that.
 
 func (t *tally) BlockConn(dir network.Direction, _ bool) {
 	if dir == network.DirInbound {
@@ -155,14 +148,16 @@ type counters struct {
 
 	// Now.
 	clients      int // distinct peers connected
-	connections  int // those in the handshake too; --max-clients is the most
+	connections  int // including those in the handshake
+	maxClients   int // the most connections at once
 	reservations int64
-	circuits     int // open, or being opened
+	circuits     int // open or being opened
 	records      int
 	recordBytes  int64
 }
 
-// attrs are for one line of the log; of the refusals, those that there were.
+// attrs returns the attributes of one log line. It leaves out refusals that have
+// not happened.
 func (c counters) attrs() []any {
 	var refused []any
 	for why, n := range c.refused {
@@ -178,12 +173,12 @@ func (c counters) attrs() []any {
 	}
 }
 
-// uniqueCounter counts distinct strings in 1 MiB, however many come: linear
-// counting (Whang, Vander-Zanden and Taylor 1990). Each sets the bit that its
-// hash names, and the share of bits still clear tells how many there were. The
-// standard error is 0.25 of one at 1 000, 25 at 100 000 (0.025 %) and stays
-// below 0.1 % up to thirty million. The hash is seeded, so that nobody can
-// choose IDs that share a bit.
+// uniqueCounter counts distinct strings in 1 MiB, however many come, by linear
+// counting (Whang, Vander-Zanden and Taylor 1990). Each string sets the bit at its
+// hash, and the share of bits still clear tells how many strings there were. The
+// standard error is 0.25 at 1 000, 25 at 100 000 (0.025 %) and stays below 0.1 % up
+// to thirty million. The hash is seeded, so that nobody can choose IDs that share a
+// bit.
 type uniqueCounter struct {
 	seed maphash.Seed
 
@@ -199,7 +194,7 @@ func newUniqueCounter() *uniqueCounter {
 	return &uniqueCounter{seed: maphash.MakeSeed(), bits: make([]uint64, uniqueBits/64)}
 }
 
-// add reports whether s, as far as can be told, is new.
+// add counts s, and reports whether it seems to be new.
 func (c *uniqueCounter) add(s string) bool {
 	i := maphash.String(c.seed, s) % uniqueBits
 	word, bit := &c.bits[i/64], uint64(1)<<(i%64)

@@ -1,8 +1,8 @@
 package main
 
-// The other relays that the operator named (--bootstrap): the only hosts that
-// this one dials. It stays connected to each, names them in its answers, so that
-// clients look and publish there as well, and asks them for clients of theirs.
+// The other relays that the operator named (--bootstrap), which are the only hosts
+// that this one dials. It stays connected to each; its answers name them, so that
+// clients look and publish there as well; and it asks them for clients of theirs.
 
 import (
 	"bufio"
@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hashicorp/golang-lru/v2/expirable"
+	lru "github.com/hashicorp/golang-lru/v2"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -26,10 +26,10 @@ import (
 )
 
 const (
-	// dialTimeout bounds one attempt to connect to a relay. An attempt that
-	// fails is repeated after minRetry, and then after twice as long each time,
-	// up to maxRetry, until a connection has lasted for settleTime: some are taken
-	// and ended at once.
+	// dialTimeout bounds one attempt to connect to a relay. The next attempt follows
+	// after minRetry, each later one after twice as long, up to maxRetry. It starts
+	// over once a connection has lasted for settleTime: some are accepted and closed
+	// at once.
 	dialTimeout = 15 * time.Second
 	settleTime  = 5 * time.Second
 	minRetry    = time.Second
@@ -39,99 +39,106 @@ const (
 	// client gives a request 10 s.
 	findTimeout = 2 * time.Second
 
-	// foundAge is how long what they said is kept, that they know nothing too;
-	// foundPeers is of how many peers.
+	// foundAge is how long an answer is cached, "not found" included; foundPeers is
+	// for how many peers.
 	foundAge   = 10 * time.Second
 	foundPeers = 4096
 
-	// maxPeerID is the length of the longest peer ID, in bytes: a key of at most 42
-	// bytes as it is, or its SHA-256 (peer-ids spec).
-	maxPeerID = 2 + 42
-
-	// maxFinding is how many requests to other relays may run at once. Beyond,
-	// an answer does without, so that a flood here is none there.
+	// maxFinding is how many requests to other relays may run at once. Further
+	// answers do without, so that a flood here does not become one there.
 	maxFinding = 64
 )
 
-// relays are the other relays. Make it with newRelays, then call follow, and
+// federation is the other relays. Make it with newFederation, then call follow, and
 // connect when the host listens; close ends it.
-type relays struct {
-	log   *slog.Logger
-	named map[peer.ID][]ma.Multiaddr // as the operator wrote them; not changed
+type federation struct {
+	log     *slog.Logger
+	members map[peer.ID][]ma.Multiaddr // as the operator wrote them; not changed
 
 	host    host.Host
 	cancel  context.CancelFunc
 	keeping sync.WaitGroup
 	left    map[peer.ID]chan struct{} // gets a value when the relay may have left
 
-	found   *expirable.LRU[peer.ID, []ma.Multiaddr]
+	found   *lru.Cache[peer.ID, foundAddrs]
 	finding chan struct{} // holds a value for each request that runs
 }
 
-// newRelays takes addresses that parseBootstrap accepts; those of one relay are
-// several ways to it.
-func newRelays(addrs []string, log *slog.Logger) (*relays, error) {
-	r := &relays{log: log, named: make(map[peer.ID][]ma.Multiaddr), left: make(map[peer.ID]chan struct{})}
+// foundAddrs is a cached answer of other relays.
+type foundAddrs struct {
+	addrs []ma.Multiaddr
+	at    time.Time
+}
+
+// newFederation takes addresses that parseBootstrap accepts; several of one relay
+// are several ways to it.
+func newFederation(addrs []string, log *slog.Logger) (*federation, error) {
+	found, err := lru.New[peer.ID, foundAddrs](foundPeers)
+	if err != nil {
+		panic(err) // only for a size below one
+	}
+	f := &federation{
+		log:     log,
+		members: make(map[peer.ID][]ma.Multiaddr),
+		left:    make(map[peer.ID]chan struct{}),
+		found:   found,
+		finding: make(chan struct{}, maxFinding),
+	}
 	for _, s := range addrs {
 		info, err := parseBootstrap(s)
 		if err != nil {
 			return nil, fmt.Errorf("bootstrap %s: %w", s, err)
 		}
-		r.named[info.ID] = append(r.named[info.ID], info.Addrs...)
-		r.left[info.ID] = make(chan struct{}, 1)
+		f.members[info.ID] = append(f.members[info.ID], info.Addrs...)
+		f.left[info.ID] = make(chan struct{}, 1)
 	}
-	return r, nil
+	return f, nil
 }
 
-// follow prepares r for requests of h's clients, before h listens.
-func (r *relays) follow(h host.Host) {
-	if len(r.named) == 0 {
-		return // find has nobody to ask
-	}
-	r.host = h
-	r.found = expirable.NewLRU[peer.ID, []ma.Multiaddr](foundPeers, nil, foundAge) // its goroutine ends with the process
-	r.finding = make(chan struct{}, maxFinding)
+// follow prepares f for requests of h's clients, before h listens.
+func (f *federation) follow(h host.Host) {
+	f.host = h
 	h.Network().Notify(&network.NotifyBundle{DisconnectedF: func(_ network.Network, c network.Conn) {
 		select {
-		case r.left[c.RemotePeer()] <- struct{}{}: // no relay: nil, which takes none
+		case f.left[c.RemotePeer()] <- struct{}{}: // no relay: nil, which takes none
 		default:
 		}
 	}})
 }
 
 // connect keeps a connection to each relay until close. It does not wait for any.
-func (r *relays) connect() {
+func (f *federation) connect() {
 	var ctx context.Context
-	ctx, r.cancel = context.WithCancel(context.Background())
-	for id := range r.named {
-		r.keeping.Go(func() { r.keep(ctx, id) }) // close waits for it
+	ctx, f.cancel = context.WithCancel(context.Background())
+	for id := range f.members {
+		f.keeping.Go(func() { f.keep(ctx, id) }) // close waits for it
 	}
 }
 
-func (r *relays) close() {
-	if r.cancel != nil {
-		r.cancel()
-		r.keeping.Wait()
+func (f *federation) close() {
+	if f.cancel != nil {
+		f.cancel()
+		f.keeping.Wait()
 	}
 }
 
 // keep connects to a relay, again whenever it has left.
-func (r *relays) keep(ctx context.Context, id peer.ID) {
+func (f *federation) keep(ctx context.Context, id peer.ID) {
 	retry, missed := minRetry, false
 	for {
-		// Ours is the waiting between attempts, not libp2p's.
-		r.host.Network().(*swarm.Swarm).Backoff().Clear(id)
+		// We wait between attempts ourselves, so libp2p shall not.
+		f.host.Network().(*swarm.Swarm).Backoff().Clear(id)
 		dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
-		err := r.host.Connect(dialCtx, peer.AddrInfo{ID: id})
+		err := f.host.Connect(dialCtx, peer.AddrInfo{ID: id})
 		cancel()
 		if err == nil {
 			settled := time.After(settleTime)
-			for ctx.Err() == nil && r.connected(id) {
+			for ctx.Err() == nil && f.connected(id) {
 				select {
 				case <-ctx.Done():
-				case <-r.left[id]:
+				case <-f.left[id]:
 				case <-settled:
-					r.log.Info("other relay connected", "peer", id)
+					f.log.Info("other relay connected", "peer", id)
 					retry, missed = minRetry, false
 				}
 			}
@@ -140,64 +147,65 @@ func (r *relays) keep(ctx context.Context, id peer.ID) {
 		if ctx.Err() != nil {
 			return
 		}
-		if !missed { // once, until it is there again
+		if !missed { // warn once, until it is there again
 			missed = true
-			r.log.Warn("other relay not connected, trying again", "peer", id, "err", err)
+			f.log.Warn("other relay not connected, trying again", "peer", id, "err", err)
 		}
 		select {
 		case <-ctx.Done():
 			return
-		// Up to a quarter more, so that relays which lost one another do not
-		// keep calling at the same time.
+		// Up to a quarter more, so that two relays that have lost each other do
+		// not keep dialling at the same time.
 		case <-time.After(retry + rand.N(retry/4)):
 			retry = min(2*retry, maxRetry)
 		}
 	}
 }
 
-func (r *relays) connected(id peer.ID) bool {
-	return r.host.Network().Connectedness(id) == network.Connected
+func (f *federation) connected(id peer.ID) bool {
+	return f.host.Network().Connectedness(id) == network.Connected
 }
 
-// find is under which address another relay sees a client of its own, and then on
-// which it listens, as it says. There are none of a peer that none of them knows.
-func (r *relays) find(id peer.ID) []ma.Multiaddr {
-	if len(r.named) == 0 || r.named[id] != nil {
+// find returns the address at which another relay sees the client, then those on
+// which the client says that it listens; or none, if no other relay knows it.
+func (f *federation) find(id peer.ID) []ma.Multiaddr {
+	if len(f.members) == 0 || f.members[id] != nil {
 		return nil
 	}
 	if _, err := peer.IDFromBytes([]byte(id)); err != nil || len(id) > maxPeerID {
 		return nil // any bytes can be asked for
 	}
-	if addrs, ok := r.found.Get(id); ok {
-		return addrs
+	if known, ok := f.found.Get(id); ok && time.Since(known.at) < foundAge {
+		return known.addrs
 	}
 	select {
-	case r.finding <- struct{}{}:
-		defer func() { <-r.finding }()
+	case f.finding <- struct{}{}:
+		defer func() { <-f.finding }()
 	default:
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), findTimeout)
 	defer cancel()
-	answers := make(chan []ma.Multiaddr, len(r.named))
+	answers := make(chan []ma.Multiaddr, len(f.members))
 	asked := 0
-	for relay := range r.named {
-		if r.connected(relay) {
+	for relay := range f.members {
+		if f.connected(relay) {
 			asked++
-			go func() { answers <- r.ask(ctx, relay, id) }() // until ctx is done
+			go func() { answers <- f.ask(ctx, relay, id) }() // until ctx is done
 		}
 	}
 	var addrs []ma.Multiaddr
 	for ; asked > 0 && len(addrs) == 0; asked-- {
 		addrs = <-answers
 	}
-	r.found.Add(id, addrs)
+	f.found.Add(id, foundAddrs{addrs, time.Now()})
 	return addrs
 }
 
-// ask asks one relay, with FIND_NODE. No answer is none.
-func (r *relays) ask(ctx context.Context, relay, id peer.ID) []ma.Multiaddr {
-	s, err := r.host.NewStream(network.WithNoDial(ctx, "find"), relay, kadProtocol)
+// ask asks one relay for a client's addresses, with FIND_NODE. If the relay does not
+// answer, there are none.
+func (f *federation) ask(ctx context.Context, relay, id peer.ID) []ma.Multiaddr {
+	s, err := f.host.NewStream(network.WithNoDial(ctx, "find"), relay, kadProtocol)
 	if err != nil {
 		return nil
 	}
@@ -209,26 +217,26 @@ func (r *relays) ask(ctx context.Context, relay, id peer.ID) []ma.Multiaddr {
 		err = protodelim.UnmarshalOptions{MaxSize: maxKadMessage}.UnmarshalFrom(bufio.NewReader(s), resp)
 	}
 	if err != nil {
-		r.log.Debug("other relay did not answer", "peer", relay, "err", err)
+		f.log.Debug("other relay did not answer", "peer", relay, "err", err)
 		return nil
 	}
 	for _, p := range resp.CloserPeers {
 		if peer.ID(p.Id) == id && len(p.Addresses()) > 0 {
-			// First where it was observed, as answers have it, and so it stays.
-			addrs, from := p.Addresses(), s.Conn().RemoteMultiaddr()
-			return within(nil, append(usableAddrs(id, addrs[:1], from), usableAddrs(id, addrs[1:], from)...))
+			// An answer begins with where the client was observed, and so does ours.
+			addrs, via := p.Addresses(), s.Conn().RemoteMultiaddr()
+			return fitAddrs(usableAddrs(id, addrs[:1], via), usableAddrs(id, addrs[1:], via))
 		}
 	}
 	return nil
 }
 
-// relays are the connection gater too: it lets every dial fail but those to them.
-// Addresses come from clients, and a relay that dialled them would scan ports for
-// anyone.
-func (r *relays) InterceptPeerDial(id peer.ID) bool                 { return r.named[id] != nil }
-func (r *relays) InterceptAddrDial(id peer.ID, _ ma.Multiaddr) bool { return r.named[id] != nil }
-func (*relays) InterceptAccept(network.ConnMultiaddrs) bool         { return true }
-func (*relays) InterceptSecured(network.Direction, peer.ID, network.ConnMultiaddrs) bool {
+// federation is the connection gater too: every dial fails but those to other
+// relays. Addresses come from clients, and a relay that dialled those would scan
+// ports for anyone.
+func (f *federation) InterceptPeerDial(id peer.ID) bool                 { return f.members[id] != nil }
+func (f *federation) InterceptAddrDial(id peer.ID, _ ma.Multiaddr) bool { return f.members[id] != nil }
+func (*federation) InterceptAccept(network.ConnMultiaddrs) bool         { return true }
+func (*federation) InterceptSecured(network.Direction, peer.ID, network.ConnMultiaddrs) bool {
 	return true
 }
-func (*relays) InterceptUpgraded(network.Conn) (bool, control.DisconnectReason) { return true, 0 }
+func (*federation) InterceptUpgraded(network.Conn) (bool, control.DisconnectReason) { return true, 0 }

@@ -107,7 +107,10 @@ func (w *walker) publish(ctx context.Context, key []byte, relays []testRelay) {
 // which a relay sees it.
 func (w *walker) finds(ctx context.Context, key []byte, mate *walker, relays []testRelay) bool {
 	answers := w.walk(ctx, getMessage(key), relays)
-	record := slices.ContainsFunc(answers, func(m *kadpb.Message) bool { return publisherOf(m.GetRecord()) == mate.id })
+	record := slices.ContainsFunc(answers, func(m *kadpb.Message) bool {
+		extras, err := readExtras(m.GetRecord())
+		return err == nil && extras.publisher == mate.id
+	})
 	return record && slices.ContainsFunc(answers, func(m *kadpb.Message) bool {
 		return slices.ContainsFunc(m.CloserPeers, func(p *kadpb.Message_Peer) bool {
 			return peer.ID(p.Id) == mate.id && slices.ContainsFunc(relays, func(r testRelay) bool {
@@ -207,10 +210,10 @@ func TestRelaysDoNotAskInCircles(t *testing.T) {
 	absent := newTestPeerID(t)
 	ring[1].waitConnected(t, ring[0].info.ID)
 	seeker.mustAsk(t, findMessage([]byte(absent)))
-	if !ring[0].relays.found.Contains(absent) {
+	if !ring[0].federation.found.Contains(absent) {
 		t.Error("the first relay did not ask the second")
 	}
-	if ring[1].relays.found.Contains(absent) {
+	if ring[1].federation.found.Contains(absent) {
 		t.Error("the second relay asked the first, which had asked it")
 	}
 }
@@ -269,7 +272,7 @@ func TestBootstrapAddressesStayAsWritten(t *testing.T) {
 	}
 	here := newTestRelay(t, defaultConfig(t, flags...))
 	here.waitConnected(t, there.info.ID)
-	for i, addr := range strs(here.relays.named[there.info.ID]) {
+	for i, addr := range strs(here.federation.members[there.info.ID]) {
 		if got := fmt.Sprintf("--bootstrap=%s/p2p/%s", addr, there.info.ID); got != flags[i] {
 			t.Errorf("%s was written, %s is kept", flags[i], got)
 		}
@@ -284,7 +287,7 @@ func TestOtherRelaysAreAskedForPeersAlone(t *testing.T) {
 	for _, key := range [][]byte{newGroupKey(), []byte("x"), make([]byte, 1000)} {
 		seeker.mustAsk(t, findMessage(key))
 	}
-	if n := ring[0].relays.found.Len(); n > 0 {
+	if n := ring[0].federation.found.Len(); n > 0 {
 		t.Errorf("other relays were asked for %d keys that are no peer IDs", n)
 	}
 }

@@ -1,7 +1,7 @@
 package main
 
-// The HTTP endpoint: who this relay is (for clients) and whether it is up (for
-// monitors). It is handed plain values and knows nothing of libp2p.
+// The HTTP endpoint: it tells clients who this relay is, and monitors whether it is
+// up. It gets plain values and knows nothing of libp2p.
 
 import (
 	"encoding/json"
@@ -24,15 +24,15 @@ type apiHandler struct {
 	stopping atomic.Bool
 }
 
-// newAPIHandler answers with identity, which does not change while it serves.
-// HEAD comes with each GET pattern, 404 and 405 with the mux.
+// newAPIHandler answers with identity, which does not change while it serves. The
+// mux adds HEAD to each GET, and answers 404 and 405 by itself.
 func newAPIHandler(identity identityResponse) *apiHandler {
 	body, err := json.Marshal(identity)
 	if err != nil {
 		panic(err) // a struct of strings always marshals
 	}
 	h := &apiHandler{}
-	h.HandleFunc("GET "+identityPath, func(w http.ResponseWriter, _ *http.Request) {
+	h.HandleFunc("GET "+identityRoute, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(body)
 	})
@@ -49,13 +49,13 @@ func newAPIHandler(identity identityResponse) *apiHandler {
 	return h
 }
 
-// newHTTPServer serves h with bounds on what a slow or hostile client can hold:
-// a request is one short line and a few headers, so seconds and kilobytes are
+// newHTTPServer serves h within bounds that a slow or hostile client cannot exceed.
+// A request is one short line and a few headers, so seconds and kilobytes are
 // generous.
 func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
-	// Beyond maxHTTPConns the connection opened longest ago goes. An honest
-	// request takes one round trip, so whoever opens connections to keep others
-	// out closes his own.
+	// Beyond maxHTTPConns the oldest connection is closed. An honest request takes
+	// one round trip, so someone who opens many connections to keep others out
+	// closes his own.
 	conns, err := lru.NewWithEvict(maxHTTPConns, func(c net.Conn, _ struct{}) { c.Close() })
 	if err != nil {
 		panic(err) // only for a size below one

@@ -113,7 +113,7 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 	t.Parallel()
 	p := start(t)
 	addr := strings.TrimPrefix(p.http, "http://")
-	const request = "GET " + identityPath + " HTTP/1.1\r\nHost: relay\r\n"
+	const request = "GET " + identityRoute + " HTTP/1.1\r\nHost: relay\r\n"
 
 	for _, hostile := range []struct {
 		name  string
@@ -128,7 +128,7 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 		{name: "slow after a request", conns: 1000, sends: request + "\r\n", then: "G", every: 100 * time.Millisecond, says: "HTTP/1.1 200 OK"},
 		{name: "endless headers", conns: 20, sends: request, then: strings.Repeat("X-A: b\r\n", 1000), says: "HTTP/1.1 431 "},
 		{name: "a header of 1 MiB", conns: 100, sends: request + "X-A: " + strings.Repeat("b", 1<<20), says: "HTTP/1.1 431 "},
-		{name: "endless body", conns: 20, sends: "POST " + identityPath + " HTTP/1.1\r\nHost: relay\r\nContent-Length: 99999999999\r\n\r\n", then: strings.Repeat("body", 1000), says: "HTTP/1.1 405 "},
+		{name: "endless body", conns: 20, sends: "POST " + identityRoute + " HTTP/1.1\r\nHost: relay\r\nContent-Length: 99999999999\r\n\r\n", then: strings.Repeat("body", 1000), says: "HTTP/1.1 405 "},
 		{name: "endless chunks", conns: 20, sends: request + "Transfer-Encoding: chunked\r\n\r\n", then: strings.Repeat("1\r\na\r\n", 1000), says: "HTTP/1.1 200 OK"},
 		{name: "two lengths", conns: 100, sends: request + "Content-Length: 1\r\nContent-Length: 2\r\n\r\n", says: "HTTP/1.1 400 "},
 		{name: "TLS", conns: 100, sends: "\x16\x03\x01\x00\x02\x01\x00\r\n\r\n", says: "HTTP/1.1 400 "},
@@ -209,7 +209,7 @@ func askUntil(t *testing.T, over context.Context, base string) (took []time.Dura
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testTimeout}
 	for {
 		began := time.Now()
-		resp, err := client.Get(base + identityPath)
+		resp, err := client.Get(base + identityRoute)
 		if err != nil {
 			t.Errorf("an honest client: %v", err)
 			return took
@@ -248,7 +248,7 @@ func TestPipelinedRequests(t *testing.T) {
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(testTimeout))
 	const rounds = 100
-	go io.WriteString(c, strings.Repeat("GET "+identityPath+" HTTP/1.1\r\nHost: r\r\n\r\nGET /nothing HTTP/1.1\r\nHost: r\r\n\r\n", rounds))
+	go io.WriteString(c, strings.Repeat("GET "+identityRoute+" HTTP/1.1\r\nHost: r\r\n\r\nGET /nothing HTTP/1.1\r\nHost: r\r\n\r\n", rounds))
 	answers := bufio.NewReader(c)
 	for i := range 2 * rounds {
 		resp, err := http.ReadResponse(answers, nil)

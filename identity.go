@@ -29,13 +29,13 @@ const identitySize = 4 + ed25519.PrivateKeySize
 type identity struct {
 	key ed25519.PrivateKey
 
-	// created says that the file was made by this call.
+	// created says that this call made the file.
 	created bool
 
 	// mode is the file's, as ls shows it.
 	mode fs.FileMode
 
-	// exposed says that others than the owner may read the file.
+	// exposed says that users other than the owner may read the file.
 	exposed bool
 }
 
@@ -56,7 +56,7 @@ func loadOrCreateIdentity(path string) (identity, error) {
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return identity{}, err
 	}
-	// Read it back: another start may have been first, and then its key is ours.
+	// Read it back: if another start was first, its key is ours.
 	id, err = loadIdentity(path)
 	id.created = created
 	return id, err
@@ -90,7 +90,7 @@ func loadIdentity(path string) (identity, error) {
 	return identity{
 		key:  key,
 		mode: info.Mode(),
-		// Windows has no such bits: Go makes them up from the read-only flag.
+		// Windows has no such bits; Go derives them from the read-only flag.
 		exposed: runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0,
 	}, nil
 }
@@ -127,10 +127,10 @@ func encodeIdentity(key ed25519.PrivateKey) []byte {
 	return append(bytes.Clone(identityPrefix), key...)
 }
 
-// createIdentity writes key to path, mode 0600, whole or not at all: whatever
-// happens meanwhile, path is afterwards absent or a complete key. Killed in these
-// milliseconds it may leave the temporary file, which can be deleted. The error
-// is fs.ErrExist where a file is there already.
+// createIdentity writes key to path, mode 0600, whole or not at all: whatever happens
+// meanwhile, afterwards path is absent or a complete key. A process that is killed in
+// these milliseconds may leave the temporary file, which can be deleted. The error is
+// fs.ErrExist if the file exists already.
 func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	dir := filepath.Dir(path)
 	tmp, err := os.CreateTemp(dir, ".relay-identity-*") // mode 0600
@@ -146,9 +146,9 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	// A link, unlike a rename, fails where another start was first.
 	err = os.Link(tmp.Name(), path)
 	if err != nil && !errors.Is(err, fs.ErrExist) {
-		// A file system without hard links (FAT, some network shares). Two first
-		// starts within the same microseconds could both get past this check;
-		// the loser would have another peer ID until its next start.
+		// This file system has no hard links (FAT, some network shares). Two first
+		// starts within the same microseconds could both get past this check; the
+		// loser would have another peer ID until its next start.
 		if _, statErr := os.Lstat(path); statErr == nil {
 			return fs.ErrExist
 		}
@@ -161,7 +161,7 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	return syncDir(dir)
 }
 
-// syncDir makes a new name in dir survive a power cut.
+// syncDir makes a new name in dir survive a power failure.
 func syncDir(dir string) error {
 	if runtime.GOOS == "windows" { // which cannot sync a directory
 		return nil

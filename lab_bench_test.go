@@ -104,7 +104,7 @@ func runBenchRelay(kind string, args []string) error {
 	if err != nil {
 		return err
 	}
-	io.WriteString(os.Stdout, served{peerID: h.ID().String(), reachable: strs(h.Addrs())}.banner())
+	io.WriteString(os.Stdout, banner(h.ID().String(), strs(h.Addrs()), 0))
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM)
 	<-stop

@@ -39,9 +39,8 @@ func runLabRelay(answers string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	r.answers.plain = answers == "plain"
 	fmt.Fprintf(out, "  PeerId:    %s\n", r.peerID())
-	return <-r.failed
+	return <-r.broken
 }
 
 // labCrowdEnv tells the test binary that it is a crowd, of which relay (a

@@ -252,7 +252,7 @@ func (s site) serves(t *testing.T) (id peer.ID) {
 		t.Run(net.ip[1:4], func(t *testing.T) {
 			l := &lab{t: t, inet: l.inet}
 			scout := l.labClient(s.clients[0])
-			id = scout.must(labRequest{Do: "identity", URL: "http://" + net.host + ":4002" + identityPath}).ID
+			id = scout.must(labRequest{Do: "identity", URL: "http://" + net.host + ":4002" + identityRoute}).ID
 			relay := peer.AddrInfo{ID: id, Addrs: []ma.Multiaddr{ma.StringCast(net.ip + "/udp/4001/quic-v1")}}
 			scout.id = scout.must(labRequest{Do: "join", Relay: &relay}).ID
 			mate := l.client(s.clients[1], relay)

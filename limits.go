@@ -3,7 +3,7 @@ package main
 // Every number that bounds what clients can make the relay hold: memory,
 // connections, streams, circuits, records. Each follows from the two that the
 // operator chooses, --max-clients and --max-clients-per-ip, so that no default
-// of a library bites first. Who applies them is in the other files.
+// of a library bites first. Other files apply them.
 
 import (
 	"fmt"
@@ -28,9 +28,13 @@ const (
 	// take about 70 each. A host of many containers has dozens.
 	maxOfferedAddrs = 16
 
-	// maxBootstrap is how many addresses of other relays are taken. They are named
-	// in every answer, beside the mate.
+	// maxBootstrap is how many addresses of other relays --bootstrap accepts. Every
+	// answer names those relays beside the mate.
 	maxBootstrap = 8
+
+	// maxNamed is how many peers an answer names, and the size up to which a network
+	// is small: the k of Kademlia, K_VALUE in rust-libp2p.
+	maxNamed = 20
 
 	// maxAddrsPerPeer and maxAddrBytesPerPeer bound what an answer says of one
 	// peer: with maxNamed peers, two copies of the key and a record, an answer stays
@@ -52,6 +56,9 @@ const (
 	// keys have 53 (/privstack/syncgroup/ and a hash), their values some hundreds.
 	maxRecordValue = 8 << 10
 	maxRecordKey   = 256
+
+	// maxRecordExtras bounds recordExtras, in bytes; a peer ID has at most maxPeerID.
+	maxRecordExtras = 128
 
 	// avgRecord is what a record may take on average, in bytes, with what keeping
 	// it costs.
@@ -79,28 +86,28 @@ const (
 
 const (
 	// clientMemory is what one client costs, in bytes: connected, reserved and
-	// serving kad, with a record. Measured: 68 KiB of RSS each at 10 000, 74 at
-	// 5 000 (go test -bench Capacity/clients).
+	// serving kad, with a record. Measured (go test -bench Capacity/clients): 68 KiB
+	// of RSS each at 10 000 clients, 74 at 5 000.
 	clientMemory = 68 << 10
 
-	// baseMemory is what the relay takes with nobody connected: 20 MiB of RSS,
-	// garbage, and some for a burst.
+	// baseMemory is what the relay takes with nobody connected, in bytes: 20 MiB of
+	// RSS, garbage, and some for a burst.
 	baseMemory = 48 << 20
 
 	// initialWindow is what a client may send before the relay has read any of it,
-	// in bytes, on one stream and on all. quic-go has 512 and 768 KiB, which some
-	// hundred clients could fill. The window doubles with each round trip in which
-	// it was used up, so a long transfer takes the fifth round trip to get there.
+	// in bytes, on one stream and on all. quic-go has 512 and 768 KiB, which a few
+	// hundred clients could fill. The window doubles with each round trip that uses
+	// it up, so a long transfer reaches maxWindow in the fifth round trip.
 	initialWindow = 32 << 10
 
-	// maxWindow is what it grows to on one stream, and half as much again on a
-	// connection: 10 MiB/s for a circuit over 100 ms. With go-libp2p's 10 and 15 MiB
-	// a few clients would take what all share.
+	// maxWindow is what initialWindow grows to on one stream, and half as much again
+	// on a connection: 10 MiB/s for a circuit over 100 ms. With go-libp2p's 10 and
+	// 15 MiB a few clients would take what all share.
 	maxWindow = 1 << 20
 
-	// sharedMemory is for what comes and goes, in bytes: per client, and sharedBase
-	// once. Streams, the buffers of circuits and windows that have grown share it,
-	// and whoever comes when it is taken has to do without.
+	// sharedMemory is for what comes and goes, in bytes: so much for each client,
+	// and sharedBase once. Streams, the buffers of circuits and windows that have
+	// grown share it. When it is used up, no more are granted.
 	sharedMemory = 40 << 10
 	sharedBase   = 16 << 20
 
@@ -110,37 +117,43 @@ const (
 
 	// circuitBuffer is the relay's copy buffer for one direction of a circuit,
 	// in bytes; both live as long as the circuit. go-libp2p's 2 KiB costs half
-	// as much CPU again per byte, more than 64 KiB gains almost nothing.
+	// as much CPU again per byte; more than 64 KiB gains almost nothing.
 	circuitBuffer = 16 << 10
 
-	// circuitsPerPeer is how many circuits one device can be part of: one for
-	// each other device of its user that only a relay can reach.
-	circuitsPerPeer = 64
-
-	// streamsPerPeer bounds the streams open from one peer, and those to it. A
-	// circuit takes one, a DHT request one for as long as it runs.
-	streamsPerPeer = 2 * circuitsPerPeer
-
-	// maxIncomingStreams is how many a client may have open at once, before the
-	// next has to wait. QUIC keeps each, about 2 KiB, until the client has ended it as
-	// well, also where the relay has refused it.
+	// maxIncomingStreams is how many streams a client may have open at once on a
+	// connection; the next has to wait. QUIC keeps each, about 2 KiB, until the client
+	// has ended it as well, even if the relay has refused it.
 	maxIncomingStreams = 32
 
-	// streamShare is how many of them each peer can count on, whatever the others
+	// circuitsPerPeer is how many circuits one device can be part of: one for each
+	// other device of its user that only a relay can reach. Each circuit that it
+	// opens takes a stream, so that many fit into one connection beside requests.
+	circuitsPerPeer = 24
+
+	// streamsPerPeer bounds the streams open from one peer, and those open to it: as
+	// many as its connections allow.
+	streamsPerPeer = connsPerPeer * maxIncomingStreams
+
+	// streamShare is how many streams each peer can count on, whatever the others
 	// do: a device asks the DHT for three things at a time.
 	streamShare = 3
 
-	// connsPerPeer leaves room for a device that comes back over another path
-	// before its old connection has timed out.
+	// connsPerPeer is how many connections one client may have: room for a device
+	// that comes back over another path before its old connection has timed out.
 	connsPerPeer = 4
 
-	// peerMemory is what one peer can take of what is shared, in bytes: the windows
-	// of its connections, its streams and circuits.
+	// maxDials is how many addresses of another relay are dialled at once: as many as
+	// go-libp2p's swarm does (DefaultPerPeerRateLimit). With fewer, an address that
+	// does not answer would keep the swarm from trying the next.
+	maxDials = 8
+
+	// peerMemory is how much of the shared memory one peer can take, in bytes: the
+	// windows of its connections, its streams and circuits.
 	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
-	// rateWindow is the time in which one network can open as many connections
-	// as it may hold: an office is back at once after a restart of the relay,
-	// and nobody can keep it busy with handshakes.
+	// rateWindow is the time in which one network can open as many connections as it
+	// may hold: after a restart of the relay an office is back at once, and yet
+	// nobody can keep the relay busy with handshakes.
 	rateWindow = 30 * time.Second
 )
 
@@ -148,23 +161,23 @@ const (
 // the operator is no stranger.
 var loopback = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
 
-// limits are the two chosen numbers; its methods derive the others.
+// limits are what the operator chose, and what there is. Its methods derive all
+// other bounds.
 type limits struct {
 	// clients is the most connections, and so reservations, at once.
 	clients int
 
-	// perNetwork is the most connections from one IPv4 address or IPv6 /56,
-	// the smallest block that providers give to one customer (RIPE-690).
+	// perNetwork is the most connections from one network: see networkOf.
 	perNetwork int
-
-	// exempt are the networks to which perNetwork does not apply.
-	exempt []netip.Prefix
 
 	// why says where clients comes from, for the log.
 	why string
 
 	// available is how much memory this process may use, in bytes; 0 is unknown.
 	available uint64
+
+	// testOnlyLimitLoopback applies perNetwork to loopback, too.
+	testOnlyLimitLoopback bool
 }
 
 // newLimits derives clients from the memory available where maxClients is 0.
@@ -178,11 +191,11 @@ func newLimits(maxClients, perIP int) limits {
 			why = "memory unknown, taken as 512 MiB"
 		}
 	}
-	return limits{clients: maxClients, perNetwork: perIP, exempt: loopback, why: why, available: available}
+	return limits{clients: maxClients, perNetwork: perIP, why: why, available: available}
 }
 
-// clientsFor is how many clients fit into memory bytes, whatever they do. 0 bytes
-// is unknown: then as for half a gigabyte.
+// clientsFor returns how many clients fit into memory bytes, whatever they do. 0
+// bytes is unknown, and taken as half a gigabyte.
 func clientsFor(memory uint64) int {
 	if memory == 0 {
 		memory = 512 << 20
@@ -191,44 +204,46 @@ func clientsFor(memory uint64) int {
 	return int(min(max(usable/(clientMemory+initialWindow+sharedMemory), 64), maxMaxClients))
 }
 
-// memory is what the relay takes at most, in bytes, with all of its clients doing
-// their worst. With a thousand well-behaved ones it is 60 % of that.
+// memory returns the most that the relay takes, in bytes, while all of its clients
+// do their worst. A thousand well-behaved ones take 60 % of it.
 func (l limits) memory() int64 {
 	return baseMemory + int64(l.clients)*(clientMemory+initialWindow) + l.shared()
 }
 
-// goMemory is the part of memory that the Go runtime should stay within, in bytes:
-// the rest is the binary's own pages, and what the runtime takes beyond its limit
-// in a rush.
+// goMemory returns the part of memory() that the Go runtime should stay within, in
+// bytes. The rest is for the binary's own pages, and for what the runtime takes
+// beyond its limit in a rush.
 func (l limits) goMemory() int64 { return (l.memory() - baseMemory/2) / 8 * 7 }
 
-// shared is how much memory comes and goes, in bytes: see sharedMemory.
+// shared returns how much memory comes and goes, in bytes: see sharedMemory.
 func (l limits) shared() int64 { return sharedBase + int64(l.clients)*sharedMemory }
 
-// circuits is the most open at once: every client in one with another.
+// circuits returns the most circuits open at once: every client in one with
+// another. circuits.AllowConnect enforces it.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
 
-// unproven is how many clients may be in the handshake before newcomers have to
-// prove their addresses by a Retry, which costs them a round trip.
+// unproven returns how many clients may be in the handshake before newcomers have
+// to prove their addresses by a Retry, which costs them a round trip.
 func (l limits) unproven() int64 { return int64(max(l.clients/8, 16)) }
 
-// streams is the most open at once: everybody's share, and those beside.
+// streams returns the most streams open at once: everybody's share, and those
+// beside it.
 func (l limits) streams() int { return streamShare*l.clients + l.unshared() }
 
-// unshared is how many streams may be open beside everybody's share: as many as
-// there are clients, or what some busy ones may have.
+// unshared returns how many streams may be open beside everybody's share: as many
+// as there are clients, or as a few busy ones may have.
 func (l limits) unshared() int { return max(l.clients, 8*streamsPerPeer) }
 
-// records bounds the DHT's values: how many, and how many bytes all together.
-// Two for each client leave room for those who were here and are not now.
+// records returns the bounds of the DHT's values: how many, and how many bytes all
+// together. Two for each client leave room for devices that have left.
 func (l limits) records() (n int, bytes int64) {
 	n = max(2*l.clients, 1024)
 	return n, int64(n) * avgRecord
 }
 
-// resources bounds the circuit relay service. A duration or a number of bytes
-// (each way) of 0 is unlimited.
-func (l limits) resources(duration time.Duration, bytes int64) circuit.Resources {
+// circuitResources returns the bounds of the circuit relay service. A duration or a
+// number of bytes (each way) of 0 is unlimited.
+func (l limits) circuitResources(duration time.Duration, bytes int64) circuit.Resources {
 	res := circuit.Resources{
 		ReservationTTL:  time.Hour,
 		MaxReservations: l.clients,
@@ -253,40 +268,41 @@ func (l limits) resources(duration time.Duration, bytes int64) circuit.Resources
 	return res
 }
 
-// resourceLimits bounds the libp2p host. What it leaves out is unlimited,
-// because the limits above it hold. Connections go out to other relays alone.
-func (l limits) resourceLimits(kad protocol.ID, relays int) rcmgr.ConcreteLimitConfig {
+// resourceLimits returns the bounds of the libp2p host. What it leaves out is
+// unlimited, because the bounds above it hold. Only other relays, of which there
+// are relays, are dialled.
+func (l limits) resourceLimits(relays int) rcmgr.ConcreteLimitConfig {
 	outbound, outboundEach := rcmgr.BlockAllLimit, rcmgr.BlockAllLimit
 	if relays > 0 {
-		outbound, outboundEach = rcmgr.LimitVal(relays), 1
+		outbound, outboundEach = rcmgr.LimitVal(relays*maxDials), maxDials
 	}
 	streams := rcmgr.LimitVal(l.streams())
-	// The resource manager counts what fairStreams reserves for each, circuit
+	// The resource manager counts what fairStreams reserves for each stream, circuit
 	// buffers, messages being parsed, and QUIC windows beyond the initial one. It
 	// gives windows 60 % of the whole and buffers 80 %, so windows starve first.
 	memory := rcmgr.LimitVal64(l.shared())
 
 	return rcmgr.PartialLimitConfig{
 		System: rcmgr.ResourceLimits{
-			Conns: rcmgr.LimitVal(l.clients + relays), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: outbound,
+			Conns: rcmgr.LimitVal(l.clients + relays*maxDials), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: outbound,
 			Streams: streams, StreamsInbound: streams, StreamsOutbound: streams,
 			Memory: memory,
 		},
 		// Transient: connections before the handshake has told who it is, streams
 		// before they have told what they are.
 		Transient: rcmgr.ResourceLimits{
-			Conns: rcmgr.LimitVal(l.clients + relays), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: outbound,
+			Conns: rcmgr.LimitVal(l.clients + relays*maxDials), ConnsInbound: rcmgr.LimitVal(l.clients), ConnsOutbound: outbound,
 			Streams: streams, StreamsInbound: streams, StreamsOutbound: streams,
 			Memory: memory / 4,
 		},
 		PeerDefault: rcmgr.ResourceLimits{
-			Conns: connsPerPeer, ConnsInbound: connsPerPeer, ConnsOutbound: outboundEach,
+			Conns: connsPerPeer + max(outboundEach, 0), ConnsInbound: connsPerPeer, ConnsOutbound: outboundEach,
 			Streams: 2 * streamsPerPeer, StreamsInbound: streamsPerPeer, StreamsOutbound: streamsPerPeer,
 			Memory: peerMemory,
 		},
 		ProtocolPeer: map[protocol.ID]rcmgr.ResourceLimits{
 			// rust-libp2p keeps at most 32 DHT requests to one peer open.
-			kad: {Streams: 64, StreamsInbound: 64, StreamsOutbound: 64},
+			kadProtocol: {Streams: 64, StreamsInbound: 64, StreamsOutbound: 64},
 		},
 		Service: map[string]rcmgr.ResourceLimits{
 			circuit.ServiceName: {Memory: memory},
@@ -294,44 +310,48 @@ func (l limits) resourceLimits(kad protocol.ID, relays int) rcmgr.ConcreteLimitC
 	}.Build(rcmgr.InfiniteLimits)
 }
 
-// resourceOptions are the limits per network.
+// resourceOptions returns the bounds per network.
 func (l limits) resourceOptions() []rcmgr.Option {
 	perNetwork := rate.Limit{RPS: float64(l.perNetwork) / rateWindow.Seconds(), Burst: l.perNetwork}
-	var free4, free6 []rcmgr.NetworkPrefixLimit
+	// Not nil even when empty, or go-libp2p's own exemptions stay.
+	free4, free6 := []rcmgr.NetworkPrefixLimit{}, []rcmgr.NetworkPrefixLimit{}
 	var freeRate []rate.PrefixLimit // an RPS of 0 is no limit
-	for _, prefix := range l.exempt {
-		free := rcmgr.NetworkPrefixLimit{Network: prefix, ConnCount: math.MaxInt}
-		if prefix.Addr().Is4() {
-			free4 = append(free4, free)
-		} else {
-			free6 = append(free6, free)
-		}
-		freeRate = append(freeRate, rate.PrefixLimit{Prefix: prefix})
+	if !l.testOnlyLimitLoopback {
+		free4 = append(free4, rcmgr.NetworkPrefixLimit{Network: loopback[0], ConnCount: math.MaxInt})
+		free6 = append(free6, rcmgr.NetworkPrefixLimit{Network: loopback[1], ConnCount: math.MaxInt})
+		freeRate = []rate.PrefixLimit{{Prefix: loopback[0]}, {Prefix: loopback[1]}}
 	}
 	return []rcmgr.Option{
 		rcmgr.WithLimitPerSubnet(
-			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 32, ConnCount: l.perNetwork}},
-			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: 56, ConnCount: l.perNetwork}},
+			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: ipv4NetworkBits, ConnCount: l.perNetwork}},
+			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: ipv6NetworkBits, ConnCount: l.perNetwork}},
 		),
-		// Not nil even when empty, or go-libp2p's own exemptions stay.
-		rcmgr.WithNetworkPrefixLimit(append([]rcmgr.NetworkPrefixLimit{}, free4...), append([]rcmgr.NetworkPrefixLimit{}, free6...)),
+		rcmgr.WithNetworkPrefixLimit(free4, free6),
 		rcmgr.WithConnRateLimiters(&rate.Limiter{
 			NetworkPrefixLimits: freeRate,
 			SubnetRateLimiter: rate.SubnetLimiter{
-				IPv4SubnetLimits: []rate.SubnetLimit{{PrefixLength: 32, Limit: perNetwork}},
-				IPv6SubnetLimits: []rate.SubnetLimit{{PrefixLength: 56, Limit: perNetwork}},
+				IPv4SubnetLimits: []rate.SubnetLimit{{PrefixLength: ipv4NetworkBits, Limit: perNetwork}},
+				IPv6SubnetLimits: []rate.SubnetLimit{{PrefixLength: ipv6NetworkBits, Limit: perNetwork}},
 				GracePeriod:      time.Minute,
 			},
 		}),
 	}
 }
 
-// networkOf is the block that a provider gives to one customer: see limits.
+// A network is the block of addresses that a provider gives to one customer: an
+// IPv4 address, or an IPv6 /56, the smallest block that providers give (RIPE-690).
+const (
+	ipv4NetworkBits = 32
+	ipv6NetworkBits = 56
+)
+
+// networkOf returns the network that addr is in. Of no address it is the zero
+// Prefix.
 func networkOf(addr netip.Addr) netip.Prefix {
-	bits := 56
+	bits := ipv6NetworkBits
 	if addr.Is4() {
-		bits = 32
+		bits = ipv4NetworkBits
 	}
-	network, _ := addr.Prefix(bits) // the zero Prefix of no address
+	network, _ := addr.Prefix(bits)
 	return network
 }

@@ -68,11 +68,11 @@ func TestCgroupMemory(t *testing.T) {
 func TestLimitsFollowMaxClients(t *testing.T) {
 	for _, clients := range []int{1, 100, 10_000, maxMaxClients} {
 		l := limits{clients: clients, perNetwork: 256}
-		res := l.resources(time.Hour, 1<<30)
+		res := l.circuitResources(time.Hour, 1<<30)
 		if res.MaxReservations != clients || res.MaxReservationsPerIP < clients || res.MaxReservationsPerASN < clients {
 			t.Errorf("%d clients: reservations are limited to %+v", clients, res)
 		}
-		host := l.resourceLimits(kadProtocol, 0).ToPartialLimitConfig()
+		host := l.resourceLimits(0).ToPartialLimitConfig()
 		if int(host.System.ConnsInbound) != clients || int(host.Transient.ConnsInbound) != clients {
 			t.Errorf("%d clients: connections are limited to %d, %d in the handshake", clients, host.System.ConnsInbound, host.Transient.ConnsInbound)
 		}
@@ -95,7 +95,7 @@ func TestLimitsFollowMaxClients(t *testing.T) {
 func TestLargestAnswerFitsRust(t *testing.T) {
 	const (
 		perPeer = maxAddrBytesPerPeer + 2 + 42 + 10 // ID and framing
-		record  = maxRecordKey + maxRecordValue + maxRecordExtra + 64
+		record  = maxRecordKey + maxRecordValue + maxRecordExtras + 64
 	)
 	if total := maxNamed*perPeer + record + maxRecordKey + 32; total > 16<<10 {
 		t.Errorf("the largest answer has %d bytes, above rust-libp2p's %d", total, 16<<10)

@@ -37,7 +37,8 @@ const (
 	// stop, so that a sync in its last seconds is not cut.
 	drainTimeout = 5 * time.Second
 
-	// closeTimeout bounds each of the closing steps after that.
+	// closeTimeout bounds each step of closing after that: the node, then each of
+	// the HTTP servers.
 	closeTimeout = 5 * time.Second
 
 	// summaryInterval is how often the counters are logged.
@@ -62,9 +63,9 @@ func main() {
 	os.Exit(1)
 }
 
-// run is the whole program short of the process: it parses args, loads the key
-// and serves until ctx is done, or checks a relay. nil is a clean stop, a usageError a mistyped
-// command line.
+// run is the whole program short of the process. It parses args, loads the key and
+// serves until ctx is done, or checks a relay. nil is a clean stop, a usageError a
+// mistyped command line.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) > 0 && args[0] == "check" {
 		return runCheck(ctx, args[1:], stdout)
@@ -88,11 +89,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	joinLibraryLogs(log.Handler(), cfg.verbose)
 
-	id, err := loadOrCreateIdentity(cfg.identityPath)
+	id, err := loadOrCreateIdentity(cfg.keyFile)
 	if err != nil {
 		return fmt.Errorf("identity: %w", err)
 	}
-	path := cfg.identityPath
+	path := cfg.keyFile
 	if abs, err := filepath.Abs(path); err == nil {
 		path = abs
 	}
@@ -105,82 +106,78 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		log.Warn("identity key is readable by other users, run: chmod 600 "+path, "path", path)
 	}
 
-	return serve(ctx, cfg, id, log, func(s served) {
-		io.WriteString(stdout, s.banner())
-		s.log(log, cfg)
+	return serve(ctx, cfg, id, log, func(n node) {
+		io.WriteString(stdout, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
+		n.logStart(log, cfg)
 	})
 }
 
-// served is what a started relay can say of itself.
-type served struct {
-	peerID     string
-	bound      []string // multiaddrs of the sockets
-	reachable  []string // multiaddrs that clients are told, without /p2p
-	hidden     bool     // the latter are all private, and of the operator's choice none
-	httpPort   int      // TCP port of the identity endpoint, on all interfaces
-	metrics    net.Addr // nil: none are served
-	limits     limits
-	receiveBuf int // granted to each UDP socket, in bytes; 0 is unknown
-	sendBuf    int
+// node is a relay that serves, and where its HTTP listeners are.
+type node struct {
+	*relay
+	httpPort int      // TCP port of the identity endpoint, on all interfaces
+	metrics  net.Addr // nil: none are served
 }
 
-// banner is what goes to stdout, and all that does. Programs look for the line
-// that begins "  PeerId:    ".
-func (s served) banner() string {
+// banner is all that goes to stdout. Programs look for the line that begins
+// "  PeerId:    ".
+func banner(peerID string, reachable []string, httpPort int) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "privstack-relay %s\n\n", buildVersion())
-	fmt.Fprintf(&b, "  PeerId:    %s\n", s.peerID)
-	for _, addr := range s.reachable {
-		fmt.Fprintf(&b, "  Bootstrap: %s/p2p/%s\n", addr, s.peerID)
+	fmt.Fprintf(&b, "  PeerId:    %s\n", peerID)
+	for _, addr := range reachable {
+		fmt.Fprintf(&b, "  Bootstrap: %s/p2p/%s\n", addr, peerID)
 	}
-	fmt.Fprintf(&b, "  Identity:  http://localhost:%d%s\n\n", s.httpPort, identityPath)
+	fmt.Fprintf(&b, "  Identity:  http://localhost:%d%s\n\n", httpPort, identityRoute)
 	return b.String()
 }
 
-// log tells what an operator looks for when something is wrong.
-func (s served) log(log *slog.Logger, cfg config) {
-	log.Info("relay ready", "version", buildVersion(), "peer", s.peerID, "listen", s.bound, "addrs", s.reachable,
-		"announced", len(cfg.announce) > 0, "http_port", s.httpPort)
-	log.Info("limits", "max_clients", s.limits.clients, "because_of", s.limits.why, "max_clients_per_ip", s.limits.perNetwork, "max_memory_bytes", s.limits.memory(),
-		"circuits", s.limits.circuits(), "circuit_duration", cfg.circuitDuration, "circuit_bytes", cfg.circuitBytes)
-	if most := s.limits.available; most > 0 && s.limits.clients > clientsFor(most) {
-		log.Warn("that many clients could take more memory than there is, if they did their worst",
-			"memory_bytes", most, "max_clients_that_fit", clientsFor(most))
+// logStart logs what an operator looks for when something is wrong.
+func (n node) logStart(log *slog.Logger, cfg config) {
+	reachable, lim := n.reachableAddrs(), n.limits
+	log.Info("relay ready", "version", buildVersion(), "peer", n.peerID(), "listen", n.socketAddrs(), "addrs", reachable,
+		"announced", len(cfg.announce) > 0, "http_port", n.httpPort)
+	log.Info("limits", "max_clients", lim.clients, "because_of", lim.why, "max_clients_per_ip", lim.perNetwork, "max_memory_bytes", lim.memory(),
+		"circuits", lim.circuits(), "circuit_duration", cfg.circuitDuration, "circuit_bytes", cfg.circuitBytes)
+	if lim.available > 0 && lim.clients > clientsFor(lim.available) {
+		log.Warn("max_clients exceeds what memory can hold in the worst case",
+			"memory_bytes", lim.available, "max_clients_that_fit", clientsFor(lim.available))
 	}
+	receiveBuf, sendBuf := n.sockets.buffers()
 	switch {
-	case s.receiveBuf == 0 || s.sendBuf == 0:
-	case s.receiveBuf >= wantedBuffer && s.sendBuf >= wantedBuffer:
-		log.Info("udp buffers", "receive_bytes", s.receiveBuf, "send_bytes", s.sendBuf)
-	case runtime.GOOS == "linux":
-		log.Warn("udp buffers are small, which costs speed under load, run: "+
-			"sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay",
-			"receive_bytes", s.receiveBuf, "send_bytes", s.sendBuf, "wanted_bytes", wantedBuffer)
+	case receiveBuf == 0 || sendBuf == 0: // unknown
+	case receiveBuf >= wantedBuffer && sendBuf >= wantedBuffer:
+		log.Info("udp buffers", "receive_bytes", receiveBuf, "send_bytes", sendBuf)
 	default:
-		log.Warn("udp buffers are small, which costs speed under load",
-			"receive_bytes", s.receiveBuf, "send_bytes", s.sendBuf, "wanted_bytes", wantedBuffer)
+		advice := ""
+		if runtime.GOOS == "linux" {
+			advice = ", run: sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
+		}
+		log.Warn("udp buffers are small, which costs speed under load"+advice,
+			"receive_bytes", receiveBuf, "send_bytes", sendBuf, "wanted_bytes", wantedBuffer)
 	}
-	if s.hidden {
-		log.Warn("this machine knows no public address of its own, so only clients in its own network can use the relay: "+
-			"say where others reach it with --announce", "addrs", s.reachable)
+	if n.hidden() {
+		log.Warn("no announced address, and none of ours is public, so only clients in this network can use the relay: "+
+			"say with --announce where others reach it", "addrs", reachable)
 	}
-	if s.metrics != nil {
-		log.Info("metrics served", "url", fmt.Sprintf("http://%s/metrics", s.metrics))
-		if !s.metrics.(*net.TCPAddr).IP.IsLoopback() {
-			log.Warn("metrics are not on loopback: whoever reaches that address can read them", "addr", s.metrics)
+	if n.metrics != nil {
+		log.Info("metrics served", "url", fmt.Sprintf("http://%s/metrics", n.metrics))
+		if !n.metrics.(*net.TCPAddr).IP.IsLoopback() {
+			log.Warn("metrics are not on loopback: anyone who reaches that address can read them", "addr", n.metrics)
 		}
 	}
 }
 
-// serve binds all sockets, calls ready once, and serves until ctx is done (a
-// nil error) or a part fails. By the time it returns everything is closed.
-func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready func(served)) (err error) {
+// serve binds all sockets, calls ready once, and serves until ctx is done (a nil
+// error) or a part fails. By the time it returns everything is closed.
+func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready func(node)) (err error) {
 	// Listen here and Serve below, so that a taken port is an error run
 	// returns and not a line in the log of a process that looks alive.
 	ln, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(cfg.httpPort)))
 	if err != nil {
 		return fmt.Errorf("bind identity endpoint: %w", err)
 	}
-	defer ln.Close() // again after srv.Shutdown: an error then means nothing
+	defer ln.Close() // Shutdown closes it first; only an early return needs this
 
 	var metricsListener net.Listener
 	if cfg.metrics != "" {
@@ -195,10 +192,10 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	if err != nil {
 		return err
 	}
-
-	// The rest is the kernel's, for sockets.
+	// The kernel takes the rest of what was promised, for sockets.
 	defer boundMemory(relay.limits.goMemory())()
 
+	n := node{relay: relay, httpPort: ln.Addr().(*net.TCPAddr).Port}
 	api := newAPIHandler(identityResponse{
 		PeerID:          relay.peerID(),
 		Addresses:       relay.listedAddrs(),
@@ -206,23 +203,14 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		AgentVersion:    agentVersion(),
 	})
 	srv := newHTTPServer(api, log)
-	failed := make(chan error, 2)
-	go func() { failed <- fmt.Errorf("serve identity endpoint: %w", srv.Serve(ln)) }() // ends with srv, below
+	broken := make(chan error, 2)
+	go func() { broken <- fmt.Errorf("serve identity endpoint: %w", srv.Serve(ln)) }() // ends with srv, below
 
-	up := served{
-		peerID:    relay.peerID(),
-		bound:     relay.boundAddrs(),
-		reachable: relay.reachableAddrs(),
-		hidden:    relay.hidden(),
-		httpPort:  ln.Addr().(*net.TCPAddr).Port,
-		limits:    relay.limits,
-	}
-	up.receiveBuf, up.sendBuf = relay.sockets.buffers()
 	metricsSrv := &http.Server{}
 	if metricsListener != nil {
-		up.metrics = metricsListener.Addr()
-		metricsSrv = newHTTPServer(newMetricsHandler(relay, log), log)
-		go func() { failed <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(metricsListener)) }() // ends as srv does
+		n.metrics = metricsListener.Addr()
+		metricsSrv = newHTTPServer(newMetricsHandler(relay.registry, log), log)
+		go func() { broken <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(metricsListener)) }() // ends as srv does
 	}
 
 	asked := make(chan os.Signal, 1)
@@ -234,7 +222,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		about := []any{"uptime", time.Since(started).Round(time.Second), "memory_bytes", memoryInUse()}
 		log.Info("summary", append(about, relay.counters().attrs()...)...)
 	}
-	ready(up)
+	ready(n)
 	manager := findServiceManager(os.Getenv)
 	tell := func(state string) {
 		if err := manager.tell(state); err != nil {
@@ -252,15 +240,15 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		case <-asked:
 			logSummary()
 		case <-signOfLife:
-			// Not reached while this loop hangs, nor passed while a lock does:
-			// the watchdog then ends what only looks alive.
+			// This line is not reached while the loop hangs, and not passed while a
+			// lock does: the watchdog then ends a process that only looks alive.
 			relay.takeLocks()
 			tell("WATCHDOG=1")
 		case <-ctx.Done():
 			running = false
-		case err = <-failed:
+		case err = <-broken:
 			running = false
-		case err = <-relay.failed:
+		case err = <-relay.broken:
 			running = false
 		}
 	}
@@ -270,19 +258,32 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	api.stopping.Store(true)
 	// ctx is already done, so it cannot be the budget for the goodbye.
 	ctx = context.WithoutCancel(ctx)
-	within := func(d time.Duration, f func(context.Context) error) error {
-		ctx, cancel := context.WithTimeout(ctx, d)
-		defer cancel()
-		return f(ctx)
-	}
 	if left := relay.drain(ctx, drainTimeout); left > 0 {
 		log.Warn("closing open circuits", "circuits", left)
 	}
 	// HTTP goes last: until then a monitor is answered 503, not refused.
 	err = errors.Join(err,
-		relay.close(),
-		within(closeTimeout, metricsSrv.Shutdown),
-		within(closeTimeout, srv.Shutdown))
+		closeStep(ctx, "node", func(context.Context) error { return relay.close() }),
+		closeStep(ctx, "metrics", metricsSrv.Shutdown),
+		closeStep(ctx, "identity endpoint", srv.Shutdown))
 	log.Info("stopped", relay.counters().attrs()...)
 	return err
+}
+
+// closeStep runs end for closeTimeout at most. It leaves behind one that hangs, which
+// ends with the process.
+func closeStep(ctx context.Context, what string, end func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- end(ctx) }()
+	select {
+	case err := <-ended:
+		if err != nil {
+			return fmt.Errorf("close %s: %w", what, err)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("close %s: still not done after %v", what, closeTimeout)
+	}
 }

@@ -36,7 +36,7 @@ import (
 // and scripts have them.
 func TestFlags(t *testing.T) {
 	bare := config{
-		port: 4001, httpPort: 4002, identityPath: "relay-identity.key",
+		port: 4001, httpPort: 4002, keyFile: "relay-identity.key",
 		circuitDuration: time.Hour, circuitBytes: 1 << 30, maxClientsPerIP: 256,
 	}
 	with := func(change func(*config)) config {
@@ -49,8 +49,8 @@ func TestFlags(t *testing.T) {
 		want config
 	}{
 		{nil, bare},
-		{[]string{"-p", "1", "-i", "k", "-v"}, with(func(c *config) { c.port, c.identityPath, c.verbose = 1, "k", true })},
-		{[]string{"--port", "1", "--identity=k", "--verbose"}, with(func(c *config) { c.port, c.identityPath, c.verbose = 1, "k", true })},
+		{[]string{"-p", "1", "-i", "k", "-v"}, with(func(c *config) { c.port, c.keyFile, c.verbose = 1, "k", true })},
+		{[]string{"--port", "1", "--identity=k", "--verbose"}, with(func(c *config) { c.port, c.keyFile, c.verbose = 1, "k", true })},
 		{[]string{"-port=1", "-http-port", "0"}, with(func(c *config) { c.port, c.httpPort = 1, 0 })},
 		{[]string{"--circuit-duration", "90m", "--circuit-bytes", "512MiB"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 90*time.Minute, 512<<20 })},
 		{[]string{"--circuit-duration=0", "--circuit-bytes=0"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 0, 0 })},
@@ -318,7 +318,7 @@ func launch(t testing.TB, cmd *exec.Cmd) *process {
 			port, _ := info.Addrs[0].ValueForProtocol(ma.P_UDP)
 			p.bootstrap = peer.AddrInfo{ID: info.ID, Addrs: []ma.Multiaddr{ma.StringCast("/ip4/127.0.0.1/udp/" + port + "/quic-v1")}}
 		case "Identity":
-			p.http = strings.TrimSuffix(strings.TrimSpace(value), identityPath)
+			p.http = strings.TrimSuffix(strings.TrimSpace(value), identityRoute)
 		}
 	}
 	go func() {
@@ -605,21 +605,21 @@ func TestProcessTellsHowItRuns(t *testing.T) {
 			public = public || manet.IsPublicAddr(ma.StringCast(strings.TrimSpace(addr)))
 		}
 	}
-	if warned := p.stderr.line("this machine knows no public address") != ""; warned == public {
+	if warned := p.stderr.line("no announced address, and none of ours is public") != ""; warned == public {
 		t.Errorf("warned of private addresses: %v, with\n%s", warned, p.stdout)
 	}
 	if log := p.stderr.String(); strings.Contains(log, "buffer size") || strings.Contains(log, "metrics") {
 		t.Errorf("log holds quic-go's warning beside ours, or metrics that nobody asked for:\n%s", log)
 	}
 
-	if p.stderr.line("that many clients could take more memory") != "" {
+	if p.stderr.line("max_clients exceeds what memory can hold") != "" {
 		t.Errorf("warned of 77 clients' memory:\n%s", p.stderr)
 	}
 
 	p = start(t, "--max-clients=1000000")
 	p.Process.Signal(syscall.SIGTERM)
 	p.wait(t)
-	if p.stderr.line("that many clients could take more memory") == "" {
+	if p.stderr.line("max_clients exceeds what memory can hold") == "" {
 		t.Errorf("no warning of a million clients' memory:\n%s", p.stderr)
 	}
 
@@ -629,7 +629,7 @@ func TestProcessTellsHowItRuns(t *testing.T) {
 	if line := p.stderr.line("limits"); !regexp.MustCompile(`because_of="[0-9]+ MiB of memory \((machine|cgroup|GOMEMLIMIT)\)"`).MatchString(line) {
 		t.Errorf("log line %q, want one that says how much memory there is", line)
 	}
-	if p.stderr.line("this machine knows no public address") != "" {
+	if p.stderr.line("no announced address, and none of ours is public") != "" {
 		t.Errorf("warned of private addresses though one is announced:\n%s", p.stderr)
 	}
 }
@@ -698,7 +698,7 @@ func TestVerboseJoinsLibraryLogs(t *testing.T) {
 			t.Errorf("log line %q is not of our handler", line)
 		}
 	}
-	for _, want := range []string{`msg="new peer"`, "logger=dht ", "logger=net/identify "} {
+	for _, want := range []string{`msg="new peer"`, `msg="dht `, "logger=net/identify "} {
 		if !strings.Contains(p.stderr.String(), want) {
 			t.Errorf("verbose log lacks %s", want)
 		}

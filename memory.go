@@ -1,8 +1,8 @@
 package main
 
-// What the Go runtime is told about memory: to collect before it grows to twice
-// what is in use, to stay within what was promised, and to give back what a
-// crowd that has left no longer needs.
+// Memory: how much this process may use, and what the Go runtime is told. It is told
+// to collect garbage before it has grown to twice what is in use, to stay within what
+// was promised, and to give back what a crowd that has left no longer needs.
 
 import (
 	"errors"
@@ -21,26 +21,26 @@ import (
 
 const (
 	// Garbage comes on top of what lives, up to a garbageShare-th of it but at
-	// least minGarbage, before it is collected. Go's own is as much again, up to
-	// 37 MiB more at 2 000 clients. With a quarter, a tenth and a fourteenth 10 000
-	// clients took 687, 650 and 652 MiB, and 1.8, 2.5 and 3.9 ms of CPU each to come.
-	// Below minGarbage there would be little to gain, and collections all the time
-	// while circuits carry all they can.
+	// least minGarbage, before it is collected. Go's default is as much again, which
+	// took up to 37 MiB more at 2 000 clients. With a quarter, a tenth and a
+	// fourteenth, 10 000 clients took 687, 650 and 652 MiB, and joining cost 1.8, 2.5
+	// and 3.9 ms of CPU each. Below minGarbage there is little to gain, and busy
+	// circuits would cause collections all the time.
 	garbageShare = 4
 	minGarbage   = 16 << 20
 
-	// measuring is how often that is worked out anew.
+	// measuring is how often the percentage is computed anew.
 	measuring = time.Second
 
-	// givingBack is how often memory that is free is returned to the system, if
-	// it is more than spareMemory. It takes a collection, 0.1 s of CPU for 2 000
-	// clients; by itself the runtime took more than four minutes.
+	// givingBack is how often free memory is returned to the system, if it is more
+	// than spareMemory. That takes a collection, 0.1 s of CPU for 2 000 clients. The
+	// runtime by itself took more than four minutes to return it.
 	givingBack  = time.Minute
 	spareMemory = 16 << 20
 )
 
-// boundMemory applies that to this process, with limit in bytes, until stop has
-// put all back as it was. What the operator chose by GOGC or GOMEMLIMIT stays.
+// boundMemory tells the runtime so, with limit in bytes, until stop restores what was
+// set before. It leaves alone what the operator chose by GOGC or GOMEMLIMIT.
 func boundMemory(limit int64) (stop func()) {
 	percent := livePercent()
 	before := debug.SetGCPercent(percent)
@@ -61,7 +61,7 @@ func boundMemory(limit int64) (stop func()) {
 		for {
 			select {
 			case <-measure.C:
-				// Setting it stops the world, so only where it makes a difference.
+				// Setting it stops the world, so only if it makes a difference.
 				if now := livePercent(); !chosen && max(now, percent)*10 > min(now, percent)*11 {
 					percent = now
 					debug.SetGCPercent(percent)
@@ -83,13 +83,14 @@ func boundMemory(limit int64) (stop func()) {
 	}
 }
 
-// garbagePercent is GOGC for a heap of which live bytes are in use.
+// garbagePercent returns the GOGC that lets garbage grow as far as it may beside live
+// bytes in use.
 func garbagePercent(live, roots uint64) int {
-	// The runtime takes its percentage of roots, too: stacks and globals.
+	// The runtime applies the percentage to roots, too: stacks and globals.
 	return int(100 * max(live/garbageShare, minGarbage) / max(live+roots, minGarbage/4))
 }
 
-// livePercent is garbagePercent now.
+// livePercent returns garbagePercent for what is in use now.
 func livePercent() int {
 	return garbagePercent(readMetric("/gc/heap/live:bytes"),
 		readMetric("/gc/scan/stack:bytes")+readMetric("/gc/scan/globals:bytes"))
@@ -102,16 +103,16 @@ func readMetric(name string) uint64 {
 	return sample[0].Value.Uint64()
 }
 
-// availableMemory is how many bytes this process may use, and who says so: the
-// machine, or where they allow less its cgroup or GOMEMLIMIT. 0 if unknown. root
-// is the file system at "/".
+// availableMemory returns how many bytes this process may use, 0 if unknown, and what
+// says so: the machine, or its cgroup or GOMEMLIMIT if they allow less. root is the
+// file system at "/".
 func availableMemory(root fs.FS) (available uint64, source string) {
 	atMost := func(limit uint64, by string) {
 		if limit > 0 && (available == 0 || limit < available) {
 			available, source = limit, by
 		}
 	}
-	// By sysinfo(2) and its like, not /proc/meminfo, which a sandbox may hide.
+	// By sysinfo(2) and its like: a sandbox may hide /proc/meminfo.
 	atMost(memory.TotalMemory(), "machine")
 	if limit, err := cgroupMemory(root); err == nil {
 		atMost(limit, "cgroup")
@@ -122,7 +123,7 @@ func availableMemory(root fs.FS) (available uint64, source string) {
 	return available, source
 }
 
-// cgroupMemory is the smallest memory limit of this process's cgroup and those
+// cgroupMemory returns the smallest memory limit of this process's cgroup and those
 // above it, in bytes, for cgroup v2 (memory.max) and v1 (memory.limit_in_bytes).
 // https://docs.kernel.org/admin-guide/cgroup-v2.html
 func cgroupMemory(root fs.FS) (uint64, error) {
@@ -144,8 +145,8 @@ func cgroupMemory(root fs.FS) (uint64, error) {
 				continue
 			}
 		}
-		// A container sees its own cgroup at the root, whatever the path says:
-		// directories that are not there are skipped.
+		// A container sees its own cgroup at the root, whatever the path says, so
+		// skip directories that do not exist.
 		for dir := path.Clean("/" + fields[2]); ; dir = path.Dir(dir) {
 			data, err := fs.ReadFile(root, path.Join(mount, dir, file))
 			if n, parseErr := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err == nil && parseErr == nil {
@@ -162,10 +163,8 @@ func cgroupMemory(root fs.FS) (uint64, error) {
 	return limit, nil
 }
 
-// memoryInUse is how many bytes the Go runtime has of the system: most of what
-// the process takes.
+// memoryInUse returns how many bytes the Go runtime has from the system, which is most
+// of what the process takes.
 func memoryInUse() uint64 {
-	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
-	metrics.Read(s)
-	return s[0].Value.Uint64() - s[1].Value.Uint64()
+	return readMetric("/memory/classes/total:bytes") - readMetric("/memory/classes/heap/released:bytes")
 }

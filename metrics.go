@@ -1,126 +1,65 @@
 package main
 
-// The metrics, off unless --metrics is given: what counters.go counts, beside
-// what go-libp2p, the Go runtime and the operating system tell of this process.
-// No label holds a peer or an address.
+// The metrics, off unless --metrics is given: what counters.go counts, and what
+// go-libp2p, the Go runtime and the operating system say about this process. No
+// label holds a peer or an address.
 
 import (
 	"log/slog"
 	"net/http"
 	"runtime"
-	"time"
 
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
-	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
-	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// maxScrapes is how many are answered at once; others get a 503.
+// maxScrapes is how many scrapes are answered at once; others get a 503.
 const maxScrapes = 4
 
-// newMetricsHandler answers GET /metrics from r, which has a registry.
-func newMetricsHandler(r *relay, log *slog.Logger) http.Handler {
+// newMetricsHandler answers GET /metrics from registry.
+func newMetricsHandler(registry *prometheus.Registry, log *slog.Logger) http.Handler {
 	mux := new(http.ServeMux)
-	mux.Handle("GET /metrics", promhttp.HandlerFor(r.registry, promhttp.HandlerOpts{
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
 		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		MaxRequestsInFlight: maxScrapes,
 	}))
 	return mux
 }
 
-// newRegistry holds ours, and room for go-libp2p's. It is asked for its metrics
-// once r runs.
-func newRegistry(r *relay) *prometheus.Registry {
+// newRegistry returns a registry of what read counts, to which go-libp2p's parts
+// can add theirs. It calls read at each scrape.
+func newRegistry(read func() counters) *prometheus.Registry {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
-		relayCollector{r},
+		relayCollector{read},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
 	return registry
 }
 
-// libp2pMetrics are the options with which parts of the host count: into the
-// registry if there is one, and refusals always.
-func (r *relay) libp2pMetrics() (bus []eventbus.Option, network []swarm.Option, resources []rcmgr.Option) {
-	resources = []rcmgr.Option{rcmgr.WithMetrics(&r.tally)}
-	if r.registry == nil {
+// libp2pMetrics returns the options with which parts of a host count: refusals into
+// t and, unless registry is nil, everything else into that.
+func libp2pMetrics(registry *prometheus.Registry, t *tally) (bus []eventbus.Option, network []swarm.Option, resources []rcmgr.Option) {
+	resources = []rcmgr.Option{rcmgr.WithMetrics(t)}
+	if registry == nil {
 		return nil, nil, append(resources, rcmgr.WithMetricsDisabled())
 	}
-	rcmgr.MustRegisterWith(r.registry)
-	bus = []eventbus.Option{eventbus.WithMetricsTracer(eventbus.NewMetricsTracer(eventbus.WithRegisterer(r.registry)))}
-	network = []swarm.Option{swarm.WithMetricsTracer(swarm.NewMetricsTracer(swarm.WithRegisterer(r.registry)))}
+	rcmgr.MustRegisterWith(registry)
+	bus = []eventbus.Option{eventbus.WithMetricsTracer(eventbus.NewMetricsTracer(eventbus.WithRegisterer(registry)))}
+	network = []swarm.Option{swarm.WithMetricsTracer(swarm.NewMetricsTracer(swarm.WithRegisterer(registry)))}
 	return bus, network, resources
 }
 
-// circuitTracer is told by the circuit relay what it does.
-func (r *relay) circuitTracer() circuit.MetricsTracer {
-	if r.registry == nil {
-		return r.circuits
-	}
-	return circuitTracers{r.circuits, circuit.NewMetricsTracer(circuit.WithRegisterer(r.registry))}
-}
+// relayCollector reads the relay's counters at each scrape.
+type relayCollector struct{ read func() counters }
 
-// circuitTracers tells each of them.
-type circuitTracers []circuit.MetricsTracer
-
-func (ts circuitTracers) RelayStatus(enabled bool) {
-	for _, t := range ts {
-		t.RelayStatus(enabled)
-	}
-}
-
-func (ts circuitTracers) ConnectionOpened() {
-	for _, t := range ts {
-		t.ConnectionOpened()
-	}
-}
-
-func (ts circuitTracers) ConnectionClosed(d time.Duration) {
-	for _, t := range ts {
-		t.ConnectionClosed(d)
-	}
-}
-
-func (ts circuitTracers) ConnectionRequestHandled(status circuitpb.Status) {
-	for _, t := range ts {
-		t.ConnectionRequestHandled(status)
-	}
-}
-
-func (ts circuitTracers) ReservationAllowed(renewal bool) {
-	for _, t := range ts {
-		t.ReservationAllowed(renewal)
-	}
-}
-
-func (ts circuitTracers) ReservationClosed(n int) {
-	for _, t := range ts {
-		t.ReservationClosed(n)
-	}
-}
-
-func (ts circuitTracers) ReservationRequestHandled(status circuitpb.Status) {
-	for _, t := range ts {
-		t.ReservationRequestHandled(status)
-	}
-}
-
-func (ts circuitTracers) BytesTransferred(n int) {
-	for _, t := range ts {
-		t.BytesTransferred(n)
-	}
-}
-
-// relayCollector reads the relay's counters when somebody asks.
-type relayCollector struct{ *relay }
-
-// Describe tells nothing: what is collected is the same each time.
+// Describe describes nothing, which makes relayCollector an unchecked collector:
+// the registry does not look for two metrics of one name before a scrape.
 func (relayCollector) Describe(chan<- *prometheus.Desc) {}
 
 func (r relayCollector) Collect(out chan<- prometheus.Metric) {
@@ -134,7 +73,7 @@ func (r relayCollector) Collect(out chan<- prometheus.Metric) {
 	}
 	const counter, gauge = prometheus.CounterValue, prometheus.GaugeValue
 
-	c := r.counters()
+	c := r.read()
 	metric(counter, "peers_served_total", "Distinct peers that have connected since the start.", float64(c.peersServed))
 	metric(counter, "relayed_connections_total", "Circuits established since the start.", float64(c.relayedConnections))
 	metric(counter, "relayed_bytes_total", "Bytes that circuits carried, both directions together.", float64(c.relayedBytes))
@@ -142,14 +81,14 @@ func (r relayCollector) Collect(out chan<- prometheus.Metric) {
 		metric(counter, "requests_total", "Requests to the DHT, and for reservations and circuits, by type.", float64(n), "type", request(i).String())
 	}
 	for i, n := range c.refused {
-		metric(counter, "refusals_total", "What was refused, by reason.", float64(n), "reason", refusal(i).String())
+		metric(counter, "refusals_total", "Refusals, by reason.", float64(n), "reason", refusal(i).String())
 	}
 	metric(gauge, "clients", "Distinct peers connected.", float64(c.clients))
-	metric(gauge, "connections", "Connections, those in the handshake too.", float64(c.connections))
-	metric(gauge, "max_clients", "The most connections at once (--max-clients).", float64(r.limits.clients))
+	metric(gauge, "connections", "Connections, including those in the handshake.", float64(c.connections))
+	metric(gauge, "max_clients", "The most connections at once (--max-clients).", float64(c.maxClients))
 	metric(gauge, "reservations", "Reservations held.", float64(c.reservations))
 	metric(gauge, "circuits", "Circuits open, or being opened.", float64(c.circuits))
 	metric(gauge, "dht_records", "DHT records held.", float64(c.records))
-	metric(gauge, "dht_record_bytes", "Bytes of the DHT records held, with what keeping them costs.", float64(c.recordBytes))
-	metric(gauge, "build_info", "1, and in the labels what was built.", 1, "version", buildVersion(), "goversion", runtime.Version())
+	metric(gauge, "dht_record_bytes", "Bytes that the DHT records take, including what keeping them costs.", float64(c.recordBytes))
+	metric(gauge, "build_info", "Always 1; the labels say what was built.", 1, "version", buildVersion(), "goversion", runtime.Version())
 }

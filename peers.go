@@ -1,11 +1,10 @@
 package main
 
-// What happens to a client while it is connected: which addresses others are
-// told, whether it has a place in the DHT's routing table, and that it is
-// counted once.
+// The clients that are connected: which addresses others are told of them, which
+// have a place in the DHT's routing table, and how many there were.
 //
-// All of it is said by live connections, so nothing has to expire: who has left
-// has no connection, and no address.
+// Everything here is known from live connections, so nothing has to expire: a
+// client that has left has no connection, and so no address.
 
 import (
 	"log/slog"
@@ -18,21 +17,16 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
 // peers follows the connected clients of one host. Make it with newPeers, give
-// its addrBook to the host, then call follow.
+// its addrBook to the host, then call follow, and close at the end.
 type peers struct {
 	log    *slog.Logger
 	served *uniqueCounter
-
-	// relays are the other relays that the operator named, with the addresses
-	// that he gave them.
-	relays map[peer.ID][]ma.Multiaddr
 
 	// Set by follow, before the host listens.
 	network network.Network
@@ -47,7 +41,7 @@ type peers struct {
 	identified map[peer.ID]identified
 }
 
-// identified is what a client said of itself.
+// identified is what a client says of itself.
 type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 	kadPeer bool           // answers DHT requests
@@ -107,17 +101,19 @@ func (p *peers) loop() {
 	}
 }
 
+// connected reports whether id has a connection here.
 func (p *peers) connected(id peer.ID) bool {
 	return p.network.Connectedness(id) == network.Connected
 }
 
+// learn keeps what id said in identify, while it is connected.
 func (p *peers) learn(id peer.ID, said identified) {
 	p.mu.Lock()
 	p.identified[id] = said
 	p.mu.Unlock()
 	if !p.connected(id) {
-		// It left while this was written. The event that says so comes after it
-		// is true: if it has been handled already, nobody else would forget.
+		// It left meanwhile. If loop has handled the event that says so before
+		// this, nobody else would forget it.
 		p.forget(id)
 	}
 }
@@ -133,13 +129,13 @@ func (p *peers) forget(id peer.ID) {
 	p.table.RemovePeer(id)
 }
 
-// admit gives a connected client that serves kad a place in the routing table,
-// if its bucket has one. It is called when a client is identified and again with
-// each DHT request of its own, so that those who found the bucket full get the
-// place of one who leaves.
+// admit gives a connected client that serves kad a place in the routing table, if
+// its bucket has one. It is called when a client is identified and again with each
+// of its DHT requests, so that a client that found its bucket full takes the place
+// of one that leaves.
 //
-// This replaces kad-dht's admission, which asks each newcomer a FIND_NODE and,
-// once the table has 20, refuses those who answer it empty: every fresh client.
+// This replaces kad-dht's own admission, which asks each newcomer a FIND_NODE and,
+// once the table has 20, refuses a newcomer with an empty answer: every fresh client.
 func (p *peers) admit(id peer.ID) {
 	p.mu.Lock()
 	kadPeer := p.identified[id].kadPeer
@@ -153,65 +149,76 @@ func (p *peers) admit(id peer.ID) {
 	}
 }
 
-// addrs are the addresses told of a connected peer to whom asks for it: those it
-// was observed under, then what it says it listens on, within the bounds of an
-// answer. There are none for anybody else.
+// addrs returns the addresses we give someone who asks for a peer by its ID: where
+// it was observed, then where it says that it listens. There are none of a peer
+// that is not connected.
 func (p *peers) addrs(id peer.ID) []ma.Multiaddr {
-	conns := p.network.ConnsToPeer(id)
-	if len(conns) == 0 {
+	at := p.observed(id)
+	if len(at) == 0 {
 		return nil
 	}
-	p.mu.Lock()
-	listen := p.identified[id].listen
-	p.mu.Unlock()
-	return within(conns, listen)
+	return fitAddrs(at, p.listening(id))
 }
 
-// told are the addresses of a connected peer told to one who did not ask for it:
-// those it was observed under and, to one who was observed under the same IP
-// address, so in the same home, those in its LAN. What else a peer says could be
-// anybody's, who would be dialled by all that the peer is named to.
-func (p *peers) told(id, asker peer.ID) []ma.Multiaddr {
-	conns := p.network.ConnsToPeer(id)
-	if len(conns) == 0 {
-		return nil
+// unasked returns the addresses of a connected peer that we give asker, who did not
+// ask for it: where it was observed and, if asker seems to be in the same home, its
+// private addresses. Anything else that a peer says might belong to a third party,
+// whom everyone told of this peer would then dial.
+func (p *peers) unasked(id, asker peer.ID) []ma.Multiaddr {
+	at := p.observed(id)
+	if len(at) == 0 || !sameHome(at, p.observed(asker)) {
+		return at
 	}
-	if named := p.relays[id]; named != nil {
-		return within(conns, named)
+	return fitAddrs(at, slices.DeleteFunc(slices.Clone(p.listening(id)), func(a ma.Multiaddr) bool { return !manet.IsPrivateAddr(a) }))
+}
+
+// observed returns where a peer's connections come from, the newest first: it is
+// the likeliest to be alive.
+func (p *peers) observed(id peer.ID) []ma.Multiaddr {
+	var at []ma.Multiaddr
+	for _, c := range slices.Backward(p.network.ConnsToPeer(id)) {
+		at = append(at, c.RemoteMultiaddr())
 	}
+	return fitAddrs(at)
+}
+
+// listening returns the usable listen addresses that a peer has reported.
+func (p *peers) listening(id peer.ID) []ma.Multiaddr {
 	p.mu.Lock()
-	listen := p.identified[id].listen
-	p.mu.Unlock()
-	sameHome := slices.ContainsFunc(p.network.ConnsToPeer(asker), func(a network.Conn) bool {
-		ip := a.RemoteMultiaddr()[0]
-		return slices.ContainsFunc(conns, func(c network.Conn) bool { return ip.Equal(&c.RemoteMultiaddr()[0]) })
+	defer p.mu.Unlock()
+	return p.identified[id].listen
+}
+
+// sameHome reports whether one of the addresses in a is likely to be in the same
+// home as one in b.
+func sameHome(a, b []ma.Multiaddr) bool {
+	return slices.ContainsFunc(a, func(x ma.Multiaddr) bool {
+		return slices.ContainsFunc(b, func(y ma.Multiaddr) bool { return sameLAN(ipOf(x), ipOf(y)) })
 	})
-	return within(conns, slices.DeleteFunc(slices.Clone(listen), func(a ma.Multiaddr) bool {
-		return !sameHome || !manet.IsPrivateAddr(a)
-	}))
 }
 
-// addrBook is the host's peerstore with one book replaced: the addresses of
-// clients are what peers.addrs says, and cannot be written. The relay dials none,
-// so only the DHT's answers read them; and what one client says of another never
-// gets near them. Other relays have the addresses that the operator gave them.
+// addrBook is the host's peerstore with its address book replaced: the addresses of
+// clients are what peers.addrs returns, and cannot be written. The relay does not
+// dial clients, so only the DHT's answers read them; and what one client says of
+// another never gets near them. Other relays have the addresses that the operator
+// gave them.
 //
-// go-libp2p's own book would leave out exactly what crosses a NAT: identify does
-// not store a connection's remote address, and drops private ones of peers that
-// come over a public one.
+// go-libp2p's own book would leave out exactly the addresses that cross a NAT:
+// identify does not store a connection's remote address, and drops the private
+// addresses of peers that come over a public one.
 type addrBook struct {
-	peerstore.Peerstore
-	peerstore.CertifiedAddrBook // the same store; basichost keeps our own record there
-	self                        peer.ID
-	peers                       *peers
+	addrStore
+	self   peer.ID
+	peers  *peers
+	relays map[peer.ID][]ma.Multiaddr
 }
 
 func (b addrBook) Addrs(id peer.ID) []ma.Multiaddr {
 	if id == b.self {
-		return b.Peerstore.Addrs(id)
+		return b.addrStore.Addrs(id)
 	}
-	if named := b.peers.relays[id]; named != nil {
-		return slices.Clone(named) // in which the swarm resolves and sorts
+	if addrs := b.relays[id]; addrs != nil {
+		return slices.Clone(addrs) // the swarm resolves and sorts them in place
 	}
 	return b.peers.addrs(id)
 }
@@ -226,7 +233,7 @@ func (b addrBook) AddAddr(id peer.ID, addr ma.Multiaddr, ttl time.Duration) {
 
 func (b addrBook) AddAddrs(id peer.ID, addrs []ma.Multiaddr, ttl time.Duration) {
 	if id == b.self {
-		b.Peerstore.AddAddrs(id, addrs, ttl)
+		b.addrStore.AddAddrs(id, addrs, ttl)
 	}
 }
 
@@ -236,6 +243,6 @@ func (b addrBook) SetAddr(id peer.ID, addr ma.Multiaddr, ttl time.Duration) {
 
 func (b addrBook) SetAddrs(id peer.ID, addrs []ma.Multiaddr, ttl time.Duration) {
 	if id == b.self {
-		b.Peerstore.SetAddrs(id, addrs, ttl)
+		b.addrStore.SetAddrs(id, addrs, ttl)
 	}
 }

@@ -1,15 +1,36 @@
 package main
 
-// What stands on the wire: names of protocols, fields and keys, and the answer of
-// the identity endpoint. The deployed clients and `check` rely on each of them.
+// Names on the wire: protocols, the DHT's keys and record fields, and the identity
+// endpoint's answer. The deployed clients rely on each of them.
 
 import (
+	recpb "github.com/libp2p/go-libp2p-record/pb"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// identityPath is fixed in the deployed clients.
-const identityPath = "/api/v1/identity"
+const (
+	// protocolVersion is what identify and the identity endpoint say.
+	protocolVersion = "/privstack/relay/1.0.0"
+
+	// kadProtocol is rust-libp2p's default DHT protocol, kad::PROTOCOL_NAME. The
+	// clients kept that name, but their network is their own: nothing connects it
+	// to the nodes of IPFS.
+	kadProtocol protocol.ID = "/ipfs/kad/1.0.0"
+
+	// recordPrefix begins every key that the relay stores.
+	recordPrefix = "/privstack/"
+
+	// identityRoute is the path of the identity endpoint. The deployed clients
+	// ask for exactly this one.
+	identityRoute = "/api/v1/identity"
+)
+
+// maxPeerID is the length of the longest peer ID, in bytes: a key of at most 42
+// bytes as it is, or its SHA-256.
+// https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md#peer-ids
+const maxPeerID = 2 + 42
 
 // identityResponse is the body of GET /api/v1/identity. Field names and their
 // order are the old relay's, on which deployed clients rely.
@@ -17,33 +38,55 @@ type identityResponse struct {
 	PeerID string `json:"peer_id"`
 
 	// Addresses are multiaddrs without /p2p: announced ones first, then the
-	// sockets, which clients complete with the host they asked.
+	// sockets. In the sockets' addresses clients replace 0.0.0.0 and :: with the
+	// host that they asked.
 	Addresses       []string `json:"addresses"`
 	ProtocolVersion string   `json:"protocol_version"`
 	AgentVersion    string   `json:"agent_version"`
 }
 
-// recordPrefix begins every key that is stored.
-const recordPrefix = "/privstack/"
-
-// rust-libp2p adds two fields to the record of the kad-dht spec, and its clients
-// ignore a record without the first. Go's record type knows neither, so they
-// travel as unknown fields.
+// recordExtras are the fields that rust-libp2p adds to the record of the kad-dht
+// spec. Its clients ignore a record without a publisher. Go's record type knows
+// neither field, so they travel as unknown ones.
 // https://github.com/libp2p/rust-libp2p/blob/master/protocols/kad/src/generated/dht.proto
+type recordExtras struct {
+	publisher peer.ID // of the device that put it, as it says; "" if it does not
+	encoded   []byte  // both fields, byte for byte as they came
+}
+
 const (
-	publisherField protowire.Number = 666 // bytes: the peer ID of who put it
+	publisherField protowire.Number = 666 // bytes
 	ttlField       protowire.Number = 777 // varint: seconds left to live
-
-	// maxRecordExtra bounds both together, in bytes; a peer ID has at most 42.
-	maxRecordExtra = 128
 )
 
-const (
-	// protocolVersion is what identify and the identity endpoint say.
-	protocolVersion = "/privstack/relay/1.0.0"
+// readExtras returns the two fields of rec, and an error if what stands where
+// unknown fields do is no protobuf. Of several publishers the last one counts, as
+// everywhere in protobuf.
+func readExtras(rec *recpb.Record) (recordExtras, error) {
+	var x recordExtras
+	for unknown := rec.ProtoReflect().GetUnknown(); len(unknown) > 0; {
+		num, typ, n := protowire.ConsumeField(unknown)
+		if n < 0 {
+			return recordExtras{}, protowire.ParseError(n)
+		}
+		switch {
+		case num == publisherField && typ == protowire.BytesType:
+			_, _, tag := protowire.ConsumeTag(unknown)
+			id, _ := protowire.ConsumeBytes(unknown[tag:])
+			x.publisher = peer.ID(id)
+			x.encoded = append(x.encoded, unknown[:n]...)
+		case num == ttlField && typ == protowire.VarintType:
+			x.encoded = append(x.encoded, unknown[:n]...)
+		}
+		unknown = unknown[n:]
+	}
+	return x, nil
+}
 
-	// kadProtocol is rust-libp2p's default DHT protocol, kad::PROTOCOL_NAME,
-	// which the clients left as it was: theirs is a network of its own
-	// nonetheless, because nothing ties it to IPFS's nodes.
-	kadProtocol protocol.ID = "/ipfs/kad/1.0.0"
-)
+// newExtras returns the fields that a device sends with a record.
+func newExtras(publisher peer.ID, ttlSeconds uint64) recordExtras {
+	encoded := protowire.AppendTag(nil, publisherField, protowire.BytesType)
+	encoded = protowire.AppendBytes(encoded, []byte(publisher))
+	encoded = protowire.AppendTag(encoded, ttlField, protowire.VarintType)
+	return recordExtras{publisher, protowire.AppendVarint(encoded, ttlSeconds)}
+}

@@ -1,39 +1,37 @@
 package main
 
-// The DHT's values: which are let in, and where they are kept. kad-dht's own
-// store is an unbounded map, and it reads requests of up to 4 MiB; this one is
-// bounded in records and bytes, and so is what a request may bring.
+// Where the DHT's records are kept: in memory, within bounds that are shared
+// fairly. kad-dht's own store is an unbounded map.
 
 import (
-	"bytes"
 	"container/heap"
 	"container/list"
 	"context"
+	"hash/maphash"
 	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 	ds "github.com/ipfs/go-datastore"
-	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	manet "github.com/multiformats/go-multiaddr/net"
 	"google.golang.org/protobuf/proto"
 )
 
-// recordStore keeps records in memory, within bounds that are shared fairly: what
-// has to go is the record put longest ago by the peer that holds most, in the
-// network that holds most. So whoever fills the store loses his own records, and
-// nobody else's; and where all hold the same, the record put longest ago goes.
+// recordStore keeps records within its bounds. When they are reached, the record
+// goes that was put longest ago by the peer that holds most in the network that
+// holds most. So whoever fills the store loses his own records and nobody else's;
+// and where all hold the same, the record put longest ago goes.
 //
-// It is the datastore under kad-dht's value store, which calls Get, Put and
-// Delete alone; the rest is the null datastore's, where nothing is.
+// It is the datastore under kad-dht's value store, which calls Get, Put and Delete
+// alone. The rest is the null datastore's, which holds nothing.
 type recordStore struct {
 	ds.NullDatastore
 	maxRecords int
 	maxBytes   int64
+	seed       maphash.Seed
 
 	mu      sync.Mutex
 	records map[ds.Key]*storedRecord
@@ -41,9 +39,10 @@ type recordStore struct {
 	holders map[holderID]*holder
 	all     holder // of all networks
 
-	// coming says for keys about to be put by whom. kad-dht's handler does not
-	// tell its datastore, so the hook before it tells in advance.
-	coming *simplelru.LRU[string, holderID]
+	// senders maps the hash of each record about to be stored to its sender.
+	// kad-dht does not tell its datastore who sent a record, so the hook before
+	// it does, by expect.
+	senders *simplelru.LRU[uint64, holderID]
 }
 
 type storedRecord struct {
@@ -55,29 +54,33 @@ type storedRecord struct {
 	inAge, inOwn *list.Element
 }
 
-// holderID is a peer in a network, or with "" the network: an IPv4 address or an
-// IPv6 /56, as for connections.
+// holderID is a peer in a network (see networkOf), or the network if peer is "".
 type holderID struct {
 	network netip.Prefix
 	peer    peer.ID
 }
 
-// holder counts what a peer holds, a network, or all of them.
+// holderOf returns who is at the other end of c.
+func holderOf(c network.Conn) holderID {
+	return holderID{networkOf(ipOf(c.RemoteMultiaddr())), c.RemotePeer()}
+}
+
+// holder counts what a peer holds, or a network, or all of them.
 type holder struct {
 	id     holderID
 	parent *holder // nil for all of them
 	bytes  int64   // overhead included
 
-	records list.List // of *storedRecord, of a peer: as byAge
-	parts   holders   // of a network: its peers; of all: the networks
+	records list.List // a peer's *storedRecord, the one put longest ago first
+	parts   holders   // a network's peers, or all networks
 	index   int       // in the parent's parts
 }
 
-// share is what h holds, so coarsely that nobody loses to others for a record of
-// a few bytes more.
+// share returns what h holds in units of avgRecord, so that nobody loses a record
+// for holding a few bytes more than others.
 func (h *holder) share() int64 { return (h.bytes + avgRecord - 1) / avgRecord }
 
-// oldest is when what would go next of h was put.
+// oldest returns when the record of h that would go next was put.
 func (h *holder) oldest() time.Time {
 	for len(h.parts) > 0 {
 		h = h.parts[0]
@@ -85,11 +88,11 @@ func (h *holder) oldest() time.Time {
 	if front := h.records.Front(); front != nil {
 		return front.Value.(*storedRecord).put
 	}
-	return time.Time{} // it is about to be filled, or forgotten
+	return time.Time{} // h is about to get its first record, or has lost its last
 }
 
-// holders is a heap: first comes who holds most, and of equals the one with the
-// record put longest ago.
+// holders is a heap. First comes the one that holds most, and of equals the one
+// whose record was put longest ago.
 type holders []*holder
 
 func (h holders) Len() int { return len(h) }
@@ -120,38 +123,40 @@ func (h *holders) Pop() any {
 // each record has a holder and a network of its own. Measured: 835.
 const recordOverhead = 896
 
-// maxComing is how many records can be on their way from the hook to the store
-// before the first is taken to be nobody's: requests being handled at once.
-const maxComing = 4096
+// maxSenders is how many records can be on their way from expect to Put. Beyond
+// that the first of them would be nobody's.
+const maxSenders = 4096
 
 func newRecordStore(maxRecords int, maxBytes int64) *recordStore {
-	coming, err := simplelru.NewLRU[string, holderID](maxComing, nil)
+	senders, err := simplelru.NewLRU[uint64, holderID](maxSenders, nil)
 	if err != nil {
 		panic(err) // only for a size below one
 	}
 	return &recordStore{
 		maxRecords: maxRecords, maxBytes: maxBytes,
+		seed:    maphash.MakeSeed(),
 		records: make(map[ds.Key]*storedRecord),
 		holders: make(map[holderID]*holder),
-		coming:  coming,
+		senders: senders,
 	}
 }
 
-// from tells the store who is about to put the record of req, if it holds one
-// that kad-dht will let in.
-func (s *recordStore) from(c network.Conn, req *kadpb.Message) {
-	rec := req.GetRecord()
-	if req.GetType() != kadpb.Message_PUT_VALUE || rec == nil || !bytes.Equal(req.Key, rec.Key) || (recordValidator{}).Validate(string(rec.Key), rec.Value) != nil {
-		return
-	}
-	id := holderID{peer: c.RemotePeer()}
-	if ip, err := manet.ToIP(c.RemoteMultiaddr()); err == nil {
-		addr, _ := netip.AddrFromSlice(ip)
-		id.network = networkOf(addr.Unmap())
-	}
+// expect tells the store that rec is about to be put, and who sent it.
+func (s *recordStore) expect(rec *recpb.Record, sender holderID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.coming.Add(string(rec.Key), id)
+	s.senders.Add(s.hash(rec), sender)
+}
+
+// hash tells apart records of one key that several peers put at the same time.
+func (s *recordStore) hash(rec *recpb.Record) uint64 {
+	var h maphash.Hash
+	h.SetSeed(s.seed)
+	h.Write(rec.GetKey())
+	h.WriteByte(0)
+	h.Write(rec.GetValue())
+	h.Write(rec.ProtoReflect().GetUnknown())
+	return h.Sum64()
 }
 
 // Get returns the encoded record, or ds.ErrNotFound. It does not count as use.
@@ -168,14 +173,13 @@ func (s *recordStore) Get(_ context.Context, key ds.Key) ([]byte, error) {
 // Put keeps data, which the caller must not change, and drops what is too old or
 // too much.
 func (s *recordStore) Put(_ context.Context, key ds.Key, data []byte) error {
-	var owner holderID
-	decoded := new(recpb.Record)
-	decodeErr := proto.Unmarshal(data, decoded)
+	rec := new(recpb.Record)
+	decodeErr := proto.Unmarshal(data, rec)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var owner holderID // nobody, unless expect has told us
 	if decodeErr == nil {
-		owner, _ = s.coming.Peek(string(decoded.Key))
-		s.coming.Remove(string(decoded.Key))
+		owner, _ = s.senders.Peek(s.hash(rec))
 	}
 	if old, ok := s.records[key]; ok {
 		s.remove(old)
@@ -204,7 +208,8 @@ func (s *recordStore) Delete(_ context.Context, key ds.Key) error {
 	return nil
 }
 
-// held is how many records there are, and their bytes with what they cost beside.
+// held returns how many records there are, and how many bytes they take with
+// everything that keeping them costs.
 func (s *recordStore) held() (n int, bytes int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -218,7 +223,7 @@ func (r *storedRecord) size() int64 {
 func (s *recordStore) add(rec *storedRecord, owner holderID) {
 	network := s.holder(holderID{network: owner.network}, &s.all)
 	if owner.peer == "" {
-		owner.peer = "?" // nobody's: not to be the network itself
+		owner.peer = "?" // nobody's; "" would be the network itself
 	}
 	rec.owner = s.holder(owner, network)
 	rec.inOwn = rec.owner.records.PushBack(rec)
@@ -227,7 +232,7 @@ func (s *recordStore) add(rec *storedRecord, owner holderID) {
 	s.count(rec.owner, rec.size())
 }
 
-// holder finds who is called id among the parts of parent, or makes it.
+// holder returns the part of parent that is called id, and adds it if there is none.
 func (s *recordStore) holder(id holderID, parent *holder) *holder {
 	h := s.holders[id]
 	if h == nil {
@@ -245,7 +250,8 @@ func (s *recordStore) remove(rec *storedRecord) {
 	s.count(rec.owner, -rec.size())
 }
 
-// count adds to what h and those above it hold, and forgets who holds nothing.
+// count adds bytes to what h and those above it hold, and forgets those that hold
+// nothing.
 func (s *recordStore) count(h *holder, bytes int64) {
 	for ; h.parent != nil; h = h.parent {
 		h.bytes += bytes

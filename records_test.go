@@ -38,6 +38,7 @@ func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.
 	return rec
 }
 
+// rustFields are a record's publisher and ttl as rust-libp2p encodes them.
 func rustFields(publisher peer.ID, ttl uint64) []byte {
 	b := protowire.AppendTag(nil, 666, protowire.BytesType)
 	b = protowire.AppendBytes(b, []byte(publisher))
@@ -196,11 +197,12 @@ func TestOfEqualsTheOldestRecordGoes(t *testing.T) {
 	put := func(i int) {
 		id := holderID{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i / 3), 0}), 32), peer.ID(fmt.Sprint("peer", i))}
 		key := fmt.Sprint("/privstack/", i)
-		data, err := proto.Marshal(&recpb.Record{Key: []byte(key), Value: make([]byte, 1+i*7%900)})
+		rec := &recpb.Record{Key: []byte(key), Value: make([]byte, 1+i*7%900)}
+		data, err := proto.Marshal(rec)
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.coming.Add(key, id)
+		s.expect(rec, id)
 		s.Put(ctx, ds.NewKey(key), data)
 	}
 	for i := range 200 {
@@ -225,11 +227,12 @@ func TestFloodEvictsItsOwnRecords(t *testing.T) {
 	ctx := context.Background()
 	putAs := func(s *recordStore, id holderID, i int, size int) {
 		key := fmt.Sprintf("/privstack/%s/%d", string(id.peer), i)
-		data, err := proto.Marshal(&recpb.Record{Key: []byte(key), Value: make([]byte, size)})
+		rec := &recpb.Record{Key: []byte(key), Value: make([]byte, size)}
+		data, err := proto.Marshal(rec)
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.coming.Add(key, id)
+		s.expect(rec, id)
 		s.Put(ctx, ds.NewKey(key), data)
 	}
 	network := func(i int) netip.Prefix { return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32) }
@@ -279,13 +282,14 @@ func TestRecordOverheadIsNoLess(t *testing.T) {
 	data := 0
 	for i := range n {
 		key := fmt.Sprintf("/privstack/syncgroup/%032d", i)
-		rec, err := proto.Marshal(&recpb.Record{Key: []byte(key), Value: make([]byte, 300)})
+		rec := &recpb.Record{Key: []byte(key), Value: make([]byte, 300)}
+		encoded, err := proto.Marshal(rec)
 		if err != nil {
 			t.Fatal(err)
 		}
-		data += len(key) + len(rec)
-		s.coming.Add(key, holderID{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32), peer.ID(fmt.Sprintf("%038d", i))})
-		s.Put(context.Background(), ds.NewKey(key), rec)
+		data += len(key) + len(encoded)
+		s.expect(rec, holderID{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32), peer.ID(fmt.Sprintf("%038d", i))})
+		s.Put(context.Background(), ds.NewKey(key), encoded)
 	}
 	each := (int(liveHeap()-before) - data) / n
 	runtime.KeepAlive(s)
@@ -358,7 +362,7 @@ func TestBoundedStreamFollowsFrames(t *testing.T) {
 		overlong := len(data)
 		data = append(data, 1, 2, 3)
 
-		s := &boundedStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
+		s := &kadStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
 		read := 0
 		for {
 			n, err := s.Read(make([]byte, 1+rng.IntN(1000)))
@@ -440,7 +444,7 @@ func FuzzKadFrames(f *testing.F) {
 			}
 			rest = rest[min(n+int(length), len(rest)):]
 		}
-		s := &boundedStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
+		s := &kadStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
 		var got []byte
 		var err error
 		for err == nil {
@@ -461,7 +465,7 @@ func FuzzKadFrames(f *testing.F) {
 
 // A record's unknown fields may be anything: what is kept is what clients use,
 // unchanged, and keeping it again changes nothing.
-func FuzzKnownExtra(f *testing.F) {
+func FuzzRecordExtras(f *testing.F) {
 	f.Add(rustFields("publisher", 60))
 	f.Add(append(protowire.AppendVarint(protowire.AppendTag(nil, 3, protowire.VarintType), 7), rustFields("p", 1)...))
 	f.Add(protowire.AppendTag(nil, 666, protowire.StartGroupType))
@@ -469,18 +473,19 @@ func FuzzKnownExtra(f *testing.F) {
 	f.Fuzz(func(t *testing.T, unknown []byte) {
 		rec := new(recpb.Record)
 		rec.ProtoReflect().SetUnknown(unknown)
-		publisher := publisherOf(rec)
-		extra, err := knownExtra(unknown)
+		extras, err := readExtras(rec)
 		if err != nil {
 			return
 		}
-		if !bytes.Contains(extra, []byte(publisher)) {
-			t.Errorf("of %x is kept %x, and the publisher is %x", unknown, extra, string(publisher))
+		if !bytes.Contains(extras.encoded, []byte(extras.publisher)) {
+			t.Errorf("of %x is kept %x, and the publisher is %x", unknown, extras.encoded, string(extras.publisher))
 		}
-		if again, err := knownExtra(extra); err != nil || !bytes.Equal(again, extra) {
-			t.Errorf("of %x is kept %x, of which is kept %x, %v", unknown, extra, again, err)
+		rec.ProtoReflect().SetUnknown(extras.encoded)
+		again, err := readExtras(rec)
+		if err != nil || again.publisher != extras.publisher || !bytes.Equal(again.encoded, extras.encoded) {
+			t.Errorf("of %x is kept %v, of which is kept %v, %v", unknown, extras, again, err)
 		}
-		for rest := extra; len(rest) > 0; {
+		for rest := extras.encoded; len(rest) > 0; {
 			num, _, n := protowire.ConsumeField(rest)
 			if num != 666 && num != 777 || !bytes.Contains(unknown, rest[:n]) {
 				t.Fatalf("of %x is kept %x", unknown, rest[:n])

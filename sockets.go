@@ -1,7 +1,8 @@
 package main
 
-// The QUIC sockets: how they are configured where libp2p takes no option for it,
-// with which keys, and how a crowd of new connections is let in.
+// The UDP sockets on which QUIC runs: how they are bound, how QUIC is configured
+// where libp2p has no option for it, with which keys, and how a crowd of new
+// connections is let in.
 
 import (
 	"context"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/transport"
@@ -35,18 +37,17 @@ const (
 	// and mobile networks have. Where the path carries more, discovery finds out.
 	packetSize = 1200
 
-	// wantedBuffer is what quic-go asks the kernel for, receiving and sending, in
-	// bytes, and below which it calls what socketBuffers says small:
-	// desiredBufferSize in its sys_conn_buffers.go.
+	// wantedBuffer is the size of receive and send buffer that quic-go asks the
+	// kernel for, in bytes: desiredBufferSize in its sys_conn_buffers.go.
 	wantedBuffer = 7 << 20
 
-	// handshakeRate is how many connections may begin per second before
-	// newcomers have to prove their address by a Retry first (RFC 9000, 8.1.2).
-	// It is what libp2p has.
+	// handshakeRate is how many connections may begin per second before newcomers
+	// have to prove their address by a Retry first (RFC 9000, 8.1.2). libp2p has
+	// the same rate.
 	handshakeRate = 1000
 
-	// acceptQueue is how many connections may wait, their handshakes done, for
-	// libp2p to take them: a crowd that comes back when the relay has restarted.
+	// acceptQueue is how many connections may wait after their handshakes until
+	// libp2p accepts them: a crowd that comes back when the relay has restarted.
 	acceptQueue = 1024
 
 	// acceptors is how many goroutines wait for a connection on each socket.
@@ -55,9 +56,9 @@ const (
 	acceptors = 256
 )
 
-// quicSockets are the UDP sockets on which libp2p listens. It can bind its own,
-// but takes the QUIC configuration from nobody: these it borrows. Add
-// newTransport to the network, bind before listening, and close at the end.
+// quicSockets are the UDP sockets on which libp2p listens. libp2p could bind its
+// own, but would not let us configure QUIC on them, so it borrows these. Add
+// newTransport to the network, then call listen, and close at the end.
 type quicSockets struct {
 	tally   *tally
 	manager *quicreuse.ConnManager
@@ -67,15 +68,17 @@ type quicSockets struct {
 	admit  func(context.Context, *quic.ClientInfo) (context.Context, error)
 	verify func(net.Addr) bool
 
-	// unproven is how many connections have begun from addresses that are not
-	// proven, and are not libp2p's yet. Forged ones stay for 10 s, and take places
-	// from newcomers: at maxUnproven newcomers have to prove theirs.
+	// unproven is how many connections have begun from addresses that nobody has
+	// proven, and wait for libp2p to accept them. A forged one stays for 10 s and
+	// takes a place from a newcomer. At maxUnproven, newcomers have to prove their
+	// addresses.
 	unproven    atomic.Int64
 	maxUnproven int64
 
-	bound []*quic.Transport
+	transports []*quic.Transport // one for each socket
 }
 
+// newTransport returns libp2p's QUIC transport over these sockets.
 func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionGater, resources network.ResourceManager) (transport.Transport, error) {
 	reset, token, err := quicKeys(key)
 	if err != nil {
@@ -88,11 +91,11 @@ func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionG
 	return libp2pquic.NewTransport(key, manager, nil, gater, resources)
 }
 
-// quicKeys are the keys of a relay's sockets, the same after each restart: one
-// lets a connection that the last process had be ended at once (RFC 9000, 10.3),
-// the other accepts the tokens it gave. Both are derived from the identity key as
-// libp2p.New does (PrivKeyToStatelessResetKey in its config package, which links
-// every transport there is).
+// quicKeys returns the keys of a relay's sockets, which are the same after each
+// restart. One lets us reset connections left over from the previous process (RFC
+// 9000, 10.3), the other lets us accept the tokens that it gave. Both are derived
+// from the identity key as libp2p.New does (PrivKeyToStatelessResetKey in its config
+// package, which would link every transport there is).
 func quicKeys(identity crypto.PrivKey) (reset quic.StatelessResetKey, token quic.TokenGeneratorKey, err error) {
 	secret, err := identity.Raw()
 	if err != nil {
@@ -105,11 +108,12 @@ func quicKeys(identity crypto.PrivKey) (reset quic.StatelessResetKey, token quic
 	return reset, token, errors.Join(resetErr, tokenErr)
 }
 
-// newManager has the signature that libp2p.QUICReuse takes, too.
+// newManager prepares q and returns the manager by which libp2p borrows the sockets.
+// Its signature is what libp2p.QUICReuse takes.
 func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenGeneratorKey, resources network.ResourceManager) (_ *quicreuse.ConnManager, err error) {
 	q.reset, q.token = reset, token
-	// What libp2p gives its own sockets: a connection is counted before its
-	// handshake costs anything, and forged addresses cost others nothing.
+	// As libp2p does on its own sockets, count a connection before its handshake
+	// costs anything, and let forged addresses cost others nothing.
 	q.admit = func(ctx context.Context, client *quic.ClientInfo) (context.Context, error) {
 		addr, err := quicreuse.ToQuicMultiaddr(client.RemoteAddr, quic.Version1)
 		if err != nil {
@@ -117,7 +121,7 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 		}
 		scope, err := resources.OpenConnection(network.DirInbound, false, addr)
 		if err != nil {
-			if !errors.Is(err, network.ErrResourceLimitExceeded) { // which tally hears of
+			if !errors.Is(err, network.ErrResourceLimitExceeded) { // which tally.BlockConn counts
 				q.tally.refuse(refusedNetwork)
 			}
 			return ctx, err
@@ -138,8 +142,8 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 	return q.manager, err
 }
 
-// bind makes the socket for a later Listen on the same family ("udp4", "udp6")
-// and port, all addresses.
+// bind opens a socket on all addresses of a family ("udp4" or "udp6"), on which
+// libp2p can then listen.
 func (q *quicSockets) bind(family string, port int) error {
 	conn, err := net.ListenUDP(family, &net.UDPAddr{Port: port})
 	if err != nil {
@@ -152,15 +156,15 @@ func (q *quicSockets) bind(family string, port int) error {
 		ConnContext:         q.admit,
 		VerifySourceAddress: q.verify,
 	}
-	q.bound = append(q.bound, tr)
+	q.transports = append(q.transports, tr)
 	_, err = q.manager.LendTransport(family, lentTransport{tr}, conn)
 	return err
 }
 
-// buffers are the sizes of the smallest receive and send buffer of the bound
-// sockets, in bytes. They are set once libp2p listens. 0 is unknown.
+// buffers returns the sizes of the smallest receive and send buffer of the sockets,
+// in bytes. quic-go sets them when libp2p begins to listen. 0 is unknown.
 func (q *quicSockets) buffers() (receive, send int) {
-	for i, tr := range q.bound {
+	for i, tr := range q.transports {
 		raw, err := tr.Conn.(quic.OOBCapablePacketConn).SyscallConn()
 		if err != nil {
 			return 0, 0
@@ -174,21 +178,21 @@ func (q *quicSockets) buffers() (receive, send int) {
 	return receive, send
 }
 
-// close is called when nothing listens any more. The zero value may be closed,
-// and any other one more than once.
+// close is called when nothing listens any more. It may be called on the zero value,
+// and more than once.
 func (q *quicSockets) close() error {
 	var errs []error
 	if q.manager != nil {
 		errs = append(errs, q.manager.Close())
 	}
-	for _, tr := range q.bound {
+	for _, tr := range q.transports {
 		errs = append(errs, tr.Close(), tr.Conn.Close())
 	}
-	q.manager, q.bound = nil, nil
+	q.manager, q.transports = nil, nil
 	return errors.Join(errs...)
 }
 
-// lentTransport has a relay's QUIC configuration.
+// lentTransport is a transport on which QUIC is configured as a relay needs it.
 type lentTransport struct{ *quic.Transport }
 
 func (t lentTransport) Listen(tlsConf *tls.Config, conf *quic.Config) (quicreuse.QUICListener, error) {
@@ -196,7 +200,7 @@ func (t lentTransport) Listen(tlsConf *tls.Config, conf *quic.Config) (quicreuse
 	if err != nil {
 		return nil, err
 	}
-	return newPacedListener(l), nil
+	return newQueueingListener(l), nil
 }
 
 func (t lentTransport) Dial(ctx context.Context, addr net.Addr, tlsConf *tls.Config, conf *quic.Config) (*quic.Conn, error) {
@@ -211,18 +215,18 @@ func tuned(conf *quic.Config) *quic.Config {
 	conf.MaxStreamReceiveWindow = maxWindow
 	conf.MaxConnectionReceiveWindow = maxWindow * 3 / 2
 	conf.MaxIncomingStreams = maxIncomingStreams
-	// libp2p speaks neither over QUIC by itself, only WebTransport does. Nobody
-	// would read them here, and each client could fill a queue.
+	// libp2p uses neither unidirectional streams nor datagrams, only WebTransport
+	// does. Nobody would read them here, and each client could fill a queue.
 	conf.MaxIncomingUniStreams = -1
 	conf.EnableDatagrams = false
 	return conf
 }
 
-// waitingScope tells when libp2p takes a connection that was handed to it: it
-// then says whose it is.
+// waitingScope notices when libp2p accepts a connection: libp2p then says whose it
+// is.
 type waitingScope struct {
 	network.ConnManagementScope
-	over  <-chan struct{} // closed when it is taken, or the connection has ended
+	over  <-chan struct{} // closed when libp2p has accepted the connection, or it has ended
 	taken context.CancelFunc
 }
 
@@ -231,18 +235,18 @@ func (s waitingScope) SetPeer(id peer.ID) error {
 	return s.ConnManagementScope.SetPeer(id)
 }
 
-// pacedListener keeps connections that come faster than libp2p takes them, where
-// libp2p would close the 17th with "queue full".
-type pacedListener struct {
+// queueingListener keeps connections that come faster than libp2p accepts them. By
+// itself libp2p would close the 17th with "queue full".
+type queueingListener struct {
 	*quic.Listener
 	queue  chan *quic.Conn // closed when the listener is
-	handed <-chan struct{} // closed when libp2p has taken the last one
+	handed <-chan struct{} // closed when libp2p has accepted the last one
 	closed chan struct{}
 	close  func()
 }
 
-func newPacedListener(l *quic.Listener) *pacedListener {
-	p := &pacedListener{Listener: l, queue: make(chan *quic.Conn, acceptQueue), closed: make(chan struct{})}
+func newQueueingListener(l *quic.Listener) *queueingListener {
+	p := &queueingListener{Listener: l, queue: make(chan *quic.Conn, acceptQueue), closed: make(chan struct{})}
 	p.close = sync.OnceFunc(func() { close(p.closed) })
 	var accepting sync.WaitGroup
 	for range acceptors {
@@ -254,7 +258,7 @@ func newPacedListener(l *quic.Listener) *pacedListener {
 				}
 				select {
 				case p.queue <- conn:
-				case <-p.closed: // and soon the transport, with all its connections
+				case <-p.closed: // the transport ends soon, with all its connections
 					return
 				}
 			}
@@ -267,9 +271,9 @@ func newPacedListener(l *quic.Listener) *pacedListener {
 	return p
 }
 
-// Accept has one caller, libp2p's loop, which must not be given the next one
-// before it has found room for the last.
-func (l *pacedListener) Accept(ctx context.Context) (*quic.Conn, error) {
+// Accept has one caller, libp2p's loop. It returns the next connection only when
+// libp2p has found room for the last.
+func (l *queueingListener) Accept(ctx context.Context) (*quic.Conn, error) {
 	if l.handed != nil {
 		select {
 		case <-l.handed:
@@ -287,54 +291,48 @@ func (l *pacedListener) Accept(ctx context.Context) (*quic.Conn, error) {
 	return conn, nil
 }
 
-func (l *pacedListener) Close() error {
+func (l *queueingListener) Close() error {
 	l.close()
 	return l.Listener.Close()
 }
 
-// listen binds the UDP port on IPv4 and IPv6. A machine without one of them is
-// worth a warning; a port that is taken is an error.
-func (r *relay) listen(port int, log *slog.Logger) error {
+// listen binds port on IPv4 and IPv6, and lets h listen there. If the machine lacks
+// one of the two it warns; a port that is taken is an error.
+func (q *quicSockets) listen(h host.Host, port int, log *slog.Logger) error {
 	for _, family := range []struct{ name, network, addr string }{
 		{"IPv4", "udp4", "/ip4/0.0.0.0/udp/%d/quic-v1"},
 		{"IPv6", "udp6", "/ip6/::/udp/%d/quic-v1"},
 	} {
-		// Whether any port can be bound tells the two apart on every system.
+		// If not even a free port can be bound, the machine lacks this family.
 		probe, err := net.ListenPacket(family.network, ":0")
 		if err != nil {
 			log.Warn("no "+family.name+" on this machine, clients can't reach it that way", "err", err)
 			continue
 		}
 		probe.Close()
-		if err := r.sockets.bind(family.network, port); err != nil {
+		if err := q.bind(family.network, port); err != nil {
 			return fmt.Errorf("bind UDP port %d on %s: %w", port, family.name, err)
 		}
-		if err := r.host.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
+		if err := h.Network().Listen(ma.StringCast(fmt.Sprintf(family.addr, port))); err != nil {
 			return fmt.Errorf("listen on UDP port %d on %s: %w", port, family.name, err)
 		}
 	}
-	bound := r.host.Network().ListenAddresses()
-	if len(bound) == 0 {
+	if len(h.Network().ListenAddresses()) == 0 {
 		return errors.New("neither IPv4 nor IPv6 on this machine")
 	}
-	// Switched off by sysctl, IPv6 can still be bound, but no interface has it.
-	addrs, err := r.host.Network().InterfaceListenAddresses()
+	// Where a sysctl switches IPv6 off, it can still be bound, but no interface
+	// has an address.
+	addrs, err := h.Network().InterfaceListenAddresses()
 	if err != nil {
 		return fmt.Errorf("list interface addresses: %w", err)
 	}
 	if !slices.ContainsFunc(addrs, func(a ma.Multiaddr) bool { return a[0].Protocol().Code == ma.P_IP6 }) {
 		log.Warn("no interface has an IPv6 address, clients can't reach it that way")
 	}
-	r.host.Network().Notify(&network.NotifyBundle{ListenCloseF: func(_ network.Network, a ma.Multiaddr) {
-		select { // when the host closes there is nobody to tell, and no need
-		case r.failed <- fmt.Errorf("listener on %s stopped", a):
-		default:
-		}
-	}})
 	return nil
 }
 
-// freePort finds a UDP port for both families, as they share one number.
+// freePort returns a UDP port that is free on both families, which share one number.
 func freePort() (int, error) {
 	conn, err := net.ListenPacket("udp", ":0")
 	if err != nil {

@@ -1,8 +1,8 @@
 package main
 
-// Datagrams of one sender, read many at a time: UDP generic receive offload,
-// Linux 5.0 and later (udp(7), UDP_GRO). quic-go sends this way, and reads one
-// datagram per message (quic-go/quic-go#3838).
+// Reading many datagrams of one sender at a time: UDP generic receive offload, Linux
+// 5.0 and later (udp(7), UDP_GRO). quic-go sends many at a time by itself, but reads
+// one datagram per message (quic-go/quic-go#3838).
 
 import (
 	"encoding/binary"
@@ -22,27 +22,26 @@ const (
 	// datagrams at most: UDP's length has 16 bits.
 	groMessage = 64 << 10
 
-	// groControl is what quic-go has room for, in bytes, of what the kernel says
-	// of a message: sender's ECN bits, address reached, size of a datagram.
+	// groControl is how many bytes quic-go reserves for what the kernel says about a
+	// message: the sender's ECN bits, the address reached, the size of a datagram.
 	groControl = 128
 )
 
-// groConn has the method by which quic-go reads from a socket that it was given.
+// groConn has the method by which quic-go reads from a socket that it is given.
 // It has one caller.
 type groConn struct {
 	*net.UDPConn
 	batch *xipv4.PacketConn
 
-	// messages were read; those in unread still have datagrams for quic-go, of
-	// the first one only what comes after offset. They are size bytes long each
-	// but for the last.
+	// messages are the buffers to read into. Those in unread still have datagrams
+	// for quic-go: the first one from offset on, each size bytes long but the last.
 	messages     []xipv4.Message
 	unread       []xipv4.Message
 	offset, size int
 }
 
-// coalescing is conn with receive offload, or as it is where the kernel has none.
-// Closing it closes conn.
+// coalescing wraps conn with receive offload, or returns it as it is where the
+// kernel has none. Closing the result closes conn.
 func coalescing(conn *net.UDPConn) quic.OOBCapablePacketConn {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -90,7 +89,7 @@ func (c *groConn) ReadBatch(datagrams []xipv4.Message, flags int) (n int, err er
 	return n, nil
 }
 
-// datagramSize is how long the datagrams in m are, in bytes.
+// datagramSize returns how long each datagram in m is, in bytes.
 func datagramSize(m xipv4.Message) int {
 	for control := m.OOB[:m.NN]; len(control) > 0; {
 		header, value, rest, err := unix.ParseOneSocketControlMessage(control)

@@ -2,7 +2,7 @@
 
 package main
 
-// Linux alone has what sockets_linux.go does.
+// Reading one datagram at a time: only Linux has what sockets_linux.go uses.
 
 import (
 	"net"
@@ -10,4 +10,5 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
+// coalescing returns conn as it is.
 func coalescing(conn *net.UDPConn) quic.OOBCapablePacketConn { return conn }

@@ -1,6 +1,6 @@
 package main
 
-// Windows has none of what system_unix.go does.
+// Stand-ins on Windows for what system_unix.go does.
 
 import (
 	"os"

@@ -1,7 +1,7 @@
 package main
 
-// What the relay tells the service manager that started it: that it serves,
-// that it still does, that it stops. Without one, nothing is said.
+// What the relay tells the service manager that started it: that it serves, that it
+// still does, and that it stops. Without a service manager it says nothing.
 
 import (
 	"fmt"
@@ -11,24 +11,23 @@ import (
 	"time"
 )
 
-// serviceManager is systemd, or whoever else set NOTIFY_SOCKET. The zero value
-// is none.
+// serviceManager is systemd, or whatever else set NOTIFY_SOCKET. The zero value is
+// none.
 // https://www.freedesktop.org/software/systemd/man/sd_notify.html
 type serviceManager struct {
-	// socket receives one datagram for each message. Empty: nobody listens. A
-	// leading @ stands for the zero byte of Linux's abstract sockets, here as in
-	// package net.
+	// socket receives one datagram for each message. Empty: nobody listens. A leading
+	// @ means the zero byte of Linux's abstract sockets, as it does in package net.
 	socket string
 
-	// watchdog is how long it waits for a sign of life before it ends the
-	// process. 0: it does not wait for any.
+	// watchdog is how long the service manager waits for a sign of life before it
+	// ends the process. 0: it waits for none.
 	watchdog time.Duration
 }
 
-// findServiceManager reads what a service manager puts into the environment.
+// findServiceManager reads what the service manager has put into the environment.
 func findServiceManager(getenv func(string) string) serviceManager {
 	m := serviceManager{socket: getenv("NOTIFY_SOCKET")}
-	// The watchdog may be meant for the parent that passed its environment on.
+	// The watchdog may be meant for a parent process that passed its environment on.
 	// https://www.freedesktop.org/software/systemd/man/sd_watchdog_enabled.html
 	if pid := getenv("WATCHDOG_PID"); pid != "" && pid != strconv.Itoa(os.Getpid()) {
 		return m
@@ -39,11 +38,15 @@ func findServiceManager(getenv func(string) string) serviceManager {
 	return m
 }
 
-// maxWatchdog is far above any wait that is worth a watchdog, and fits a Duration.
+// maxWatchdog is far longer than any useful watchdog, and fits a Duration.
 const maxWatchdog = 365 * 24 * time.Hour
 
-// signsOfLife ticks when a message of life is due, twice in the time that the
-// watchdog waits, until stop. Without a watchdog it never does.
+// tellTimeout bounds one message to the service manager. Its socket takes no more
+// while it does not read, and our main loop must not wait for that.
+const tellTimeout = time.Second
+
+// signsOfLife ticks when a sign of life is due, twice in the time that the watchdog
+// waits, until stop is called. Without a watchdog it never ticks.
 func (m serviceManager) signsOfLife() (due <-chan time.Time, stop func()) {
 	if m.socket == "" || m.watchdog == 0 {
 		return nil, func() {}
@@ -52,13 +55,14 @@ func (m serviceManager) signsOfLife() (due <-chan time.Time, stop func()) {
 	return ticker.C, ticker.Stop
 }
 
-// tell sends one message, such as READY=1.
+// tell sends one message, such as READY=1, or gives up after tellTimeout.
 func (m serviceManager) tell(state string) error {
 	if m.socket == "" {
 		return nil
 	}
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: m.socket, Net: "unixgram"})
 	if err == nil {
+		conn.SetWriteDeadline(time.Now().Add(tellTimeout))
 		_, err = conn.Write([]byte(state))
 		conn.Close()
 	}

@@ -1,0 +1,127 @@
+package main
+
+// A libp2p host that speaks QUIC and identify, put together from its parts for the
+// relay and for check. libp2p.New would be shorter, but it links every transport
+// there is and half as many modules again: code that only an attacker would use.
+
+import (
+	"errors"
+
+	"github.com/libp2p/go-libp2p/core/connmgr"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
+	"github.com/libp2p/go-libp2p/core/transport"
+	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/host/observedaddrs"
+	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+)
+
+// hostParts are what the two hosts do not have in common.
+type hostParts struct {
+	key       crypto.PrivKey
+	transport transport.Transport
+	gater     connmgr.ConnectionGater
+	resources network.ResourceManager // nil: no limits
+
+	// addrBook may put another address book in front of the peerstore. nil: the
+	// peerstore's own.
+	addrBook func(self peer.ID, store addrStore) peerstore.Peerstore
+
+	// observe lets the host advertise the addresses at which several peers see it.
+	observe bool
+
+	busOptions   []eventbus.Option
+	swarmOptions []swarm.Option
+	options      basichost.HostOpts
+}
+
+// addrStore is what pstoremem implements: a peerstore that also keeps signed records.
+type addrStore interface {
+	peerstore.Peerstore
+	peerstore.CertifiedAddrBook
+}
+
+// quicHost is a running host. Close ends it and everything in its hostParts.
+type quicHost struct {
+	*basichost.BasicHost
+	observed *observedaddrs.Manager // nil: none
+}
+
+// newQUICHost returns a host that listens on nothing yet. If it fails, it closes
+// the resource manager and leaves the transport to the caller.
+func newQUICHost(parts hostParts) (_ *quicHost, err error) {
+	var undo []func() error
+	defer func() {
+		for i := len(undo) - 1; err != nil && i >= 0; i-- {
+			err = errors.Join(err, undo[i]())
+		}
+	}()
+	if parts.resources == nil {
+		parts.resources = &network.NullResourceManager{}
+	}
+	undo = append(undo, parts.resources.Close)
+
+	self, err := peer.IDFromPrivateKey(parts.key)
+	if err != nil {
+		return nil, err
+	}
+	memory, err := pstoremem.NewPeerstore()
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, memory.Close)
+	// The host takes its keys from here, for identify and its signed record.
+	if err := errors.Join(memory.AddPrivKey(self, parts.key), memory.AddPubKey(self, parts.key.GetPublic())); err != nil {
+		return nil, err
+	}
+	var store peerstore.Peerstore = memory
+	if parts.addrBook != nil {
+		store = parts.addrBook(self, memory)
+	}
+
+	bus := eventbus.NewBus(parts.busOptions...)
+	sw, err := swarm.NewSwarm(self, store, bus, append(parts.swarmOptions,
+		swarm.WithConnectionGater(parts.gater),
+		swarm.WithResourceManager(parts.resources))...)
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, sw.Close)
+	if err := sw.AddTransport(parts.transport); err != nil {
+		return nil, err
+	}
+	h := new(quicHost)
+	if parts.observe {
+		if h.observed, err = observedaddrs.NewManager(bus, sw); err != nil {
+			return nil, err
+		}
+		undo = append(undo, h.observed.Close)
+		parts.options.ObservedAddrsManager = h.observed
+	}
+	// No AutoNAT: it would ask clients to dial back, and whether the relay can be
+	// reached is the operator's to see to. No relay client: nobody reaches it
+	// through others.
+	parts.options.EventBus = bus
+	if h.BasicHost, err = basichost.NewHost(sw, &parts.options); err != nil {
+		return nil, err
+	}
+	if h.observed != nil {
+		h.observed.Start(sw)
+	}
+	h.Start()
+	return h, nil
+}
+
+// Close ends the network before the host: a host waits until its peers have read
+// what it tells them, and one that reads nothing would hold it up by seconds.
+func (h *quicHost) Close() error {
+	var err error
+	if h.observed != nil {
+		err = h.observed.Close()
+	}
+	return errors.Join(err, h.Network().Close(), h.BasicHost.Close())
+}
