@@ -7,6 +7,9 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 )
 
 // One user's large sync must not take the bandwidth from everybody else's.
@@ -92,3 +95,65 @@ func TestShortCircuitsKeepTheCap(t *testing.T) {
 type deadlineStream struct{ memoryStream }
 
 func (deadlineStream) SetDeadline(time.Time) error { return nil }
+
+// An operator who wonders why streams fail looks at this count.
+func TestStreamsRefusedForFairnessAreCounted(t *testing.T) {
+	manager, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(rcmgr.InfiniteLimits))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	counts := new(tally)
+	f := fairStreams{manager, 0, counts}
+	id := newTestPeerID(t)
+	for range streamShare {
+		s, err := f.OpenStream(id, network.DirInbound)
+		if err != nil {
+			t.Fatalf("a stream within its share: %v", err)
+		}
+		defer s.Done()
+	}
+	if s, err := f.OpenStream(id, network.DirInbound); err == nil {
+		s.Done()
+		t.Error("a stream above its share was opened")
+	}
+	if n := counts.refused[refusedStream].Load(); n != 1 {
+		t.Errorf("%d refused streams were counted, want 1", n)
+	}
+}
+
+// The log and the README say how many circuits can be open at once. The one that is
+// too many is refused, and those that are open go on.
+func TestCircuitsEndAtTheirBound(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	r.circuits.most = 2 // nobody has asked for one yet
+	c := newCrowd(t, 4)
+	a, b := c.pair(testContext(t), t, r, [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)})
+	for range r.circuits.most {
+		if _, _, err := a.circuitTo(testContext(t), b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := a.circuit(testContext(t), b.id); err == nil {
+		t.Errorf("circuit %d was opened", r.circuits.most+1)
+	}
+	if n := r.tally.refused[refusedCircuit].Load(); n != 1 {
+		t.Errorf("%d refused circuits were counted, want 1", n)
+	}
+	if _, open := r.circuits.counts(); open != r.circuits.most {
+		t.Errorf("%d circuits are open, want %d", open, r.circuits.most)
+	}
+}
+
+// A device can reach as many others as it is promised, over its one connection, and
+// still ask the DHT.
+func TestOneConnectionHoldsAllCircuitsOfADevice(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	a, b := newCrowd(t, 2).pair(testContext(t), t, r, [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)})
+	for i := range circuitsPerPeer {
+		if _, _, err := a.circuitTo(testContext(t), b); err != nil {
+			t.Fatalf("circuit %d of %d: %v", i+1, circuitsPerPeer, err)
+		}
+	}
+	a.mustAsk(t, findMessage([]byte(b.id)))
+}

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"sync"
 	"testing"
@@ -307,4 +308,19 @@ func TestRelayDialsOtherRelaysAlone(t *testing.T) {
 	if _, err := startRelay(defaultConfig(t, flag), own, nil); err == nil {
 		t.Error("a relay may name itself")
 	}
+}
+
+// A relay whose name has an address that does not answer is the everyday case, such
+// as an IPv6 address behind a firewall. Its other address must be tried meanwhile.
+func TestSilentAddressDoesNotKeepARelayAway(t *testing.T) {
+	silent, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	there := newTestRelay(t, defaultConfig(t))
+	here := newTestRelay(t, defaultConfig(t,
+		fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", silent.LocalAddr().(*net.UDPAddr).Port, there.info.ID),
+		there.bootstrapFlag()))
+	here.waitConnected(t, there.info.ID)
 }

@@ -23,6 +23,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -715,5 +716,24 @@ func TestReadmeQuotesUsage(t *testing.T) {
 		if !strings.Contains(string(readme), text) {
 			t.Errorf("README.md does not hold this usage text as --help prints it:\n%s", text)
 		}
+	}
+}
+
+// One part that hangs must not keep the process from ending.
+func TestClosingGivesUpOnAPartThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hang := make(chan struct{})
+		err := closeStep(t.Context(), "node", func(context.Context) error {
+			<-hang
+			return nil
+		})
+		if err == nil || !strings.Contains(err.Error(), "close node") {
+			t.Errorf("closeStep returned %v, want an error that names the part", err)
+		}
+		close(hang)
+	})
+	cause := errors.New("cause")
+	if err := closeStep(t.Context(), "node", func(context.Context) error { return cause }); !errors.Is(err, cause) {
+		t.Errorf("closeStep returned %v, want %v", err, cause)
 	}
 }

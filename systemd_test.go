@@ -3,6 +3,7 @@ package main
 // What a service manager hears from the relay, over a real socket.
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -132,5 +133,26 @@ func TestNoSignOfLifeWhileALockIsHeld(t *testing.T) {
 		if !<-alive {
 			t.Errorf("takeLocks returned while the lock of %s was held", name)
 		}
+	}
+}
+
+// A service manager that does not read would stop the relay's main loop, and with it
+// the answer to SIGTERM.
+func TestTellGivesUpOnAServiceManagerThatDoesNotRead(t *testing.T) {
+	skipOnWindows(t)
+	path := filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	manager := serviceManager{socket: path}
+	for range 1 << 16 { // more than any socket's queue holds
+		if err = manager.tell("WATCHDOG=1"); err != nil {
+			break
+		}
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("tell returned %v, want a deadline that is exceeded", err)
 	}
 }
