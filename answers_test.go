@@ -4,94 +4,12 @@ package main
 // anybody can bend that.
 
 import (
-	"bytes"
-	"crypto/rand"
-	"slices"
 	"testing"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
-	quicgo "github.com/quic-go/quic-go"
 )
-
-// joinCrowd connects clients to r and waits until all have been identified.
-func joinCrowd(t testing.TB, r testRelay, clients int) []*lightClient {
-	t.Helper()
-	c := newCrowd(t, clients)
-	joined := make([]*lightClient, clients)
-	for i := range joined {
-		joined[i] = c.join(t, r, newLightIdentity(t))
-	}
-	eventually(t, "all are identified", func() bool {
-		return !slices.ContainsFunc(joined, func(c *lightClient) bool { return !r.knows(c.id) })
-	})
-	return joined
-}
-
-func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient {
-	t.Helper()
-	client, err := c.dial(testContext(t), who, r.info)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return client
-}
-
-// knows reports whether id is connected and has been identified.
-func (r testRelay) knows(id peer.ID) bool {
-	r.peers.mu.Lock()
-	defer r.peers.mu.Unlock()
-	return r.peers.identified[id].kadPeer
-}
-
-// mustAsk asks the relay and returns whom the answer names.
-func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma.Multiaddr {
-	t.Helper()
-	resp, err := c.ask(testContext(t), req)
-	if err != nil {
-		t.Fatalf("%v: %v", req.Type, err)
-	}
-	if n := len(resp.CloserPeers); n > maxNamed {
-		t.Errorf("%v: %d peers are named, want at most %d", req.Type, n, maxNamed)
-	}
-	named := make(map[peer.ID][]ma.Multiaddr)
-	for _, p := range resp.CloserPeers {
-		if len(p.Addrs) == 0 {
-			t.Errorf("%v: %v is named without an address", req.Type, peer.ID(p.Id))
-		}
-		named[peer.ID(p.Id)] = p.Addresses()
-	}
-	if _, ok := named[c.id]; ok && !bytes.Equal(req.Key, []byte(c.id)) {
-		t.Errorf("%v: the asker is named", req.Type)
-	}
-	return named
-}
-
-// seenAt is where the relay sees it.
-func (c *lightClient) seenAt() ma.Multiaddr {
-	addr, err := quicreuse.ToQuicMultiaddr(c.LocalAddr(), quicgo.Version1)
-	if err != nil {
-		panic(err) // of a connection's own address
-	}
-	return addr
-}
-
-func findMessage(key []byte) *kadpb.Message { return kadpb.NewMessage(kadpb.Message_FIND_NODE, key, 0) }
-func getMessage(key []byte) *kadpb.Message  { return kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0) }
-
-func putMessage(key []byte, publisher peer.ID) *kadpb.Message {
-	m := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
-	m.Record = rustRecord(key, "{}", publisher, 60)
-	return m
-}
-
-func newGroupKey() []byte {
-	hash := make([]byte, 32)
-	rand.Read(hash)
-	return append([]byte("/privstack/syncgroup/"), hash...)
-}
 
 // The user's moment in a network of strangers: who finds a record is told at once
 // where its publisher is, which no other answer tells.

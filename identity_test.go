@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"crypto/ed25519"
 	"encoding/hex"
 	"os"
 	"path/filepath"
@@ -11,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/peer"
 )
 
 // oldKeyFile is a key file as the old relay wrote it (libp2p-identity,
@@ -30,19 +28,6 @@ func unhex(s string) []byte {
 		panic(err)
 	}
 	return b
-}
-
-func peerIDOf(t testing.TB, key ed25519.PrivateKey) string {
-	t.Helper()
-	k, err := crypto.UnmarshalEd25519PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, err := peer.IDFromPrivateKey(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return id.String()
 }
 
 // Every client knows the relay by this ID: another one is another relay.

@@ -54,7 +54,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -153,51 +152,6 @@ func (p *process) profile(b *testing.B, name, file string) {
 	}
 }
 
-// cpu is what the process has used so far, of all its threads, in steps of 10 ms.
-func (p *process) cpu(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, p.Process.Pid) }
-
-// ownCPU is what this process, the clients', has used so far.
-func ownCPU(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, os.Getpid()) }
-
-func cpuOf(t testing.TB, pid int) time.Duration {
-	t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	// After the name, which may hold anything: utime and stime are the 14th and
-	// 15th field (proc_pid_stat(5)), in ticks of USER_HZ, which is 100.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	var ticks int64
-	for _, f := range fields[11:13] {
-		n, err := strconv.ParseInt(f, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond
-}
-
-// rss is the process's resident memory in bytes, and peakRSS the most that it had.
-func (p *process) rss(t testing.TB) int64     { t.Helper(); return p.status(t, "VmRSS:") }
-func (p *process) peakRSS(t testing.TB) int64 { t.Helper(); return p.status(t, "VmHWM:") }
-
-// status is a figure of /proc/PID/status, in bytes.
-func (p *process) status(t testing.TB, name string) int64 {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(status), name)
-	var kib int64
-	if _, err := fmt.Sscan(rest, &kib); err != nil {
-		t.Fatal(err)
-	}
-	return kib << 10
-}
-
 // table collects what is measured.
 type table struct {
 	text strings.Builder
@@ -286,16 +240,6 @@ func benchStart(b *testing.B, t *table) {
 	t.row("start to first answer (with a new key), median", percentile(took, 0.5))
 }
 
-// kill ends the process now.
-func (p *process) kill() {
-	p.Process.Kill()
-	<-p.rest
-	p.Cmd.Wait()
-}
-
-// link is a stream between two clients, by a circuit or direct.
-type link struct{ from, to *quicgo.Stream }
-
 // benchCircuits opens n circuits, each between two clients of its own on sockets of
 // their own.
 func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, links []link) {
@@ -319,12 +263,6 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 		links = append(links, link{from, to})
 	}
 	return clients, links
-}
-
-func unlimited(streams ...*quicgo.Stream) {
-	for _, s := range streams {
-		s.SetDeadline(time.Time{})
-	}
 }
 
 // direct connects b to a past the relay.
@@ -573,34 +511,6 @@ func benchBandwidth(b *testing.B, t *table) {
 	}
 }
 
-// flood sends what l takes, or with each no more than so many bytes per second,
-// and counts what arrives, until l ends.
-func (l link) flood(got *atomic.Int64, each int64) {
-	go func() {
-		chunk := make([]byte, 64<<10)
-		if each > 0 {
-			chunk = chunk[:16<<10]
-		}
-		for next := time.Now(); ; {
-			if each > 0 {
-				next = next.Add(time.Duration(int64(len(chunk)) * int64(time.Second) / each))
-				time.Sleep(time.Until(next))
-			}
-			if _, err := l.from.Write(chunk); err != nil {
-				return
-			}
-		}
-	}()
-	p := make([]byte, 64<<10)
-	for {
-		n, err := l.to.Read(p)
-		got.Add(int64(n))
-		if err != nil {
-			return
-		}
-	}
-}
-
 // leavingTime is how long clients that have left are given to be forgotten.
 const leavingTime = 5 * time.Minute
 
@@ -692,40 +602,6 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	return kad
 }
 
-// inParallel calls do(0) to do(n-1), so many at a time.
-func inParallel(t testing.TB, n, workers int, do func(ctx context.Context, i int) error) {
-	t.Helper()
-	var next, failed int
-	var first error
-	var mu sync.Mutex
-	var working sync.WaitGroup
-	for range workers {
-		working.Go(func() {
-			for {
-				mu.Lock()
-				i := next
-				next++
-				mu.Unlock()
-				if i >= n {
-					return
-				}
-				ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-				err := do(ctx, i)
-				cancel()
-				if err != nil {
-					mu.Lock()
-					failed, first = failed+1, err
-					mu.Unlock()
-				}
-			}
-		})
-	}
-	working.Wait()
-	if failed > 0 {
-		t.Fatalf("%d of %d failed, such as by: %v", failed, n, first)
-	}
-}
-
 // settle waits until the relay has nothing more to do.
 func settle(t testing.TB, p *process) {
 	t.Helper()
@@ -736,19 +612,6 @@ func settle(t testing.TB, p *process) {
 			return
 		}
 	}
-}
-
-// put stores a record under a key of that name.
-func (c *lightClient) put(ctx context.Context, name string) error {
-	return c.putValue(ctx, name, `{"device_name":"bench","addresses":["/ip4/192.168.1.10/udp/5001/quic-v1"],"timestamp":1700000000}`)
-}
-
-func (c *lightClient) putValue(ctx context.Context, name, value string) error {
-	key := []byte(recordPrefix + "syncgroup/" + name)
-	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
-	req.Record = rustRecord(key, value, c.id, 60)
-	_, err := c.ask(ctx, req)
-	return err
 }
 
 // benchKad measures DHT requests, 16 at a time, each from another client.

@@ -5,12 +5,15 @@ package main
 // libp2p host is below them, so they can also misbehave.
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"net"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,6 +25,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
 	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/multiformats/go-multistream"
@@ -329,5 +333,144 @@ func (c *lightClient) accept(ctx context.Context) (*quicgo.Stream, error) {
 		return s, err
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+}
+
+// joinCrowd connects clients to r and waits until all have been identified.
+func joinCrowd(t testing.TB, r testRelay, clients int) []*lightClient {
+	t.Helper()
+	c := newCrowd(t, clients)
+	joined := make([]*lightClient, clients)
+	for i := range joined {
+		joined[i] = c.join(t, r, newLightIdentity(t))
+	}
+	eventually(t, "all are identified", func() bool {
+		return !slices.ContainsFunc(joined, func(c *lightClient) bool { return !r.knows(c.id) })
+	})
+	return joined
+}
+
+func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient {
+	t.Helper()
+	client, err := c.dial(testContext(t), who, r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// pair connects two clients to r.
+func (c *crowd) pair(ctx context.Context, t *testing.T, r testRelay, who [2]lightIdentity) (a, b *lightClient) {
+	t.Helper()
+	a, err := c.dial(ctx, who[0], r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err = c.dial(ctx, who[1], r.info); err != nil {
+		t.Fatal(err)
+	}
+	return a, b
+}
+
+// mustAsk asks the relay and returns whom the answer names.
+func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma.Multiaddr {
+	t.Helper()
+	resp, err := c.ask(testContext(t), req)
+	if err != nil {
+		t.Fatalf("%v: %v", req.Type, err)
+	}
+	if n := len(resp.CloserPeers); n > maxNamed {
+		t.Errorf("%v: %d peers are named, want at most %d", req.Type, n, maxNamed)
+	}
+	named := make(map[peer.ID][]ma.Multiaddr)
+	for _, p := range resp.CloserPeers {
+		if len(p.Addrs) == 0 {
+			t.Errorf("%v: %v is named without an address", req.Type, peer.ID(p.Id))
+		}
+		named[peer.ID(p.Id)] = p.Addresses()
+	}
+	if _, ok := named[c.id]; ok && !bytes.Equal(req.Key, []byte(c.id)) {
+		t.Errorf("%v: the asker is named", req.Type)
+	}
+	return named
+}
+
+// seenAt is where the relay sees it.
+func (c *lightClient) seenAt() ma.Multiaddr {
+	addr, err := quicreuse.ToQuicMultiaddr(c.LocalAddr(), quicgo.Version1)
+	if err != nil {
+		panic(err) // of a connection's own address
+	}
+	return addr
+}
+
+// put stores a record under a key of that name.
+func (c *lightClient) put(ctx context.Context, name string) error {
+	return c.putValue(ctx, name, `{"device_name":"bench","addresses":["/ip4/192.168.1.10/udp/5001/quic-v1"],"timestamp":1700000000}`)
+}
+
+func (c *lightClient) putValue(ctx context.Context, name, value string) error {
+	key := []byte(recordPrefix + "syncgroup/" + name)
+	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
+	req.Record = rustRecord(key, value, c.id, 60)
+	_, err := c.ask(ctx, req)
+	return err
+}
+
+// circuitTo opens a circuit to b and returns both its ends.
+func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *quicgo.Stream, err error) {
+	if err := b.reserve(ctx); err != nil {
+		return nil, nil, err
+	}
+	type end struct {
+		*quicgo.Stream
+		error
+	}
+	accepted := make(chan end, 1)
+	go func() {
+		s, err := b.accept(ctx)
+		accepted <- end{s, err}
+	}()
+	if s, err = c.circuit(ctx, b.id); err != nil {
+		return nil, nil, err
+	}
+	other := <-accepted
+	return s, other.Stream, other.error
+}
+
+// link is a stream between two clients, by a circuit or direct.
+type link struct{ from, to *quicgo.Stream }
+
+func unlimited(streams ...*quicgo.Stream) {
+	for _, s := range streams {
+		s.SetDeadline(time.Time{})
+	}
+}
+
+// flood sends what l takes, or with each no more than so many bytes per second,
+// and counts what arrives, until l ends.
+func (l link) flood(got *atomic.Int64, each int64) {
+	go func() {
+		chunk := make([]byte, 64<<10)
+		if each > 0 {
+			chunk = chunk[:16<<10]
+		}
+		for next := time.Now(); ; {
+			if each > 0 {
+				next = next.Add(time.Duration(int64(len(chunk)) * int64(time.Second) / each))
+				time.Sleep(time.Until(next))
+			}
+			if _, err := l.from.Write(chunk); err != nil {
+				return
+			}
+		}
+	}()
+	p := make([]byte, 64<<10)
+	for {
+		n, err := l.to.Read(p)
+		got.Add(int64(n))
+		if err != nil {
+			return
+		}
 	}
 }

@@ -200,15 +200,6 @@ func ownGoroutines(t *testing.T, f func()) (count func() int) {
 	}
 }
 
-// liveHeap is the live heap in bytes.
-func liveHeap() uint64 {
-	runtime.GC()
-	runtime.GC() // what the first one's finalizers let go
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return m.HeapAlloc
-}
-
 // usage is what the relay's resource manager holds for clients.
 func (r testRelay) usage(t *testing.T) (stat network.ScopeStat) {
 	t.Helper()
@@ -332,40 +323,6 @@ var misbehaviours = []struct {
 func connectMessage(id peer.ID) []byte {
 	msg := append([]byte{0x08, 1, 0x12, byte(len(id) + 2), 0x0a, byte(len(id))}, id...)
 	return append([]byte{byte(len(msg))}, msg...)
-}
-
-// circuitTo opens a circuit to b and returns both its ends.
-func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *quicgo.Stream, err error) {
-	if err := b.reserve(ctx); err != nil {
-		return nil, nil, err
-	}
-	type end struct {
-		*quicgo.Stream
-		error
-	}
-	accepted := make(chan end, 1)
-	go func() {
-		s, err := b.accept(ctx)
-		accepted <- end{s, err}
-	}()
-	if s, err = c.circuit(ctx, b.id); err != nil {
-		return nil, nil, err
-	}
-	other := <-accepted
-	return s, other.Stream, other.error
-}
-
-// pair connects two clients to r.
-func (c *crowd) pair(ctx context.Context, t *testing.T, r testRelay, who [2]lightIdentity) (a, b *lightClient) {
-	t.Helper()
-	a, err := c.dial(ctx, who[0], r.info)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if b, err = c.dial(ctx, who[1], r.info); err != nil {
-		t.Fatal(err)
-	}
-	return a, b
 }
 
 // Whatever clients did, when they have left, all is as it was before they came.

@@ -3,7 +3,6 @@ package main
 // The command line, and the built binary as operators and programs meet it.
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"debug/buildinfo"
@@ -20,13 +19,11 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/peer"
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -183,172 +180,6 @@ func FuzzAnnounceAndSize(f *testing.F) {
 			}
 		}
 	})
-}
-
-// buildDir holds the binary; TestMain makes and removes it.
-var buildDir string
-
-// buildBinary compiles the program once for all tests.
-var buildBinary = sync.OnceValues(func() (string, error) {
-	name := filepath.Join(buildDir, "privstack-relay")
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
-	out, err := exec.Command("go", "build", "-o", name, ".").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return name, nil
-})
-
-func TestMain(m *testing.M) {
-	if kind := os.Getenv(benchRelayEnv); kind != "" {
-		panic(runBenchRelay(kind, os.Args[1:]))
-	}
-	// The NAT lab runs this binary in its namespaces.
-	if delay := os.Getenv(labDelayEnv); delay != "" {
-		panic(runLabDelay(delay, os.Stdout))
-	}
-	if relay := os.Getenv(labCrowdEnv); relay != "" {
-		panic(runLabCrowd(relay, os.Stdin, os.Stdout))
-	}
-	if answers := os.Getenv(labRelayEnv); answers != "" {
-		panic(runLabRelay(answers, os.Stdout))
-	}
-	if os.Getenv(labClientEnv) != "" {
-		if err := runLabClient(os.Stdin, os.Stdout); err != nil {
-			panic(err)
-		}
-		return
-	}
-	var err error
-	if buildDir, err = os.MkdirTemp("", "privstack-relay-test-"); err != nil {
-		panic(err)
-	}
-	code := m.Run()
-	os.RemoveAll(buildDir)
-	os.Exit(code)
-}
-
-func command(t testing.TB, args ...string) *exec.Cmd {
-	t.Helper()
-	name, err := buildBinary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(name, args...)
-	cmd.Dir = t.TempDir()
-	return cmd
-}
-
-// process is a running binary.
-type process struct {
-	*exec.Cmd
-	peerID    string
-	bootstrap peer.AddrInfo // on loopback
-	http      string        // base URL
-	stdout    string        // the banner, whole
-	stderr    *logBuffer    // complete once wait has returned
-	rest      chan string   // what stdout said after the banner, once it is closed
-}
-
-// logBuffer is what a process has logged so far.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *logBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *logBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
-// line returns the first line with msg, and none if there is not one yet.
-func (b *logBuffer) line(msg string) string {
-	for line := range strings.Lines(b.String()) {
-		if strings.Contains(line, "msg="+msg+" ") || strings.Contains(line, `msg="`+msg) {
-			return line
-		}
-	}
-	return ""
-}
-
-// start runs the binary on free ports until its banner is complete.
-func start(t testing.TB, args ...string) *process {
-	t.Helper()
-	return launch(t, command(t, append([]string{"--port=0", "--http-port=0"}, args...)...))
-}
-
-// launch starts a relay and waits until its banner is complete.
-func launch(t testing.TB, cmd *exec.Cmd) *process {
-	t.Helper()
-	p := &process{Cmd: cmd, stderr: new(logBuffer), rest: make(chan string, 1)}
-	p.Stderr = p.stderr
-	stdout, err := p.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { p.Process.Kill() })
-
-	lines := bufio.NewReader(stdout)
-	for p.http == "" {
-		line, err := lines.ReadString('\n')
-		if err != nil {
-			p.Cmd.Wait()
-			t.Fatalf("no banner: %v\n%s", err, p.stderr)
-		}
-		p.stdout += line
-		switch key, value, _ := strings.Cut(strings.TrimSpace(line), ":"); key {
-		case "PeerId":
-			p.peerID = strings.TrimSpace(value)
-		case "Bootstrap":
-			info, err := peer.AddrInfoFromString(strings.TrimSpace(value))
-			if err != nil {
-				t.Fatalf("banner line %q: %v", line, err)
-			}
-			port, _ := info.Addrs[0].ValueForProtocol(ma.P_UDP)
-			p.bootstrap = peer.AddrInfo{ID: info.ID, Addrs: []ma.Multiaddr{ma.StringCast("/ip4/127.0.0.1/udp/" + port + "/quic-v1")}}
-		case "Identity":
-			p.http = strings.TrimSuffix(strings.TrimSpace(value), identityRoute)
-		}
-	}
-	go func() {
-		rest, _ := io.ReadAll(lines)
-		p.rest <- string(rest)
-	}()
-	return p
-}
-
-// wait returns the exit status, -1 for a signal.
-func (p *process) wait(t *testing.T) int {
-	t.Helper()
-	timeout := time.AfterFunc(testTimeout, func() { p.Process.Kill() })
-	rest := <-p.rest // to its end before Wait, which closes the pipe
-	p.Cmd.Wait()
-	if !timeout.Stop() {
-		t.Fatalf("did not stop within %v\n%s", testTimeout, p.stderr)
-	}
-	if strings.TrimSpace(rest) != "" {
-		t.Errorf("stdout after the banner: %q, want nothing", rest)
-	}
-	return p.ProcessState.ExitCode()
-}
-
-func skipOnWindows(t *testing.T) {
-	t.Helper()
-	if runtime.GOOS == "windows" {
-		t.Skip("Windows has no such signals")
-	}
 }
 
 // The first minute of every operator, and of every program that starts a relay

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/rand"
 	"fmt"
 	"math"
 	"slices"
@@ -10,18 +9,12 @@ import (
 
 	"github.com/libp2p/go-libp2p"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	kb "github.com/libp2p/go-libp2p-kbucket"
-	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/proto"
 )
-
-func commonPrefix(a, b peer.ID) int {
-	return kb.CommonPrefixLen(kb.ConvertPeerID(a), kb.ConvertPeerID(b))
-}
 
 // A client that serves no DHT (or is still being identified) can be found too.
 func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
@@ -133,19 +126,6 @@ func FuzzUsableAddrs(f *testing.F) {
 			}
 		}
 	})
-}
-
-func newTestPeerID(t testing.TB) peer.ID {
-	t.Helper()
-	_, public, err := crypto.GenerateEd25519Key(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, err := peer.IDFromPublicKey(public)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return id
 }
 
 // The answers that a client gives, and the peers it puts into its requests, are

@@ -17,47 +17,12 @@ import (
 	ds "github.com/ipfs/go-datastore"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
-	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/encoding/protodelim"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
-
-// groupKey is a client's record key: raw hash bytes, among them slashes, zeros
-// and bytes that are no UTF-8.
-var groupKey = append([]byte("/privstack/syncgroup/"),
-	0x00, '/', 0xff, 0xfe, '/', '/', 0x80, 0x01, 2, 3, 4, 5, 6, 7, 8, 9,
-	10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 0xff)
-
-// rustRecord is a record as rust-libp2p sends it, with its two own fields.
-func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.Record {
-	rec := &recpb.Record{Key: key, Value: []byte(value)}
-	rec.ProtoReflect().SetUnknown(rustFields(publisher, ttl))
-	return rec
-}
-
-// rustFields are a record's publisher and ttl as rust-libp2p encodes them.
-func rustFields(publisher peer.ID, ttl uint64) []byte {
-	b := protowire.AppendTag(nil, 666, protowire.BytesType)
-	b = protowire.AppendBytes(b, []byte(publisher))
-	b = protowire.AppendTag(b, 777, protowire.VarintType)
-	return protowire.AppendVarint(b, ttl)
-}
-
-func put(t testing.TB, h host.Host, r testRelay, rec *recpb.Record) error {
-	t.Helper()
-	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, rec.Key, 0)
-	req.Record = rec
-	_, err := tryAsk(testContext(t), h, r, req)
-	return err
-}
-
-func get(t testing.TB, h host.Host, r testRelay, key []byte) *recpb.Record {
-	t.Helper()
-	return ask(t, h, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)).Record
-}
 
 // The contract of discovery: clients ignore a record without publisher, all
 // devices of a group write one key, and the last to write is the one found,
@@ -339,14 +304,6 @@ func TestOverlongKadMessageEndsTheStream(t *testing.T) {
 	}
 	ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 }
-
-// memoryStream is a network.Stream of which only Read is used.
-type memoryStream struct {
-	network.Stream
-	io.Reader
-}
-
-func (s memoryStream) Read(p []byte) (int, error) { return s.Reader.Read(p) }
 
 // However the bytes are cut into reads, the frames are the same.
 func TestBoundedStreamFollowsFrames(t *testing.T) {

@@ -5,12 +5,10 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"runtime"
 	"slices"
@@ -19,7 +17,6 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p"
-	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	kb "github.com/libp2p/go-libp2p-kbucket"
 	libp2pconfig "github.com/libp2p/go-libp2p/config"
@@ -33,195 +30,10 @@ import (
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
-	quic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
-
-// testTimeout is how long anything that should happen is waited for. It is no
-// measure of how long it should take.
-const testTimeout = 30 * time.Second
-
-func testContext(t testing.TB) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// eventually waits until ok.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.After(testTimeout)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for !ok() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("not within %v: %s", testTimeout, what)
-		}
-	}
-}
-
-func newTestKey(t testing.TB) ed25519.PrivateKey {
-	t.Helper()
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
-}
-
-// defaultConfig is the configuration of a bare command line, on free ports.
-func defaultConfig(t testing.TB, args ...string) config {
-	t.Helper()
-	cfg, err := parseFlags(append([]string{"--port=0", "--http-port=0"}, args...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cfg
-}
-
-// testRelay is a relay in this process and how clients reach it on loopback.
-type testRelay struct {
-	*relay
-	info peer.AddrInfo
-}
-
-func newTestRelay(t testing.TB, cfg config) testRelay {
-	t.Helper()
-	return newTestRelayWithin(t, newLimits(cfg.maxClients, cfg.maxClientsPerIP), cfg, newTestKey(t))
-}
-
-func newTestRelayWithin(t testing.TB, lim limits, cfg config, key ed25519.PrivateKey) testRelay {
-	t.Helper()
-	r, err := startRelayWithin(lim, cfg, key, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatalf("startRelay: %v", err)
-	}
-	t.Cleanup(func() { r.close() })
-	addr := ma.StringCast("/ip4/127.0.0.1/udp/" + listenPort(r) + "/quic-v1")
-	return testRelay{r, peer.AddrInfo{ID: r.host.ID(), Addrs: []ma.Multiaddr{addr}}}
-}
-
-func listenPort(r *relay) string {
-	port, _ := r.host.Network().ListenAddresses()[0].ValueForProtocol(ma.P_UDP)
-	return port
-}
-
-// newClient is a host as the deployed clients are: QUIC, identify, the relay
-// protocol's client side. The extra options come last.
-func newClient(t testing.TB, opts ...libp2p.Option) host.Host {
-	t.Helper()
-	h, err := libp2p.New(append([]libp2p.Option{
-		libp2p.Transport(quic.NewTransport),
-		libp2p.ListenAddrStrings("/ip4/127.0.0.1/udp/0/quic-v1"),
-		libp2p.ResourceManager(&network.NullResourceManager{}),
-		libp2p.ProtocolVersion("/privstack/sync/1.0.0"),
-		libp2p.UserAgent("PrivStack/test"),
-		libp2p.EnableRelay(),
-		libp2p.DisableMetrics(),
-	}, opts...)...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { h.Close() })
-	return h
-}
-
-// serveKad makes h a kad server with an empty table, as every fresh client is.
-func serveKad(t testing.TB, h host.Host) *dht.IpfsDHT {
-	t.Helper()
-	d, err := dht.New(h,
-		dht.Mode(dht.ModeServer),
-		dht.ProtocolPrefix("/privstack"),
-		dht.V1ProtocolOverride(kadProtocol),
-		dht.Validator(newestWins{}),
-		dht.DisableAutoRefresh(),
-	)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { d.Close() })
-	return d
-}
-
-func connect(t testing.TB, h host.Host, r testRelay) {
-	t.Helper()
-	if err := h.Connect(testContext(t), r.info); err != nil {
-		t.Fatalf("connect to the relay: %v", err)
-	}
-}
-
-// ask sends one DHT request to the relay and returns its answer.
-func ask(t testing.TB, h host.Host, r testRelay, req *kadpb.Message) *kadpb.Message {
-	t.Helper()
-	resp, err := tryAsk(testContext(t), h, r, req)
-	if err != nil {
-		t.Fatalf("ask %v: %v", req.Type, err)
-	}
-	return resp
-}
-
-func tryAsk(ctx context.Context, h host.Host, r testRelay, req *kadpb.Message) (*kadpb.Message, error) {
-	s, err := h.NewStream(ctx, r.info.ID, kadProtocol)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Reset()
-	if _, err := protodelim.MarshalTo(s, req); err != nil {
-		return nil, err
-	}
-	if err := s.CloseWrite(); err != nil {
-		return nil, err
-	}
-	resp := new(kadpb.Message)
-	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
-}
-
-// byteReader reads single bytes without buffering ahead.
-type byteReader struct{ io.Reader }
-
-func (r *byteReader) ReadByte() (byte, error) {
-	var b [1]byte
-	_, err := io.ReadFull(r.Reader, b[:])
-	return b[0], err
-}
-
-// findNode asks the relay for id and returns what the answer says of it.
-func findNode(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr, found bool) {
-	t.Helper()
-	resp := ask(t, h, r, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
-	for _, p := range resp.CloserPeers {
-		if peer.ID(p.Id) == id {
-			return p.Addresses(), true
-		}
-	}
-	return nil, false
-}
-
-// waitFound waits until the relay's answers name id with an address.
-func waitFound(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr) {
-	t.Helper()
-	eventually(t, "FIND_NODE names "+id.String(), func() bool {
-		var found bool
-		addrs, found = findNode(t, h, r, id)
-		return found
-	})
-	return addrs
-}
-
-// observed is the address under which the relay sees h.
-func observed(t testing.TB, h host.Host, r testRelay) ma.Multiaddr {
-	t.Helper()
-	conns := r.host.Network().ConnsToPeer(h.ID())
-	if len(conns) != 1 {
-		t.Fatalf("relay has %d connections to the client, want 1", len(conns))
-	}
-	return conns[0].RemoteMultiaddr()
-}
 
 // The product's whole point: two devices that know only the relay find each
 // other through it and connect.
@@ -282,39 +94,6 @@ func TestThirtyClientsJoinAtOnce(t *testing.T) {
 	if got := r.counters().peersServed; got != len(clients) {
 		t.Errorf("peers_served = %d, want %d", got, len(clients))
 	}
-}
-
-// circuitBetween reserves for dst and connects src to it through the relay. The
-// streams that src opens are echoed by dst.
-func circuitBetween(t testing.TB, r testRelay, src, dst host.Host) {
-	t.Helper()
-	connect(t, src, r)
-	connect(t, dst, r)
-	if _, err := circuitclient.Reserve(testContext(t), dst, r.info); err != nil {
-		t.Fatalf("reserve: %v", err)
-	}
-	dst.SetStreamHandler(echoProtocol, func(s network.Stream) {
-		defer s.Close()
-		io.Copy(s, s)
-	})
-	via := ma.StringCast(r.info.Addrs[0].String() + "/p2p/" + r.info.ID.String() + "/p2p-circuit")
-	if err := src.Connect(testContext(t), peer.AddrInfo{ID: dst.ID(), Addrs: []ma.Multiaddr{via}}); err != nil {
-		t.Fatalf("connect through the relay: %v", err)
-	}
-}
-
-const echoProtocol = "/test/echo/1.0.0"
-
-func openEcho(t testing.TB, src, dst host.Host) network.Stream {
-	t.Helper()
-	s, err := src.NewStream(network.WithAllowLimitedConn(testContext(t), "test"), dst.ID(), echoProtocol)
-	if err != nil {
-		t.Fatalf("stream over the circuit: %v", err)
-	}
-	if _, err := s.Conn().RemoteMultiaddr().ValueForProtocol(ma.P_CIRCUIT); err != nil {
-		t.Fatalf("stream runs over %v, want a circuit", s.Conn().RemoteMultiaddr())
-	}
-	return s
 }
 
 // A sync message is up to 16 MiB: go-libp2p's default circuit, 128 KiB, cuts it.
@@ -755,24 +534,6 @@ func TestFortyClientsBehindOneAddress(t *testing.T) {
 	}
 }
 
-// admits connects clients one by one until one is refused.
-func admits(t *testing.T, r testRelay, most int) (in []host.Host) {
-	t.Helper()
-	for range most {
-		c := newClient(t)
-		err := c.Connect(testContext(t), r.info)
-		if err == nil {
-			// A refusal after the handshake looks like a success until the first use.
-			_, err = tryAsk(testContext(t), c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
-		}
-		if err != nil {
-			break
-		}
-		in = append(in, c)
-	}
-	return in
-}
-
 // At a limit the newcomer is refused, and whoever is in is served on.
 func TestNewcomerIsRefusedAtTheLimit(t *testing.T) {
 	tests := []struct {
@@ -798,23 +559,5 @@ func TestNewcomerIsRefusedAtTheLimit(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// newClientKey makes a key whose peer ID shares exactly cpl bits with the relay's.
-func newClientKey(t *testing.T, r testRelay, cpl int) crypto.PrivKey {
-	t.Helper()
-	for {
-		key, _, err := crypto.GenerateEd25519Key(rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		id, err := peer.IDFromPrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if commonPrefix(r.info.ID, id) == cpl {
-			return key
-		}
 	}
 }
