@@ -186,10 +186,10 @@ func newGroup(t *testing.T, c *crowd, relay peer.AddrInfo) *group {
 	t.Helper()
 	g := &group{t: t, crowd: c}
 	var err error
-	if g.a, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
+	if g.a, err = c.newcomer(testContext(t), relay); err != nil {
 		t.Fatal(err)
 	}
-	if g.b, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
+	if g.b, err = c.newcomer(testContext(t), relay); err != nil {
 		t.Fatal(err)
 	}
 	publish := func(ctx context.Context) error { return g.a.putValue(ctx, "honest", "here I am") }
@@ -273,7 +273,7 @@ func TestAttackPutFlood(t *testing.T) {
 			s, g, c := besieged(t, 4)
 			flooders := make([]*lightClient, attackers)
 			inParallel(t, attackers, 16, func(ctx context.Context, i int) (err error) {
-				flooders[i], err = c.dial(ctx, newLightIdentity(t), s.bootstrap)
+				flooders[i], err = c.newcomer(ctx, s.bootstrap)
 				return err
 			})
 			value := strings.Repeat("x", maxRecordValue)
@@ -307,7 +307,7 @@ func TestAttackFreshIdentities(t *testing.T) {
 	for range 32 {
 		attacking.Go(func() {
 			for ctx.Err() == nil && tried.Add(1) <= 100_000 {
-				if _, err := c.dial(ctx, newLightIdentity(t), s.bootstrap); err == nil {
+				if _, err := c.newcomer(ctx, s.bootstrap); err == nil {
 					in.Add(1)
 				}
 			}
@@ -315,7 +315,7 @@ func TestAttackFreshIdentities(t *testing.T) {
 	}
 	attacking.Wait()
 	// Newcomers from elsewhere come in meanwhile.
-	if _, err := honest.dial(testContext(t), newLightIdentity(t), s.bootstrap); err != nil {
+	if _, err := honest.newcomer(testContext(t), s.bootstrap); err != nil {
 		t.Errorf("a newcomer from another address: %v", err)
 	}
 	t.Logf("%d identities tried from one address, %d let in", tried.Load(), in.Load())
@@ -367,7 +367,7 @@ func TestAttackStreamsLeftOpen(t *testing.T) {
 	protocols := []string{string(kadProtocol), string(proto.ProtoIDv2Hop), identify.ID, identify.IDPush, "/ipfs/ping/1.0.0", ""}
 	var opened, ended atomic.Int64
 	inParallel(t, sized(100, siegeClients-20), 16, func(ctx context.Context, i int) error {
-		client, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		client, err := c.newcomer(ctx, s.bootstrap)
 		if err != nil {
 			return err
 		}
@@ -404,11 +404,11 @@ func TestAttackCircuitsNobodyReads(t *testing.T) {
 	s, g, c := besieged(t, 8)
 	var taken, opened atomic.Int64
 	inParallel(t, sized(50, siegeClients/2-10), 16, func(ctx context.Context, i int) error {
-		a, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		a, err := c.newcomer(ctx, s.bootstrap)
 		if err != nil {
 			return err
 		}
-		b, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		b, err := c.newcomer(ctx, s.bootstrap)
 		if err != nil {
 			return err
 		}
@@ -457,7 +457,10 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 	}
 	liars := make([]*lightClient, 50)
 	inParallel(t, len(liars), 16, func(ctx context.Context, i int) (err error) {
-		who := newLightIdentity(t)
+		who, err := makeLightIdentity()
+		if err != nil {
+			return err
+		}
 		who.listen = lies[i:]
 		liars[i], err = c.dial(ctx, who, s.bootstrap)
 		return err
@@ -527,7 +530,7 @@ func TestAttackSpoofedSources(t *testing.T) {
 		if i%(len(initials)/20) == 0 {
 			newcomers++
 			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-			if client, err := honest.dial(ctx, newLightIdentity(t), s.bootstrap); err == nil {
+			if client, err := honest.newcomer(ctx, s.bootstrap); err == nil {
 				in++
 				client.CloseWithError(0, "")
 			} else {

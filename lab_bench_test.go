@@ -248,7 +248,7 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 	for range n {
 		var pair [2]*lightClient
 		for i := range pair {
-			client, err := c.dial(testContext(b), newLightIdentity(b), p.bootstrap)
+			client, err := c.newcomer(testContext(b), p.bootstrap)
 			if err != nil {
 				b.Fatal(err)
 			}

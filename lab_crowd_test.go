@@ -144,6 +144,15 @@ func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo
 	return who.dial(ctx, c.transport(), relay)
 }
 
+// newcomer connects as a client that has never been here.
+func (c *crowd) newcomer(ctx context.Context, relay peer.AddrInfo) (*lightClient, error) {
+	who, err := makeLightIdentity()
+	if err != nil {
+		return nil, err
+	}
+	return c.dial(ctx, who, relay)
+}
+
 func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay peer.AddrInfo) (*lightClient, error) {
 	addr, err := manet.ToNetAddr(relay.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
 	if err != nil {

@@ -60,7 +60,7 @@ func TestSoak(t *testing.T) {
 		clients.Go(func() {
 			// Not all at once.
 			for sleep(ctx, time.Duration(rand.Int64N(int64(soakStay)))) {
-				done.stay(ctx, t, c, p, here, i)
+				done.stay(ctx, c, p, here, i)
 			}
 		})
 	}
@@ -97,7 +97,7 @@ type soakCounts struct {
 }
 
 // stay is one visit of a client, in slot i: every other one is its mate.
-func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *process, here []atomic.Pointer[lightClient], i int) {
+func (n *soakCounts) stay(ctx context.Context, c *crowd, p *process, here []atomic.Pointer[lightClient], i int) {
 	// step is false where it failed, and not because the soak has ended.
 	step := func(do func(ctx context.Context) error) bool {
 		within, cancel := context.WithTimeout(ctx, 2*testTimeout)
@@ -111,7 +111,7 @@ func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *proces
 	}
 	var client *lightClient
 	if !step(func(ctx context.Context) (err error) {
-		client, err = c.dial(ctx, newLightIdentity(t), p.bootstrap)
+		client, err = c.newcomer(ctx, p.bootstrap)
 		return err
 	}) {
 		return

@@ -88,7 +88,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	dial(carol.lightIdentity)
 
 	// The relay is full.
-	if c, err := crowd.dial(ctx, newLightIdentity(t), r.info); err == nil {
+	if c, err := crowd.newcomer(ctx, r.info); err == nil {
 		<-c.Context().Done()
 	}
 

@@ -311,7 +311,7 @@ func TestIdentifySaysWhoWeAre(t *testing.T) {
 func identifyOf(t *testing.T, r testRelay) (*identifypb.Identify, *lightClient) {
 	t.Helper()
 	ctx := testContext(t)
-	c, err := newCrowd(t, 1).dial(ctx, newLightIdentity(t), r.info)
+	c, err := newCrowd(t, 1).newcomer(ctx, r.info)
 	if err != nil {
 		t.Fatal(err)
 	}
