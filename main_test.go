@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -106,6 +107,40 @@ func TestBadFlags(t *testing.T) {
 	many := slices.Repeat([]string{"--announce=192.0.2.1"}, maxAnnounce+1)
 	if _, err := parseFlags(many); !errors.As(err, new(usageError)) {
 		t.Errorf("parseFlags with %d addresses: error = %v, want a usageError", len(many), err)
+	}
+}
+
+// --help promises what a relay does that is started without a flag.
+func TestHelpTellsTheDefaults(t *testing.T) {
+	bare, err := parseFlags(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An entry is a line with a flag, and the lines after it that have none.
+	entry := regexp.MustCompile(`(?m)^ +(?:-\w, )?(--[a-z-]+)( [A-Z]+)? .*(?:\n {20,}.*)*`)
+	literal := regexp.MustCompile(`\(default ([^)]*)\)`)
+	told := 0
+	for _, match := range entry.FindAllStringSubmatch(usage, -1) {
+		text, flag := strings.Join(strings.Fields(match[0]), " "), match[1]
+		value := literal.FindStringSubmatch(text)
+		if value == nil {
+			continue // a switch, a list, or a default that is described
+		}
+		if got, err := parseFlags([]string{flag + "=" + value[1]}); err != nil || !reflect.DeepEqual(got, bare) {
+			t.Errorf("%s has the default %s, says --help, but with it parseFlags = %+v, %v, and without %+v", flag, value[1], got, err, bare)
+		}
+		if value[1] != "0" {
+			told++
+		}
+	}
+	set := 0
+	for _, field := range reflect.ValueOf(bare).Fields() {
+		if !field.IsZero() {
+			set++
+		}
+	}
+	if told != set || told == 0 {
+		t.Errorf("--help tells %d defaults that are not 0, and parseFlags sets %d", told, set)
 	}
 }
 
@@ -543,8 +578,8 @@ func TestReadmeQuotesUsage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, text := range []string{usage, checkUsage} {
-		if !strings.Contains(string(readme), text) {
-			t.Errorf("README.md does not hold this usage text as --help prints it:\n%s", text)
+		if !strings.Contains(string(readme), "\n```\n"+text+"```\n") {
+			t.Errorf("README.md does not show this usage text as --help prints it:\n%s", text)
 		}
 	}
 }
