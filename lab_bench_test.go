@@ -1,43 +1,15 @@
 package main
 
-// How much one relay carries, measured with the relay as a process of its own so
-// that its CPU and memory are counted apart from the clients':
+// How much one relay carries. The relay is a process of its own, so that its CPU and
+// memory are counted apart from the clients':
 //
 //	go test -run '^$' -bench Capacity -benchtime 1x -timeout 1h .
 //
-// prints one table. It needs Linux, for /proc. Nothing here is asserted: figures
-// of one machine are no test. Ratios are of one run, because absolute figures
-// drift by 30 % on a shared machine.
+// prints one table. It needs Linux, for /proc. Nothing is asserted, because figures of
+// one machine are no test: compare ratios of one run. docs/performance.md says what the
+// figures mean, what dominates them, and what was tried without gain.
 //
-// What dominates, by profiles of the relay with 8 circuits: 27 % is what quic-go
-// does with packets that came and 22 % with those to send (14 % of all is AES),
-// 23 % is sendmsg, 5 % recvmmsg, 14 % the copy from stream to stream, 3 % the copy
-// out of what the kernel coalesced, 4 % scheduling, 1 % garbage. So a relay costs
-// one receive and one send, as its two clients do together, and the copies: their
-// CPU is the limit, about 1.05 times, unless quic-go spends less on a packet.
-//
-// Tried, and left because nothing sure was gained: copy buffers of 64 and 256 KiB
-// (relay / clients' CPU 1.09 and 1.04 for 1.05 with 16 KiB, means of 1, 8 and 64
-// circuits), profile-guided optimisation (1.08 for 1.08, and ten times the build
-// time), QUIC windows below 1 MiB or above, a GOMAXPROCS above the cores, a yield
-// before each read, no per-read timers.
-//
-// A circuit's latency while others carry all they can is time in queues, above
-// all in the socket's: with receive buffers of 128, 256, 512 KiB, 1, 2 and 7 MiB
-// the 99th percentile was 7.5, 11, 15, 20, 28 and 31 ms, the median 1.0, 2.4, 4.4,
-// 6.0, 11 and 11. From 512 KiB on that costs no throughput here, but 7 MiB, which
-// quic-go asks for, are there for a thousand clients that come back at once and for
-// a machine whose CPU is taken away for some milliseconds. The rest is the run
-// queue of the Go scheduler: a round trip is 10 turns of goroutines, each behind some six others
-// that want the same two cores. Windows of 128 KiB halve it, too, at the price of
-// 2.5 MiB/s for a circuit over 50 ms. Marking what waited in the socket for 1 ms as
-// congested (ECN) brings the 99th from 22 to 8 ms for a quarter of the throughput.
-//
-// Of a client's 68 KiB at 10 000, 37 are live heap: 35 of them what quic-go and
-// crypto/tls keep of a connection. 13 are the stacks of its three goroutines, 9
-// garbage and the rest heap between what lives.
-//
-// BENCH_PROFILE=dir writes CPU and heap profiles of the relay there.
+// BENCH_PROFILE=dir writes CPU and heap profiles of the relay into that directory.
 
 import (
 	"context"
