@@ -1,7 +1,7 @@
 package main
 
 // Whom answers name: whether devices meet in a network of any size, and whether
-// anybody can bend that.
+// anyone can prevent it.
 
 import (
 	"testing"
@@ -11,8 +11,8 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// The user's moment in a network of strangers: who finds a record is told at once
-// where its publisher is, which no other answer tells.
+// The user's moment in a network of strangers: a device that finds a record learns at
+// once where its publisher is. No other answer tells it.
 func TestPublisherIsNamedAmongStrangers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
@@ -22,12 +22,12 @@ func TestPublisherIsNamedAmongStrangers(t *testing.T) {
 		if got := seeker.mustAsk(t, getMessage(key))[publisher.id]; len(got) == 0 || !got[0].Equal(publisher.seenAt()) {
 			t.Errorf("the publisher is named with %v, want %v first", got, publisher.seenAt())
 		}
-		publisher.mustAsk(t, getMessage(key)) // and not to itself
+		publisher.mustAsk(t, getMessage(key)) // which must not name the publisher to itself
 	}
 }
 
-// Whoever is asked for by its ID comes first, in a network of any size, whether
-// strangers can dial it or not.
+// A peer that is asked for by its ID is named first, in a network of any size and
+// whether strangers can dial it or not.
 func TestTargetIsNamedFirst(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
@@ -37,45 +37,45 @@ func TestTargetIsNamedFirst(t *testing.T) {
 			t.Fatal(err)
 		}
 		if len(resp.CloserPeers) == 0 || peer.ID(resp.CloserPeers[0].Id) != target.id {
-			t.Fatalf("%d are named, and the one asked for is not the first", len(resp.CloserPeers))
+			t.Fatalf("%d peers are named, and the one asked for is not the first", len(resp.CloserPeers))
 		}
 		if got := resp.CloserPeers[0].Addresses(); !got[0].Equal(target.seenAt()) || len(got) != 2 {
-			t.Errorf("it is named with %v, want where it is seen, and its LAN", got)
+			t.Errorf("it is named with %v, want the address at which it is seen, and its LAN address", got)
 		}
 	}
 }
 
-// A household, or a few: all are named, so that those whose dials can cross find
-// out.
+// One household, or a few: everyone is named, so that two devices whose dials have to
+// cross learn of each other.
 func TestSmallNetworkNamesEverybody(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, maxNamed)
 	asker, key := clients[0], newGroupKey()
 	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(key)} {
 		if named := asker.mustAsk(t, req); len(named) != maxNamed-1 {
-			t.Errorf("%v: %d are named, want all %d others", req.Type, len(named), maxNamed-1)
+			t.Errorf("%v: %d peers are named, want all %d others", req.Type, len(named), maxNamed-1)
 		}
 	}
-	// The walk before a PUT would wait for all of them.
+	// The walk before a PUT would wait for every peer that is named.
 	if named := asker.mustAsk(t, findMessage(key)); len(named) > 0 {
-		t.Errorf("before a PUT %d are named, want none", len(named))
+		t.Errorf("before a PUT %d peers are named, want none", len(named))
 	}
 }
 
-// In a large network a client must not spend its queries on strangers, and not
-// fill its table with them until it asks the relay no more.
+// In a large network a client must not spend its queries on strangers, nor fill its
+// routing table with them until it stops asking the relay.
 func TestLargeNetworkNamesNoStrangers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
 	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(newGroupKey()), findMessage(newGroupKey())} {
 		if named := clients[0].mustAsk(t, req); len(named) > 0 {
-			t.Errorf("%v: %d are named, want none", req.Type, len(named))
+			t.Errorf("%v: %d peers are named, want none", req.Type, len(named))
 		}
 	}
 }
 
-// A record may say that anybody published it, and a client that it listens
-// anywhere: nobody can thereby make others dial a third party.
+// A record can claim any publisher, and a client can claim any address. Neither makes
+// others dial a third party.
 func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	crowd := newCrowd(t, 3)
@@ -90,27 +90,27 @@ func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 	for _, req := range []*kadpb.Message{getMessage(own), findMessage(own), findMessage([]byte(newTestPeerID(t)))} {
 		for _, got := range seeker.mustAsk(t, req)[bad.id] {
 			if !got.Equal(bad.seenAt()) {
-				t.Errorf("%v: the liar is named with %v, want where it is seen alone", req.Type, got)
+				t.Errorf("%v: the liar is named with %v, want only the address at which it is seen", req.Type, got)
 			}
 		}
 	}
 
-	// A record in another's name points at where that one is, if it is here.
+	// A record in another peer's name points at that peer's address, if it is here.
 	for _, absent := range []peer.ID{newTestPeerID(t), "", "no peer ID", r.info.ID} {
 		key := newGroupKey()
 		bad.mustAsk(t, putMessage(key, absent))
 		if got, ok := seeker.mustAsk(t, getMessage(key))[absent]; ok {
-			t.Errorf("publisher %q is named with %v, and is not here", absent, got)
+			t.Errorf("publisher %q is named with %v, but is not connected", absent, got)
 		}
 	}
 	key := newGroupKey()
 	bad.mustAsk(t, putMessage(key, bystander.id))
 	if got := seeker.mustAsk(t, getMessage(key))[bystander.id]; len(got) == 0 || !got[0].Equal(bystander.seenAt()) {
-		t.Errorf("the bystander is named with %v, want where it is seen", got)
+		t.Errorf("the bystander is named with %v, want the address at which it is seen", got)
 	}
 }
 
-// However many clients say so, who has left is named to nobody.
+// A client that has left is named to nobody, however many were here.
 func TestLeaversAreNamedToNobody(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 60)

@@ -1,7 +1,7 @@
 package main
 
-// What operators and their Prometheus read: the metrics, the log's summary, and
-// the files under contrib that use them.
+// What operators and their Prometheus read: the metrics, and the files under contrib
+// that use them.
 
 import (
 	"context"
@@ -24,8 +24,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 )
 
-// scrape returns the relay's metrics, by name and labels as they are written, and
-// the whole text.
+// scrape returns the relay's metrics by name and labels, and the whole text.
 func scrape(t testing.TB, r testRelay) (map[string]float64, string) {
 	t.Helper()
 	w := httptest.NewRecorder()
@@ -50,8 +49,8 @@ func scrape(t testing.TB, r testRelay) (map[string]float64, string) {
 	return values, text
 }
 
-// ours are the relay's own metrics in values that are not zero, without those
-// that depend on the build.
+// ours returns the relay's own metrics that are not zero, except those that depend on
+// the build.
 func ours(values map[string]float64) map[string]float64 {
 	found := make(map[string]float64)
 	for name, value := range values {
@@ -62,8 +61,8 @@ func ours(values map[string]float64) map[string]float64 {
 	return found
 }
 
-// An operator's graphs and alerts are no better than these numbers, and nobody
-// who uses the relay agreed to be in them.
+// Graphs and alerts are only as good as these numbers. And no user of the relay has
+// agreed to appear in them.
 func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	ctx := testContext(t)
 	r := newTestRelayWithin(t, limits{clients: 4, perNetwork: 256}, defaultConfig(t, "--metrics=127.0.0.1:0"), newTestKey(t))
@@ -71,7 +70,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		t.Errorf("metrics of an idle relay = %v, want nothing but max_clients", ours(values))
 	}
 
-	// Three clients, one of them twice; one more came and went.
+	// Three clients are connected, one of them twice. A fourth came and left.
 	crowd := newCrowd(t, 1)
 	dial := func(who lightIdentity) *lightClient {
 		t.Helper()
@@ -87,12 +86,12 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	eventually(t, "the relay sees that one left", func() bool { return r.counters().connections == 3 })
 	dial(carol.lightIdentity)
 
-	// The relay is full.
+	// The relay is full: it refuses one more.
 	if c, err := crowd.newcomer(ctx, r.info); err == nil {
 		<-c.Context().Done()
 	}
 
-	// A record put, one that is refused, and what devices ask.
+	// One record is stored and one refused, and devices ask questions.
 	key := []byte(recordPrefix + "syncgroup/secret")
 	put := func(key []byte) error {
 		req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
@@ -124,8 +123,8 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		t.Error("a message that is too long was taken")
 	}
 
-	// Two reservations, one of them twice; a circuit that carries a known number
-	// of bytes each way; one to a device without a reservation.
+	// Two reservations, one of them renewed; a circuit that carries a known number of
+	// bytes each way; and one to a device without a reservation.
 	for _, c := range []*lightClient{alice, alice, bob} {
 		if err := c.reserve(ctx); err != nil {
 			t.Fatal(err)
@@ -158,7 +157,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	if err := <-answered; err != nil {
 		t.Fatal(err)
 	}
-	// What has arrived may not have been counted yet.
+	// The relay may not have counted yet what has arrived already.
 	eventually(t, "the relay counts what the circuit carried", func() bool { return r.counters().relayedBytes >= 107_000 })
 
 	want := map[string]float64{
@@ -179,7 +178,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		if n := got["dht_record_bytes"]; n < 100 || n > 1000+recordOverhead {
 			t.Errorf("dht_record_bytes = %v, want what one record takes", n)
 		}
-		// One client that is refused tries with several packets.
+		// A client that is refused sends several packets.
 		if got[`refusals_total{reason="max_clients"}`] < 1 {
 			t.Error("no refusal at max_clients")
 		}
@@ -191,7 +190,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 			}
 			t.Errorf("metrics = %v, want %v", got, want)
 		}
-		// go-libp2p's are beside ours, and count the same.
+		// go-libp2p's own metrics count the same.
 		for name, value := range map[string]float64{
 			`libp2p_rcmgr_connections{dir="inbound",scope="system"}`: want["connections"],
 		} {
@@ -208,7 +207,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	}
 	texts := check(want)
 
-	// All leave: what was is still counted.
+	// Everyone leaves. The totals stay.
 	for _, c := range []*lightClient{alice, bob, carol} {
 		c.CloseWithError(0, "")
 	}
@@ -233,12 +232,12 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	}
 	for _, secret := range []string{"127.0.0.1", "::1", "192.168.1.10", "/ip4/", "/ip6/", "12D3KooW", "secret", "crowd"} {
 		if strings.Contains(texts, secret) {
-			t.Errorf("the metrics hold %q", secret)
+			t.Errorf("the metrics contain %q", secret)
 		}
 	}
 }
 
-// askLight sends a request that has to be answered.
+// askLight sends a request and fails the test if there is no answer.
 func askLight(t testing.TB, c *lightClient, ctx context.Context, req *kadpb.Message) {
 	t.Helper()
 	if _, err := c.ask(ctx, req); err != nil {
@@ -246,12 +245,12 @@ func askLight(t testing.TB, c *lightClient, ctx context.Context, req *kadpb.Mess
 	}
 }
 
-// idForms are the ways in which a peer ID could be written.
+// idForms returns the ways in which a peer ID could be written.
 func idForms(id peer.ID) map[string]string {
 	return map[string]string{"base58": id.String(), "a CID": peer.ToCid(id).String(), "hex": fmt.Sprintf("%x", string(id)), "raw": string(id)}
 }
 
-// The limit per network is found in other places than the others.
+// The limit per network applies in other code than the other limits.
 func TestRefusalsPerNetworkAreCounted(t *testing.T) {
 	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: 3, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
 	admits(t, r, 4)
@@ -260,12 +259,12 @@ func TestRefusalsPerNetworkAreCounted(t *testing.T) {
 		t.Errorf("refusals = %v, want some of %v", c.refused, refusedNetwork)
 	}
 	if r.registry != nil {
-		t.Error("metrics are gathered though nobody asked for them")
+		t.Error("metrics are gathered although nobody asked for them")
 	}
 }
 
-// Files under contrib are copied once and then forgotten: what they ask for must
-// be there.
+// Files under contrib are copied once and then forgotten, so each metric that they ask
+// for must exist.
 func TestContribAsksForMetricsThatExist(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--metrics=127.0.0.1:0"))
 	_, text := scrape(t, r)
@@ -277,11 +276,11 @@ func TestContribAsksForMetricsThatExist(t *testing.T) {
 		}
 		names := name.FindAllString(string(data), -1)
 		if len(names) == 0 {
-			t.Errorf("%s asks for nothing", path)
+			t.Errorf("%s asks for no metric", path)
 		}
 		for _, name := range names {
 			if !strings.Contains(text, "\n# TYPE "+name+" ") {
-				t.Errorf("%s asks for %s, which the relay has not", path, name)
+				t.Errorf("%s asks for %s, which the relay does not have", path, name)
 			}
 		}
 		if strings.HasSuffix(path, ".json") && !json.Valid(data) {
