@@ -120,11 +120,14 @@ func fileUses(fset *token.FileSet, files []*ast.File, imp types.Importer) (uses 
 }
 
 // against returns a sentence for the first use of each name that goes against the
-// order: up, or from the relay into the check.
+// order: up, or between the check, whose files begin with "check", and the node, which
+// is what stands from relay.go to config.go.
 func against(order []string, uses []fileUse) (wrong []string) {
 	slices.SortFunc(uses, func(a, b fileUse) int {
 		return cmp.Or(cmp.Compare(a.file, b.file), cmp.Compare(a.line, b.line), cmp.Compare(a.name, b.name), cmp.Compare(a.declared, b.declared))
 	})
+	floor := func(file string) int { return slices.Index(order, file) }
+	isCheck := func(file string) bool { return strings.HasPrefix(file, "check") }
 	seen := make(map[fileUse]bool)
 	for _, u := range uses {
 		which := fileUse{file: u.file, name: u.name, declared: u.declared}
@@ -132,12 +135,18 @@ func against(order []string, uses []fileUse) (wrong []string) {
 			continue
 		}
 		seen[which] = true
-		if slices.Index(order, u.declared) < slices.Index(order, u.file) {
-			wrong = append(wrong, fmt.Sprintf("%s:%d uses %s (%s): up", u.file, u.line, u.name, u.declared))
+		var why string
+		switch {
+		case floor(u.declared) < floor(u.file):
+			why = "up"
+		case isCheck(u.declared) && !isCheck(u.file) && (u.file != "main.go" || u.declared != "check.go"):
+			why = "only main.go uses the check, and only check.go of it"
+		case isCheck(u.file) && floor(u.declared) >= floor("relay.go") && floor(u.declared) < floor("config.go"):
+			why = "the check uses nothing of the node"
+		default:
+			continue
 		}
-		if strings.HasPrefix(u.declared, "check_") && !strings.HasPrefix(u.file, "check") {
-			wrong = append(wrong, fmt.Sprintf("%s:%d uses %s (%s): that is for check.go alone", u.file, u.line, u.name, u.declared))
-		}
+		wrong = append(wrong, fmt.Sprintf("%s:%d uses %s (%s): %s", u.file, u.line, u.name, u.declared, why))
 	}
 	return wrong
 }
@@ -219,27 +228,31 @@ func TestCallsThatGoUpAreFound(t *testing.T) {
 	fset := token.NewFileSet()
 	var files []*ast.File
 	for _, source := range []struct{ name, text string }{
-		{"top.go", `package main
+		{"main.go", `package main
+			func main() { check(); step() }`},
+		{"check.go", `package main
+			func check() { step(); node() }`},
+		{"check_step.go", `package main
+			func step() { bottom() }`},
+		{"relay.go", `package main
 			type thing struct{ field int }
 			func (thing) method() {}
-			func function() { bottom() }
+			func node() { bottom() }
 			const constant = 1
 			var variable int`},
-		{"check_x.go", `package main
-			func checked() { function() }`},
-		{"bottom.go", `package main
+		{"maker.go", `package main
+			func newThing() (t thing) { return t }
+			func local() { node := func() {}; node() }`},
+		{"config.go", `package main
 			func bottom() {
-				function()
+				node()
 				variable = constant
 				x := newThing().field
 				newThing().method()
-				checked()
+				step()
 				unknown.isPassedOver()
 			}
 			func (thing) another() {}`},
-		{"maker.go", `package main
-			func newThing() (t thing) { return t }
-			func local() { function := func() {}; function() }`},
 	} {
 		file, err := parser.ParseFile(fset, source.name, source.text, parser.SkipObjectResolution)
 		if err != nil {
@@ -247,18 +260,20 @@ func TestCallsThatGoUpAreFound(t *testing.T) {
 		}
 		files = append(files, file)
 	}
-	got := against([]string{"check_x.go", "top.go", "maker.go", "bottom.go"}, fileUses(fset, files, nil))
+	order := []string{"main.go", "check.go", "check_step.go", "relay.go", "maker.go", "config.go"}
+	got := against(order, fileUses(fset, files, nil))
 	want := []string{
-		"bottom.go:3 uses function (top.go): up",
-		"bottom.go:4 uses constant (top.go): up",
-		"bottom.go:4 uses variable (top.go): up",
-		"bottom.go:5 uses field (top.go): up",
-		"bottom.go:5 uses newThing (maker.go): up",
-		"bottom.go:6 uses method (top.go): up",
-		"bottom.go:7 uses checked (check_x.go): up",
-		"bottom.go:7 uses checked (check_x.go): that is for check.go alone",
-		"bottom.go:10 uses thing (top.go): up",
-		"maker.go:2 uses thing (top.go): up",
+		"check.go:2 uses node (relay.go): the check uses nothing of the node",
+		"config.go:3 uses node (relay.go): up",
+		"config.go:4 uses constant (relay.go): up",
+		"config.go:4 uses variable (relay.go): up",
+		"config.go:5 uses field (relay.go): up",
+		"config.go:5 uses newThing (maker.go): up",
+		"config.go:6 uses method (relay.go): up",
+		"config.go:7 uses step (check_step.go): up",
+		"config.go:10 uses thing (relay.go): up",
+		"main.go:2 uses step (check_step.go): only main.go uses the check, and only check.go of it",
+		"maker.go:2 uses thing (relay.go): up",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("uses against the order:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
