@@ -42,10 +42,11 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// testTimeout is how long anything that should happen is waited for. It is no
-// measure of how long it should take.
+// testTimeout is how long a test waits for something that should happen. It does not
+// say how long that should take.
 const testTimeout = 30 * time.Second
 
+// testContext returns a context that ends after testTimeout, or with the test.
 func testContext(t testing.TB) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
@@ -53,7 +54,8 @@ func testContext(t testing.TB) context.Context {
 	return ctx
 }
 
-// eventually waits until ok.
+// eventually waits until ok returns true, and fails the test if that takes longer than
+// testTimeout.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.After(testTimeout)
@@ -68,7 +70,8 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// inParallel calls do(0) to do(n-1), so many at a time.
+// inParallel calls do for 0 to n-1 in as many goroutines as there are workers, and fails
+// the test if any call failed.
 func inParallel(t testing.TB, n, workers int, do func(ctx context.Context, i int) error) {
 	t.Helper()
 	var next, failed int
@@ -102,10 +105,10 @@ func inParallel(t testing.TB, n, workers int, do func(ctx context.Context, i int
 	}
 }
 
-// buildDir holds the binary; TestMain makes and removes it.
+// buildDir is the directory of the built binary. TestMain makes and removes it.
 var buildDir string
 
-// buildBinary compiles the program once for all tests.
+// buildBinary compiles the program, once for all tests, and returns its path.
 var buildBinary = sync.OnceValues(func() (string, error) {
 	name := filepath.Join(buildDir, "privstack-relay")
 	if runtime.GOOS == "windows" {
@@ -118,11 +121,12 @@ var buildBinary = sync.OnceValues(func() (string, error) {
 	return name, nil
 })
 
+// TestMain runs the tests, or what the environment says that this process is instead: a
+// relay to be measured, or a part of the NAT lab in one of its namespaces.
 func TestMain(m *testing.M) {
 	if kind := os.Getenv(benchRelayEnv); kind != "" {
 		panic(runBenchRelay(kind, os.Args[1:]))
 	}
-	// The NAT lab runs this binary in its namespaces.
 	if delay := os.Getenv(labDelayEnv); delay != "" {
 		panic(runLabDelay(delay, os.Stdout))
 	}
@@ -147,6 +151,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// command returns the built binary with args, to be run in an empty directory.
 func command(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
 	name, err := buildBinary()
@@ -158,18 +163,18 @@ func command(t testing.TB, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// process is a running binary.
+// process is a relay that runs as a process.
 type process struct {
 	*exec.Cmd
 	peerID    string
 	bootstrap peer.AddrInfo // on loopback
 	http      string        // base URL
-	stdout    string        // the banner, whole
+	stdout    string        // the whole banner
 	stderr    *logBuffer    // complete once wait has returned
-	rest      chan string   // what stdout said after the banner, once it is closed
+	rest      chan string   // gets what follows the banner on stdout, once that is closed
 }
 
-// logBuffer is what a process has logged so far.
+// logBuffer collects what a process logs.
 type logBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -187,7 +192,7 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
-// line returns the first line with msg, and none if there is not one yet.
+// line returns the first line with that msg, or "" if there is none yet.
 func (b *logBuffer) line(msg string) string {
 	for line := range strings.Lines(b.String()) {
 		if strings.Contains(line, "msg="+msg+" ") || strings.Contains(line, `msg="`+msg) {
@@ -197,13 +202,15 @@ func (b *logBuffer) line(msg string) string {
 	return ""
 }
 
-// start runs the binary on free ports until its banner is complete.
+// start runs the built binary on free ports, and returns when its banner is complete. The
+// process ends with the test.
 func start(t testing.TB, args ...string) *process {
 	t.Helper()
 	return launch(t, command(t, append([]string{"--port=0", "--http-port=0"}, args...)...))
 }
 
-// launch starts a relay and waits until its banner is complete.
+// launch runs cmd, a relay, and returns when its banner is complete. The process ends with
+// the test.
 func launch(t testing.TB, cmd *exec.Cmd) *process {
 	t.Helper()
 	p := &process{Cmd: cmd, stderr: new(logBuffer), rest: make(chan string, 1)}
@@ -246,14 +253,14 @@ func launch(t testing.TB, cmd *exec.Cmd) *process {
 	return p
 }
 
-// wait returns the exit status, -1 for a signal.
+// wait waits for the process to end and returns its exit status, -1 for a signal.
 func (p *process) wait(t *testing.T) int {
 	t.Helper()
 	timeout := time.AfterFunc(testTimeout, func() { p.Process.Kill() })
-	rest := <-p.rest // to its end before Wait, which closes the pipe
+	rest := <-p.rest // first, because Wait closes the pipe
 	p.Cmd.Wait()
 	if !timeout.Stop() {
-		t.Fatalf("did not stop within %v\n%s", testTimeout, p.stderr)
+		t.Fatalf("the relay did not stop within %v\n%s", testTimeout, p.stderr)
 	}
 	if strings.TrimSpace(rest) != "" {
 		t.Errorf("stdout after the banner: %q, want nothing", rest)
@@ -261,7 +268,7 @@ func (p *process) wait(t *testing.T) int {
 	return p.ProcessState.ExitCode()
 }
 
-// kill ends the process now.
+// kill ends the process at once.
 func (p *process) kill() {
 	p.Process.Kill()
 	<-p.rest
@@ -275,10 +282,11 @@ func skipOnWindows(t *testing.T) {
 	}
 }
 
-// cpu is what the process has used so far, of all its threads, in steps of 10 ms.
+// cpu returns the CPU time of the process so far, all threads together, in steps of
+// 10 ms.
 func (p *process) cpu(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, p.Process.Pid) }
 
-// ownCPU is what this process, the clients', has used so far.
+// ownCPU returns the CPU time of this process, in which the clients are.
 func ownCPU(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, os.Getpid()) }
 
 func cpuOf(t testing.TB, pid int) time.Duration {
@@ -287,8 +295,8 @@ func cpuOf(t testing.TB, pid int) time.Duration {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// After the name, which may hold anything: utime and stime are the 14th and
-	// 15th field (proc_pid_stat(5)), in ticks of USER_HZ, which is 100.
+	// The name, which may hold anything, ends at the last parenthesis. utime and stime
+	// are the 14th and 15th field (proc_pid_stat(5)), in ticks of USER_HZ, which is 100.
 	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 	var ticks int64
 	for _, f := range fields[11:13] {
@@ -301,12 +309,12 @@ func cpuOf(t testing.TB, pid int) time.Duration {
 	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
-// rss is the process's resident memory in bytes, and peakRSS the most that it had.
+// rss returns the resident memory of the process in bytes, and peakRSS the most it had.
 func (p *process) rss(t testing.TB) int64 { t.Helper(); return p.status(t, "VmRSS:") }
 
 func (p *process) peakRSS(t testing.TB) int64 { t.Helper(); return p.status(t, "VmHWM:") }
 
-// status is a figure of /proc/PID/status, in bytes.
+// status returns a figure of /proc/PID/status, in bytes.
 func (p *process) status(t testing.TB, name string) int64 {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
@@ -356,7 +364,7 @@ func newTestPeerID(t testing.TB) peer.ID {
 	return id
 }
 
-// defaultConfig is the configuration of a bare command line, on free ports.
+// defaultConfig returns the configuration for args, on free ports.
 func defaultConfig(t testing.TB, args ...string) config {
 	t.Helper()
 	cfg, err := parseFlags(append([]string{"--port=0", "--http-port=0"}, args...))
@@ -366,17 +374,19 @@ func defaultConfig(t testing.TB, args ...string) config {
 	return cfg
 }
 
-// testRelay is a relay in this process and how clients reach it on loopback.
+// testRelay is a relay in this process. info is how clients reach it on loopback.
 type testRelay struct {
 	*relay
 	info peer.AddrInfo
 }
 
+// newTestRelay starts a relay with a new key. It is closed with the test.
 func newTestRelay(t testing.TB, cfg config) testRelay {
 	t.Helper()
 	return newTestRelayWithin(t, newLimits(cfg.maxClients, cfg.maxClientsPerIP), cfg, newTestKey(t))
 }
 
+// newTestRelayWithin starts a relay with these limits and this key.
 func newTestRelayWithin(t testing.TB, lim limits, cfg config, key ed25519.PrivateKey) testRelay {
 	t.Helper()
 	r, err := startRelayWithin(lim, cfg, key, slog.New(slog.DiscardHandler))
@@ -388,29 +398,30 @@ func newTestRelayWithin(t testing.TB, lim limits, cfg config, key ed25519.Privat
 	return testRelay{r, peer.AddrInfo{ID: r.host.ID(), Addrs: []ma.Multiaddr{addr}}}
 }
 
+// listenPort returns the UDP port of r.
 func listenPort(r *relay) string {
 	port, _ := r.host.Network().ListenAddresses()[0].ValueForProtocol(ma.P_UDP)
 	return port
 }
 
-// knows reports whether id is connected and has been identified.
+// knows reports whether id is connected and has told the relay that it serves the DHT.
 func (r testRelay) knows(id peer.ID) bool {
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
 	return r.peers.identified[id].kadPeer
 }
 
-// liveHeap is the live heap in bytes.
+// liveHeap returns the size of the live heap, in bytes.
 func liveHeap() uint64 {
 	runtime.GC()
-	runtime.GC() // what the first one's finalizers let go
+	runtime.GC() // again, for what finalizers have released
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
 }
 
-// newClient is a host as the deployed clients are: QUIC, identify, the relay
-// protocol's client side. The extra options come last.
+// newClient returns a libp2p host with QUIC, identify and the client side of the circuit
+// relay, on a free port of 127.0.0.1. opts come after its own options.
 func newClient(t testing.TB, opts ...libp2p.Option) host.Host {
 	t.Helper()
 	h, err := libp2p.New(append([]libp2p.Option{
@@ -447,11 +458,12 @@ func newClientKey(t *testing.T, r testRelay, cpl int) crypto.PrivKey {
 	}
 }
 
+// commonPrefix returns how many bits two peers have in common in the DHT.
 func commonPrefix(a, b peer.ID) int {
 	return kb.CommonPrefixLen(kb.ConvertPeerID(a), kb.ConvertPeerID(b))
 }
 
-// serveKad makes h a kad server with an empty table, as every fresh client is.
+// serveKad makes h a DHT server with an empty routing table, as every fresh client is.
 func serveKad(t testing.TB, h host.Host) *dht.IpfsDHT {
 	t.Helper()
 	d, err := dht.New(h,
@@ -468,6 +480,7 @@ func serveKad(t testing.TB, h host.Host) *dht.IpfsDHT {
 	return d
 }
 
+// connect connects h to r.
 func connect(t testing.TB, h host.Host, r testRelay) {
 	t.Helper()
 	if err := h.Connect(testContext(t), r.info); err != nil {
@@ -475,14 +488,15 @@ func connect(t testing.TB, h host.Host, r testRelay) {
 	}
 }
 
-// admits connects clients one by one until one is refused.
+// admits connects clients one by one until r refuses one, or until there are that many.
+// It returns those that r let in.
 func admits(t *testing.T, r testRelay, most int) (in []host.Host) {
 	t.Helper()
 	for range most {
 		c := newClient(t)
 		err := c.Connect(testContext(t), r.info)
 		if err == nil {
-			// A refusal after the handshake looks like a success until the first use.
+			// A client that is refused after the handshake notices when it asks first.
 			_, err = tryAsk(testContext(t), c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 		}
 		if err != nil {
@@ -493,7 +507,7 @@ func admits(t *testing.T, r testRelay, most int) (in []host.Host) {
 	return in
 }
 
-// observed is the address under which the relay sees h.
+// observed returns the address at which the relay sees h.
 func observed(t testing.TB, h host.Host, r testRelay) ma.Multiaddr {
 	t.Helper()
 	conns := r.host.Network().ConnsToPeer(h.ID())
@@ -503,8 +517,8 @@ func observed(t testing.TB, h host.Host, r testRelay) ma.Multiaddr {
 	return conns[0].RemoteMultiaddr()
 }
 
-// circuitBetween reserves for dst and connects src to it through the relay. The
-// streams that src opens are echoed by dst.
+// circuitBetween makes a reservation for dst and connects src to it through the relay. dst
+// echoes what src sends on streams of echoProtocol.
 func circuitBetween(t testing.TB, r testRelay, src, dst host.Host) {
 	t.Helper()
 	connect(t, src, r)
@@ -524,6 +538,7 @@ func circuitBetween(t testing.TB, r testRelay, src, dst host.Host) {
 
 const echoProtocol = "/test/echo/1.0.0"
 
+// openEcho opens a stream that dst echoes, over a circuit.
 func openEcho(t testing.TB, src, dst host.Host) network.Stream {
 	t.Helper()
 	s, err := src.NewStream(network.WithAllowLimitedConn(testContext(t), "test"), dst.ID(), echoProtocol)
@@ -536,7 +551,7 @@ func openEcho(t testing.TB, src, dst host.Host) network.Stream {
 	return s
 }
 
-// ask sends one DHT request to the relay and returns its answer.
+// ask sends a DHT request to the relay and returns the answer.
 func ask(t testing.TB, h host.Host, r testRelay, req *kadpb.Message) *kadpb.Message {
 	t.Helper()
 	resp, err := tryAsk(testContext(t), h, r, req)
@@ -546,6 +561,7 @@ func ask(t testing.TB, h host.Host, r testRelay, req *kadpb.Message) *kadpb.Mess
 	return resp
 }
 
+// tryAsk sends a DHT request to the relay and returns the answer, or what went wrong.
 func tryAsk(ctx context.Context, h host.Host, r testRelay, req *kadpb.Message) (*kadpb.Message, error) {
 	s, err := h.NewStream(ctx, r.info.ID, kadProtocol)
 	if err != nil {
@@ -562,7 +578,7 @@ func tryAsk(ctx context.Context, h host.Host, r testRelay, req *kadpb.Message) (
 	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
 }
 
-// byteReader reads single bytes without buffering ahead.
+// byteReader reads single bytes and buffers nothing.
 type byteReader struct{ io.Reader }
 
 func (r *byteReader) ReadByte() (byte, error) {
@@ -571,7 +587,7 @@ func (r *byteReader) ReadByte() (byte, error) {
 	return b[0], err
 }
 
-// findNode asks the relay for id and returns what the answer says of it.
+// findNode asks the relay for id and returns the addresses in the answer.
 func findNode(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr, found bool) {
 	t.Helper()
 	resp := ask(t, h, r, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
@@ -583,7 +599,7 @@ func findNode(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Mu
 	return nil, false
 }
 
-// waitFound waits until the relay's answers name id with an address.
+// waitFound waits until the relay's answer names id, and returns the addresses.
 func waitFound(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr) {
 	t.Helper()
 	eventually(t, "FIND_NODE names "+id.String(), func() bool {
@@ -594,6 +610,7 @@ func waitFound(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.M
 	return addrs
 }
 
+// put stores a record at the relay.
 func put(t testing.TB, h host.Host, r testRelay, rec *recpb.Record) error {
 	t.Helper()
 	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, rec.Key, 0)
@@ -602,11 +619,13 @@ func put(t testing.TB, h host.Host, r testRelay, rec *recpb.Record) error {
 	return err
 }
 
+// get returns the record that the relay has for key, or nil.
 func get(t testing.TB, h host.Host, r testRelay, key []byte) *recpb.Record {
 	t.Helper()
 	return ask(t, h, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)).Record
 }
 
+// findMessage, getMessage and putMessage return the requests that clients make.
 func findMessage(key []byte) *kadpb.Message { return kadpb.NewMessage(kadpb.Message_FIND_NODE, key, 0) }
 
 func getMessage(key []byte) *kadpb.Message { return kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0) }
@@ -617,19 +636,20 @@ func putMessage(key []byte, publisher peer.ID) *kadpb.Message {
 	return m
 }
 
-// groupKey is a client's record key: raw hash bytes, among them slashes, zeros
-// and bytes that are no UTF-8.
+// groupKey is a record key as clients make it, from the raw bytes of a hash. Some of these
+// are slashes, zeros, or no UTF-8.
 var groupKey = append([]byte("/privstack/syncgroup/"),
 	0x00, '/', 0xff, 0xfe, '/', '/', 0x80, 0x01, 2, 3, 4, 5, 6, 7, 8, 9,
 	10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 0xff)
 
+// newGroupKey returns the key of a group that nobody else is in.
 func newGroupKey() []byte {
 	hash := make([]byte, 32)
 	rand.Read(hash)
 	return append([]byte("/privstack/syncgroup/"), hash...)
 }
 
-// rustRecord is a record as rust-libp2p sends it, with its two own fields.
+// rustRecord returns a record as rust-libp2p sends it, with the two fields that it adds.
 func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.Record {
 	rec := &recpb.Record{Key: key, Value: []byte(value)}
 	rec.ProtoReflect().SetUnknown(rustFields(publisher, ttl))
@@ -637,6 +657,7 @@ func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.
 }
 
 // rustFields are a record's publisher and ttl as rust-libp2p encodes them.
+// rustFields returns these fields, encoded; ttl is in seconds.
 func rustFields(publisher peer.ID, ttl uint64) []byte {
 	b := protowire.AppendTag(nil, 666, protowire.BytesType)
 	b = protowire.AppendBytes(b, []byte(publisher))
@@ -644,7 +665,7 @@ func rustFields(publisher peer.ID, ttl uint64) []byte {
 	return protowire.AppendVarint(b, ttl)
 }
 
-// memoryStream is a network.Stream of which only Read is used.
+// memoryStream is a network.Stream that can only be read.
 type memoryStream struct {
 	network.Stream
 	io.Reader

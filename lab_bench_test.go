@@ -43,12 +43,11 @@ import (
 	quicgo "github.com/quic-go/quic-go"
 )
 
-// benchRelayEnv tells the test binary that it is a relay: "product", which is
-// this program with a profiler, or "baseline", which is what go-libp2p makes of
-// its default resources.
+// benchRelayEnv tells the test binary that it is a relay: "product" is this program with
+// a profiler, "baseline" is go-libp2p's relay with its default resources.
 const benchRelayEnv = "PRIVSTACK_BENCH_RELAY"
 
-// runBenchRelay is such a relay's process, until it is killed.
+// runBenchRelay runs such a relay until the process is killed.
 func runBenchRelay(kind string, args []string) error {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -82,7 +81,8 @@ func runBenchRelay(kind string, args []string) error {
 	return nil
 }
 
-// benchRelay starts the built binary, or the test binary as what kind says.
+// benchRelay starts a relay: the built binary, or the test binary where that has no
+// profiler or is not what kind says.
 func benchRelay(b *testing.B, kind string, args ...string) *process {
 	b.Helper()
 	dir := os.Getenv("BENCH_PROFILE")
@@ -99,17 +99,22 @@ func benchRelay(b *testing.B, kind string, args ...string) *process {
 	return launch(b, cmd)
 }
 
-// profile writes the relay's profile of that name ("heap", "profile?seconds=5")
-// to BENCH_PROFILE, if it is set.
+// profiles returns the URL of the profiles of a relay that runs in the test binary.
+func (p *process) profiles() string {
+	_, rest, _ := strings.Cut(p.stdout, "Profiles: ")
+	url, _, _ := strings.Cut(rest, "\n")
+	return url
+}
+
+// profile writes a profile of the relay ("heap", "profile?seconds=5") into the directory
+// BENCH_PROFILE, if that is set.
 func (p *process) profile(b *testing.B, name, file string) {
 	b.Helper()
 	dir := os.Getenv("BENCH_PROFILE")
 	if dir == "" {
 		return
 	}
-	_, rest, _ := strings.Cut(p.stdout, "Profiles: ")
-	base, _, _ := strings.Cut(rest, "\n")
-	resp, err := http.Get(base + "/" + name)
+	resp, err := http.Get(p.profiles() + "/" + name)
 	if err != nil {
 		b.Error(err)
 		return
@@ -124,7 +129,7 @@ func (p *process) profile(b *testing.B, name, file string) {
 	}
 }
 
-// table collects what is measured.
+// table collects the figures.
 type table struct {
 	text strings.Builder
 	w    *tabwriter.Writer
@@ -155,14 +160,14 @@ func (t *table) String() string {
 	return t.text.String()
 }
 
-// percentile sorts d.
+// percentile returns the duration below which the share p of d is. It sorts d.
 func percentile(d []time.Duration, p float64) time.Duration {
 	slices.Sort(d)
 	return d[min(int(float64(len(d))*p), len(d)-1)]
 }
 
-// BenchmarkCapacity prints the table. Its parts can be run one by one, as
-// -bench Capacity/throughput.
+// BenchmarkCapacity prints the table. Its parts can be run one by one, such as -bench
+// Capacity/throughput.
 func BenchmarkCapacity(b *testing.B) {
 	if runtime.GOOS != "linux" {
 		b.Skip("needs /proc")
@@ -187,7 +192,7 @@ func BenchmarkCapacity(b *testing.B) {
 	fmt.Printf("\n%s\n", t)
 }
 
-// benchStart measures from the start of the process to its first DHT answer.
+// benchStart measures the time from the start of the process to its first DHT answer.
 func benchStart(b *testing.B, t *table) {
 	var took []time.Duration
 	c := newCrowd(b, 1)
@@ -212,8 +217,8 @@ func benchStart(b *testing.B, t *table) {
 	t.row("start to first answer (with a new key), median", percentile(took, 0.5))
 }
 
-// benchCircuits opens n circuits, each between two clients of its own on sockets of
-// their own.
+// benchCircuits opens n circuits. Each is between two clients that have no other circuit
+// and share no socket.
 func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, links []link) {
 	b.Helper()
 	c := newCrowdOn(b, 2*n)
@@ -237,7 +242,7 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 	return clients, links
 }
 
-// direct connects b to a past the relay.
+// direct connects a to b without the relay.
 func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	tlsConf, _ := b.tls.ConfigForPeer("")
 	ln, err := b.transport.Listen(tlsConf, lightConfig())
@@ -269,8 +274,8 @@ func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	return link{from, to}, err
 }
 
-// transfer sends so many bytes over each link at once and returns when all are
-// there.
+// transfer sends that many bytes over each link, over all links at once, and returns when
+// all have arrived.
 func transfer(links []link, bytes int64) error {
 	errs := make(chan error, 2*len(links))
 	for _, l := range links {
@@ -296,12 +301,13 @@ func transfer(links []link, bytes int64) error {
 	return err
 }
 
-// carried is one transfer, measured.
+// carried is what one transfer took.
 type carried struct {
 	mibps          float64 // all links together
 	relay, clients float64 // CPU seconds per GiB
 }
 
+// carry sends total bytes over the links and measures it.
 func (p *process) carry(b *testing.B, links []link, total int64) carried {
 	b.Helper()
 	began, relay, clients := time.Now(), p.cpu(b), ownCPU(b)
@@ -317,9 +323,9 @@ func (p *process) carry(b *testing.B, links []link, total int64) carried {
 	}
 }
 
-// benchThroughput compares the relay with go-libp2p's defaults, and both with a
-// direct transfer between the same clients: one QUIC send and one QUIC receive,
-// which is what a relay has to do too.
+// benchThroughput compares the relay with go-libp2p's defaults, and both with a direct
+// transfer between the same clients. That takes one QUIC send and one QUIC receive, as a
+// relay does.
 func benchThroughput(b *testing.B, t *table) {
 	t.row("")
 	t.row("circuits", "relay", "MiB/s", "relay CPU s/GiB", "clients' CPU s/GiB", "direct MiB/s", "direct CPU s/GiB", "relay CPU / direct's", "relay CPU / clients'")
@@ -338,8 +344,8 @@ func benchThroughput(b *testing.B, t *table) {
 	}
 }
 
-// benchCarry measures n circuits and as many direct links between the same
-// clients, in turns: of each it returns the median, as the machine's speed drifts.
+// benchCarry measures n circuits and n direct links between the same clients, in turns,
+// because the machine's speed drifts. It returns the median of each.
 func benchCarry(b *testing.B, kind string, n int) (over, past carried) {
 	const total = 96 << 20
 	p := benchRelay(b, kind, "--circuit-bytes=1TiB")
@@ -353,7 +359,7 @@ func benchCarry(b *testing.B, kind string, n int) (over, past carried) {
 		}
 		directs = append(directs, l)
 	}
-	// Once unmeasured: windows open, path MTUs are found.
+	// The first transfers are not measured: windows grow, and path MTUs are found.
 	p.carry(b, links, total/8)
 	p.carry(b, directs, total/8)
 	profiled := make(chan struct{})
@@ -371,13 +377,13 @@ func benchCarry(b *testing.B, kind string, n int) (over, past carried) {
 	return median(overs), median(pasts)
 }
 
-// median is the one with the median of relay CPU + clients' CPU.
+// median returns the run with the median CPU time of relay and clients together.
 func median(runs []carried) carried {
 	slices.SortFunc(runs, func(a, b carried) int { return int(1e6 * (a.relay + a.clients - b.relay - b.clients)) })
 	return runs[len(runs)/2]
 }
 
-// echo sends what comes on s back until s ends.
+// echo sends back what comes on s until s ends.
 func echo(s *quicgo.Stream) { io.Copy(s, s) }
 
 // roundTrips measures n round trips of 64 bytes to an echo at the other end.
@@ -396,8 +402,8 @@ func (l link) roundTrips(n int) (took []time.Duration, err error) {
 	return took, nil
 }
 
-// benchLatency measures what a circuit adds to a round trip, alone and while
-// other circuits are carrying all they can.
+// benchLatency measures how much a circuit adds to a round trip, on an idle relay and while
+// other circuits carry all they can.
 func benchLatency(b *testing.B, t *table) {
 	p := benchRelay(b, "product", "--circuit-bytes=1TiB")
 	clients, links := benchCircuits(b, p, 9)
@@ -406,7 +412,7 @@ func benchLatency(b *testing.B, t *table) {
 		b.Fatal(err)
 	}
 	over := links[0]
-	go echo(over.to) // both until the relay is gone
+	go echo(over.to) // both end with the relay
 	go echo(past.to)
 	t.row("")
 	t.row("round trip", "direct p50", "direct p99", "circuit p50", "circuit p99", "added p50", "added p99")
@@ -443,25 +449,25 @@ func benchLatency(b *testing.B, t *table) {
 	p.kill()
 }
 
-// benchBandwidth measures how exactly --max-bandwidth is kept, over 30 s, and
-// what it costs beside the same traffic from senders that keep to it by themselves.
+// benchBandwidth measures how exactly --max-bandwidth is kept over 30 s, and what it costs
+// compared with senders that keep to the same rate by themselves.
 func benchBandwidth(b *testing.B, t *table) {
 	const limit, circuits, seconds = 5 << 20, 8, 30
 	t.row("")
-	t.row("5 MiB/s over 8 circuits, for 30 s", "MiB/s", "of the figure", "least / most of one circuit", "relay CPU s/GiB")
+	t.row("5 MiB/s over 8 circuits, for 30 s", "MiB/s", "of the cap", "least / most of one circuit", "relay CPU s/GiB")
 	for _, kind := range []struct {
 		name string
 		args []string
 		each int64 // bytes per second
 	}{
 		{"--max-bandwidth=5MiB", []string{fmt.Sprint("--max-bandwidth=", limit)}, 0},
-		{"no cap, sent as 16 KiB every 25 ms", nil, limit / circuits},
+		{"no cap, senders write 16 KiB every 25 ms", nil, limit / circuits},
 	} {
 		p := benchRelay(b, "product", kind.args...)
 		_, links := benchCircuits(b, p, circuits)
 		got := make([]atomic.Int64, circuits)
 		for i, l := range links {
-			go l.flood(&got[i], kind.each) // until the relay is gone
+			go l.flood(&got[i], kind.each) // ends with the relay
 		}
 		sum := func() (all, least, most int64) {
 			least = math.MaxInt64
@@ -483,10 +489,10 @@ func benchBandwidth(b *testing.B, t *table) {
 	}
 }
 
-// leavingTime is how long clients that have left are given to be forgotten.
+// leavingTime is how long the relay has to give back the memory of clients that left.
 const leavingTime = 5 * time.Minute
 
-// benchClients measures what clients cost, and the DHT's answers with the most of
+// benchClients measures what clients cost, and how fast the DHT answers with the most of
 // them connected.
 func benchClients(b *testing.B, t *table) {
 	t.row("")
@@ -518,7 +524,8 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 		defer close(profiled)
 		p.profile(b, "profile?seconds=20", fmt.Sprintf("cpu-clients-%d.pb.gz", n))
 	}()
-	// Who is lost on a machine that is busy with both sides comes again.
+	// A client that loses its connection, because the machine is busy with both sides,
+	// connects again.
 	each := func(do func(context.Context, *lightClient) error) func(context.Context, int) error {
 		return func(ctx context.Context, i int) (err error) {
 			for range 5 {
@@ -541,14 +548,14 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	inParallel(b, n, 32, each(func(ctx context.Context, c *lightClient) error { return c.reserve(ctx) }))
 	settle(b, p)
 	reserved := p.rss(b)
-	// Each with a record of its own, which few share in the field.
+	// Each has its own record. In the field, a few devices share one.
 	inParallel(b, n, 32, each(func(ctx context.Context, c *lightClient) error {
 		if _, err := c.named(ctx, c.id); err != nil {
 			return err
 		}
 		return c.put(ctx, c.id.String())
 	}))
-	// A minute later, which is when what the crowd's arrival took is given back.
+	// A minute later the relay has given back what the crowd's arrival took.
 	time.Sleep(givingBack + 5*time.Second)
 	<-profiled
 	serving := p.rss(b)
@@ -574,7 +581,7 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	return kad
 }
 
-// settle waits until the relay has nothing more to do.
+// settle waits until the relay is idle.
 func settle(t testing.TB, p *process) {
 	t.Helper()
 	for range 20 {
@@ -586,7 +593,7 @@ func settle(t testing.TB, p *process) {
 	}
 }
 
-// benchKad measures DHT requests, 16 at a time, each from another client.
+// benchKad measures DHT requests, 16 at a time, each by another client.
 func benchKad(b *testing.B, p *process, clients []*lightClient) (rows [][]any) {
 	const requests, workers = 10000, 16
 	for _, kind := range []struct {

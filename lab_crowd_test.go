@@ -1,8 +1,8 @@
 package main
 
-// Thousands of clients from one process: each has an identity, a connection and
-// answers identify, and shares its UDP socket with many others. Nothing of a
-// libp2p host is below them, so they can also misbehave.
+// Thousands of clients in one process. Each has an identity and a connection and answers
+// identify; many share one UDP socket. They are written on quic-go without a libp2p host,
+// so they are small, and can misbehave.
 
 import (
 	"bytes"
@@ -44,12 +44,13 @@ type crowd struct {
 // crowdSocket is how many connections share one socket.
 const crowdSocket = 500
 
+// newCrowd makes a crowd with sockets for that many clients.
 func newCrowd(t testing.TB, clients int) *crowd {
 	t.Helper()
 	return newCrowdOn(t, (clients+crowdSocket-1)/crowdSocket)
 }
 
-// newCrowdOn is a crowd on so many sockets.
+// newCrowdOn makes a crowd on that many sockets.
 func newCrowdOn(t testing.TB, sockets int) *crowd {
 	t.Helper()
 	var conns []*net.UDPConn
@@ -63,7 +64,7 @@ func newCrowdOn(t testing.TB, sockets int) *crowd {
 	return newCrowdFrom(t, conns)
 }
 
-// newCrowdFrom is a crowd on these sockets, which it closes.
+// newCrowdFrom makes a crowd on these sockets and closes them with the test.
 func newCrowdFrom(t testing.TB, conns []*net.UDPConn) *crowd {
 	t.Helper()
 	c := &crowd{}
@@ -85,13 +86,13 @@ func (c *crowd) transport() *quicgo.Transport {
 	return c.transports[c.next%len(c.transports)]
 }
 
-// lightIdentity is one client before it connects.
+// lightIdentity is a client that has not connected yet.
 type lightIdentity struct {
 	id  peer.ID
 	tls *p2ptls.Identity
 	key crypto.PrivKey
 
-	// listen is where it says that it listens; nil is an address in some LAN.
+	// listen are the addresses that it reports; nil stands for one in a LAN.
 	listen []ma.Multiaddr
 }
 
@@ -115,13 +116,13 @@ func makeLightIdentity() (who lightIdentity, err error) {
 	return who, err
 }
 
-// lightClient is a client's one connection to the relay.
+// lightClient is a client with one connection, to the relay.
 type lightClient struct {
 	lightIdentity
 	*quicgo.Conn
-	transport *quicgo.Transport // nil where it took over a connection
+	transport *quicgo.Transport // nil for a connection that was accepted
 
-	// stops gets the streams on which the relay offers a circuit.
+	// stops receives the streams on which the relay offers a circuit.
 	stops chan *quicgo.Stream
 }
 
@@ -133,7 +134,7 @@ func lightConfig() *quicgo.Config {
 	}
 }
 
-// over is who on an established connection, and answers once serve runs.
+// over makes a client of who on an established connection. It answers once serve runs.
 func (who lightIdentity) over(conn *quicgo.Conn) *lightClient {
 	return &lightClient{who, conn, nil, make(chan *quicgo.Stream, 1)}
 }
@@ -159,8 +160,8 @@ func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay p
 		return nil, err
 	}
 	tlsConf, _ := who.tls.ConfigForPeer(relay.ID)
-	// The clients' TLS (ring, in rust-libp2p) offers no post-quantum key exchange,
-	// which would cost the relay 5 KiB more for each.
+	// The deployed clients' TLS (ring, in rust-libp2p) offers no post-quantum key
+	// exchange. With one, each client would cost the relay 5 KiB more.
 	tlsConf.CurvePreferences = []tls.CurveID{tls.X25519}
 	conn, err := tr.Dial(ctx, addr, tlsConf, lightConfig())
 	if err != nil {
@@ -175,6 +176,7 @@ func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay p
 	return client, nil
 }
 
+// serve answers streams that the relay opens, until the connection ends.
 func (c *lightClient) serve() {
 	public, err := crypto.MarshalPublicKey(c.key.GetPublic())
 	if err != nil {
@@ -186,8 +188,8 @@ func (c *lightClient) serve() {
 		PublicKey:       public,
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
 	}
-	// More than fits into one message goes into more of them, which the reader
-	// merges, as identify's spec has it for large ones.
+	// What does not fit into one message goes into more of them, and the reader merges
+	// them: https://github.com/libp2p/specs/blob/master/identify/README.md
 	parts := []*identifypb.Identify{said}
 	for i, a := range c.listen {
 		if i > 0 && i%150 == 0 {
@@ -226,7 +228,7 @@ func (c *lightClient) serve() {
 	}
 }
 
-// answerKad answers as one who takes every record and knows nobody.
+// answerKad answers DHT requests: it accepts every record and knows nobody.
 func answerKad(s *quicgo.Stream) {
 	for {
 		m := new(kadpb.Message)
@@ -242,7 +244,7 @@ func answerKad(s *quicgo.Stream) {
 	}
 }
 
-// open opens a stream that speaks protocol.
+// open opens a stream for protocol, with the deadline of ctx.
 func (c *lightClient) open(ctx context.Context, protocol string) (*quicgo.Stream, error) {
 	s, err := c.OpenStreamSync(ctx)
 	if err != nil {
@@ -259,7 +261,7 @@ func (c *lightClient) open(ctx context.Context, protocol string) (*quicgo.Stream
 	return s, nil
 }
 
-// ask sends one DHT request and returns the answer.
+// ask sends a DHT request and returns the answer.
 func (c *lightClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Message, error) {
 	s, err := c.open(ctx, string(kadProtocol))
 	if err != nil {
@@ -274,7 +276,7 @@ func (c *lightClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Messa
 	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
 }
 
-// named reports whether the relay's answer names id, with an address.
+// named asks the relay for id, and reports whether the answer names it with an address.
 func (c *lightClient) named(ctx context.Context, id peer.ID) (bool, error) {
 	resp, err := c.ask(ctx, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
 	for _, p := range resp.GetCloserPeers() {
@@ -285,7 +287,7 @@ func (c *lightClient) named(ctx context.Context, id peer.ID) (bool, error) {
 	return false, err
 }
 
-// reserve makes a reservation for a circuit.
+// reserve makes a reservation, so that others can open circuits to this client.
 func (c *lightClient) reserve(ctx context.Context) error {
 	reserve := circuitpb.HopMessage_RESERVE
 	s, resp, err := c.hop(ctx, &circuitpb.HopMessage{Type: &reserve})
@@ -300,14 +302,15 @@ func (c *lightClient) reserve(ctx context.Context) error {
 	return nil
 }
 
-// circuit opens a circuit to id. What comes on the stream next is id's.
+// circuit opens a circuit to id. What comes on the stream then is from id.
 func (c *lightClient) circuit(ctx context.Context, id peer.ID) (*quicgo.Stream, error) {
 	connect := circuitpb.HopMessage_CONNECT
 	s, _, err := c.hop(ctx, &circuitpb.HopMessage{Type: &connect, Peer: &circuitpb.Peer{Id: []byte(id)}})
 	return s, err
 }
 
-// hop asks the relay's circuit service, and returns its answer where it agrees.
+// hop sends a request to the relay's circuit service, and returns the answer if the relay
+// agrees.
 func (c *lightClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*quicgo.Stream, *circuitpb.HopMessage, error) {
 	s, err := c.open(ctx, string(proto.ProtoIDv2Hop))
 	if err != nil {
@@ -329,8 +332,8 @@ func (c *lightClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*quic
 	return s, resp, nil
 }
 
-// accept takes a circuit that the relay offers. What comes on the stream next is
-// the other end's.
+// accept waits for a circuit that the relay offers, and takes it. What comes on the stream
+// then is from the other end.
 func (c *lightClient) accept(ctx context.Context) (*quicgo.Stream, error) {
 	select {
 	case s := <-c.stops:
@@ -345,7 +348,7 @@ func (c *lightClient) accept(ctx context.Context) (*quicgo.Stream, error) {
 	}
 }
 
-// joinCrowd connects clients to r and waits until all have been identified.
+// joinCrowd connects that many clients to r and waits until all are identified.
 func joinCrowd(t testing.TB, r testRelay, clients int) []*lightClient {
 	t.Helper()
 	c := newCrowd(t, clients)
@@ -359,6 +362,7 @@ func joinCrowd(t testing.TB, r testRelay, clients int) []*lightClient {
 	return joined
 }
 
+// join connects who to r.
 func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient {
 	t.Helper()
 	client, err := c.dial(testContext(t), who, r.info)
@@ -381,7 +385,8 @@ func (c *crowd) pair(ctx context.Context, t *testing.T, r testRelay, who [2]ligh
 	return a, b
 }
 
-// mustAsk asks the relay and returns whom the answer names.
+// mustAsk sends a DHT request and returns the peers that the answer names, with their
+// addresses.
 func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma.Multiaddr {
 	t.Helper()
 	resp, err := c.ask(testContext(t), req)
@@ -399,12 +404,12 @@ func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma
 		named[peer.ID(p.Id)] = p.Addresses()
 	}
 	if _, ok := named[c.id]; ok && !bytes.Equal(req.Key, []byte(c.id)) {
-		t.Errorf("%v: the asker is named", req.Type)
+		t.Errorf("%v: the answer names the asker", req.Type)
 	}
 	return named
 }
 
-// seenAt is where the relay sees it.
+// seenAt returns the address at which the relay sees the client.
 func (c *lightClient) seenAt() ma.Multiaddr {
 	addr, err := quicreuse.ToQuicMultiaddr(c.LocalAddr(), quicgo.Version1)
 	if err != nil {
@@ -413,11 +418,12 @@ func (c *lightClient) seenAt() ma.Multiaddr {
 	return addr
 }
 
-// put stores a record under a key of that name.
+// put stores a record such as clients store, under a key of that name.
 func (c *lightClient) put(ctx context.Context, name string) error {
 	return c.putValue(ctx, name, `{"device_name":"bench","addresses":["/ip4/192.168.1.10/udp/5001/quic-v1"],"timestamp":1700000000}`)
 }
 
+// putValue stores a record with that value.
 func (c *lightClient) putValue(ctx context.Context, name, value string) error {
 	key := []byte(recordPrefix + "syncgroup/" + name)
 	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
@@ -426,7 +432,7 @@ func (c *lightClient) putValue(ctx context.Context, name, value string) error {
 	return err
 }
 
-// circuitTo opens a circuit to b and returns both its ends.
+// circuitTo opens a circuit to b and returns both ends.
 func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *quicgo.Stream, err error) {
 	if err := b.reserve(ctx); err != nil {
 		return nil, nil, err
@@ -447,17 +453,18 @@ func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *
 	return s, other.Stream, other.error
 }
 
-// link is a stream between two clients, by a circuit or direct.
+// link is a stream between two clients, over a circuit or a direct connection.
 type link struct{ from, to *quicgo.Stream }
 
+// unlimited takes away the deadlines that opening the streams has left.
 func unlimited(streams ...*quicgo.Stream) {
 	for _, s := range streams {
 		s.SetDeadline(time.Time{})
 	}
 }
 
-// flood sends what l takes, or with each no more than so many bytes per second,
-// and counts what arrives, until l ends.
+// flood sends as fast as l takes it, or each bytes per second if that is not 0. It counts
+// what arrives, and returns when l ends.
 func (l link) flood(got *atomic.Int64, each int64) {
 	go func() {
 		chunk := make([]byte, 64<<10)
