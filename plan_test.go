@@ -36,11 +36,11 @@ check_client.go    ... the clients that it plays
 check_report.go    ... what it prints
 
 httpapi.go         the HTTP endpoint; knows nothing of libp2p
-metrics.go         the metrics, if the operator wants them
 systemd.go         what the service manager is told
 logs.go            the libraries' logs, joined to ours
 
 relay.go           the libp2p node: put together, drained, closed
+metrics.go         the metrics, if the operator wants them
 
 dht.go             a DHT request, from its stream to the answer
 answers.go         whom answers name
