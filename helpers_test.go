@@ -20,6 +20,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -103,6 +104,12 @@ func inParallel(t testing.TB, n, workers int, do func(ctx context.Context, i int
 	if failed > 0 {
 		t.Fatalf("%d of %d failed, such as by: %v", failed, n, first)
 	}
+}
+
+// percentile returns the duration below which the share p of d is. It sorts d.
+func percentile(d []time.Duration, p float64) time.Duration {
+	slices.Sort(d)
+	return d[min(int(float64(len(d))*p), len(d)-1)]
 }
 
 // buildDir is the directory of the built binary. TestMain makes and removes it.

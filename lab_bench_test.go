@@ -160,12 +160,6 @@ func (t *table) String() string {
 	return t.text.String()
 }
 
-// percentile returns the duration below which the share p of d is. It sorts d.
-func percentile(d []time.Duration, p float64) time.Duration {
-	slices.Sort(d)
-	return d[min(int(float64(len(d))*p), len(d)-1)]
-}
-
 // BenchmarkCapacity prints the table. Its parts can be run one by one, such as -bench
 // Capacity/throughput.
 func BenchmarkCapacity(b *testing.B) {
