@@ -102,7 +102,7 @@ func inParallel(t testing.TB, n, workers int, do func(ctx context.Context, i int
 	}
 	working.Wait()
 	if failed > 0 {
-		t.Fatalf("%d of %d failed, such as by: %v", failed, n, first)
+		t.Fatalf("%d of %d failed; one error is: %v", failed, n, first)
 	}
 }
 

@@ -231,31 +231,6 @@ func askUntil(t *testing.T, over context.Context, base string) (took []time.Dura
 	}
 }
 
-// Requests that are sent without waiting are answered in order.
-func TestPipelinedRequests(t *testing.T) {
-	srv := httptest.NewServer(newTestAPI())
-	defer srv.Close()
-	c, err := net.Dial("tcp", srv.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(testTimeout))
-	const rounds = 100
-	go io.WriteString(c, strings.Repeat("GET "+identityRoute+" HTTP/1.1\r\nHost: r\r\n\r\nGET /nothing HTTP/1.1\r\nHost: r\r\n\r\n", rounds))
-	answers := bufio.NewReader(c)
-	for i := range 2 * rounds {
-		resp, err := http.ReadResponse(answers, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.Copy(io.Discard, resp.Body)
-		if want := []int{200, 404}[i%2]; resp.StatusCode != want {
-			t.Fatalf("answer %d has status %d, want %d", i, resp.StatusCode, want)
-		}
-	}
-}
-
 // A client that opens connections to keep others out loses its own.
 func TestOldestHTTPConnectionGivesWay(t *testing.T) {
 	srv := newHTTPServer(newTestAPI(), slog.New(slog.DiscardHandler))

@@ -87,7 +87,7 @@ func TestIdentitySurvivesRestart(t *testing.T) {
 	}
 	entries, err := os.ReadDir(filepath.Dir(path))
 	if err != nil || len(entries) != 1 {
-		t.Errorf("directory holds %v (%v), want the key alone", entries, err)
+		t.Errorf("directory holds %v (%v), want only the key", entries, err)
 	}
 }
 

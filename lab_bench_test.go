@@ -257,7 +257,7 @@ func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	if err != nil {
 		return link{}, err
 	}
-	if _, err := from.Write([]byte{0}); err != nil { // or b would know nothing of it
+	if _, err := from.Write([]byte{0}); err != nil { // without a byte b would not see the stream
 		return link{}, err
 	}
 	to, err := accepted.AcceptStream(ctx)

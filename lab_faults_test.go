@@ -21,9 +21,11 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
-	"github.com/libp2p/go-libp2p/core/peer"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	ma "github.com/multiformats/go-multiaddr"
 	quicgo "github.com/quic-go/quic-go"
+	"google.golang.org/protobuf/encoding/protodelim"
 )
 
 // Power can fail during the first start. Then the key file is either missing or complete,
@@ -268,11 +270,12 @@ var misbehaviours = []struct {
 		if err := b.reserve(ctx); err != nil {
 			return nil, err
 		}
-		s, err := a.open(ctx, "/libp2p/circuit/relay/0.2.0/hop")
+		s, err := a.open(ctx, string(proto.ProtoIDv2Hop))
 		if err != nil {
 			return nil, err
 		}
-		if _, err := s.Write(connectMessage(b.id)); err != nil {
+		connect := circuitpb.HopMessage_CONNECT
+		if _, err := protodelim.MarshalTo(s, &circuitpb.HopMessage{Type: &connect, Peer: &circuitpb.Peer{Id: []byte(b.id)}}); err != nil {
 			return nil, err
 		}
 		select {
@@ -318,13 +321,6 @@ var misbehaviours = []struct {
 		}
 		return []*quicgo.Stream{s, taken}, nil
 	}},
-}
-
-// connectMessage returns a framed HopMessage CONNECT.
-// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
-func connectMessage(id peer.ID) []byte {
-	msg := append([]byte{0x08, 1, 0x12, byte(len(id) + 2), 0x0a, byte(len(id))}, id...)
-	return append([]byte{byte(len(msg))}, msg...)
 }
 
 // When clients have left, everything is as it was before they came, whatever they did.

@@ -10,9 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/netip"
 	"runtime"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -307,39 +307,6 @@ func TestOverlongKadMessageEndsTheStream(t *testing.T) {
 	ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 }
 
-// The relay finds the same frames however the bytes are cut into reads.
-func TestBoundedStreamFollowsFrames(t *testing.T) {
-	rng := rand.New(rand.NewPCG(1, 2))
-	for range 200 {
-		var data []byte
-		for range rng.IntN(5) {
-			length := rng.IntN(maxKadMessage + 1)
-			data = append(binary.AppendUvarint(data, uint64(length)), make([]byte, length)...)
-		}
-		fine := len(data)
-		data = binary.AppendUvarint(data, maxKadMessage+1+uint64(rng.IntN(1<<20)))
-		overlong := len(data)
-		data = append(data, 1, 2, 3)
-
-		s := &kadStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
-		read := 0
-		for {
-			n, err := s.Read(make([]byte, 1+rng.IntN(1000)))
-			read += n
-			if err == nil {
-				continue
-			}
-			if !errors.Is(err, errKadMessageTooLong) {
-				t.Fatalf("read error = %v, want %v", err, errKadMessageTooLong)
-			}
-			break
-		}
-		if read >= overlong || read < fine-1000 {
-			t.Fatalf("%d bytes were read, want none from the last byte of the overlong length on, which is byte %d", read, overlong-1)
-		}
-	}
-}
-
 // Whatever arrives on a DHT stream, the relay answers or ends the stream, and serves the
 // next one.
 func FuzzKadMessage(f *testing.F) {
@@ -388,6 +355,8 @@ func FuzzKadFrames(f *testing.F) {
 	f.Add([]byte{3, 1, 2, 3, 0, 1, 9}, byte(1))
 	f.Add(binary.AppendUvarint(make([]byte, 300), maxKadMessage+1), byte(7))
 	f.Add(bytes.Repeat([]byte{0xff}, 20), byte(200))
+	longest := append(binary.AppendUvarint(nil, maxKadMessage), make([]byte, maxKadMessage)...)
+	f.Add(slices.Concat(longest, longest, binary.AppendUvarint(nil, maxKadMessage+1), []byte{1, 2, 3}), byte(250))
 	f.Add([]byte{0x80, 0x80, 0x00, 1}, byte(2))
 	f.Fuzz(func(t *testing.T, data []byte, most byte) {
 		// A reader may get the first fine bytes, by encoding/binary's own reading of the
