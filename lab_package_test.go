@@ -402,7 +402,7 @@ func TestPackageTakesOverAnInstallByHand(t *testing.T) {
 	mnt := t.TempDir()
 	sh(t, `cp "$1" "$2"/first.deb`, packageFile(t, "deb"), mnt)
 	for _, tt := range []struct{ name, flags, unit, says string }{
-		{"as the README had it", "", "/lib/systemd/system/privstack-relay.service", "gave way to the packaged unit"},
+		{"as the README had it", "", "/lib/systemd/system/privstack-relay.service", "the packaged unit replaces"},
 		{"with flags of its own", " --max-clients 99", "/etc/systemd/system/privstack-relay.service", "stays in force"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
