@@ -1,100 +1,18 @@
 package main
 
 // Whom answers name: whether devices meet in a network of any size, and whether
-// anybody can bend that.
+// anyone can prevent it.
 
 import (
-	"bytes"
-	"crypto/rand"
-	"slices"
 	"testing"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
-	quicgo "github.com/quic-go/quic-go"
 )
 
-// joinCrowd connects clients to r and waits until all have been identified.
-func joinCrowd(t testing.TB, r testRelay, clients int) []*lightClient {
-	t.Helper()
-	c := newCrowd(t, clients)
-	joined := make([]*lightClient, clients)
-	for i := range joined {
-		joined[i] = c.join(t, r, newLightIdentity(t))
-	}
-	eventually(t, "all are identified", func() bool {
-		return !slices.ContainsFunc(joined, func(c *lightClient) bool { return !r.knows(c.id) })
-	})
-	return joined
-}
-
-func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient {
-	t.Helper()
-	client, err := c.dial(testContext(t), who, r.info)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return client
-}
-
-// knows reports whether id is connected and has been identified.
-func (r testRelay) knows(id peer.ID) bool {
-	r.peers.mu.Lock()
-	defer r.peers.mu.Unlock()
-	return r.peers.identified[id].kadPeer
-}
-
-// mustAsk asks the relay and returns whom the answer names.
-func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma.Multiaddr {
-	t.Helper()
-	resp, err := c.ask(testContext(t), req)
-	if err != nil {
-		t.Fatalf("%v: %v", req.Type, err)
-	}
-	if n := len(resp.CloserPeers); n > maxNamed {
-		t.Errorf("%v: %d peers are named, want at most %d", req.Type, n, maxNamed)
-	}
-	named := make(map[peer.ID][]ma.Multiaddr)
-	for _, p := range resp.CloserPeers {
-		if len(p.Addrs) == 0 {
-			t.Errorf("%v: %v is named without an address", req.Type, peer.ID(p.Id))
-		}
-		named[peer.ID(p.Id)] = p.Addresses()
-	}
-	if _, ok := named[c.id]; ok && !bytes.Equal(req.Key, []byte(c.id)) {
-		t.Errorf("%v: the asker is named", req.Type)
-	}
-	return named
-}
-
-// seenAt is where the relay sees it.
-func (c *lightClient) seenAt() ma.Multiaddr {
-	addr, err := quicreuse.ToQuicMultiaddr(c.LocalAddr(), quicgo.Version1)
-	if err != nil {
-		panic(err) // of a connection's own address
-	}
-	return addr
-}
-
-func findMessage(key []byte) *kadpb.Message { return kadpb.NewMessage(kadpb.Message_FIND_NODE, key, 0) }
-func getMessage(key []byte) *kadpb.Message  { return kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0) }
-
-func putMessage(key []byte, publisher peer.ID) *kadpb.Message {
-	m := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
-	m.Record = rustRecord(key, "{}", publisher, 60)
-	return m
-}
-
-func newGroupKey() []byte {
-	hash := make([]byte, 32)
-	rand.Read(hash)
-	return append([]byte("/privstack/syncgroup/"), hash...)
-}
-
-// The user's moment in a network of strangers: who finds a record is told at once
-// where its publisher is, which no other answer tells.
+// The user's moment in a network of strangers: a device that finds a record learns at
+// once where its publisher is. No other answer tells it.
 func TestPublisherIsNamedAmongStrangers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
@@ -104,12 +22,12 @@ func TestPublisherIsNamedAmongStrangers(t *testing.T) {
 		if got := seeker.mustAsk(t, getMessage(key))[publisher.id]; len(got) == 0 || !got[0].Equal(publisher.seenAt()) {
 			t.Errorf("the publisher is named with %v, want %v first", got, publisher.seenAt())
 		}
-		publisher.mustAsk(t, getMessage(key)) // and not to itself
+		publisher.mustAsk(t, getMessage(key)) // which must not name the publisher to itself
 	}
 }
 
-// Whoever is asked for by its ID comes first, in a network of any size, whether
-// strangers can dial it or not.
+// A peer that is asked for by its ID is named first, in a network of any size and
+// whether strangers can dial it or not.
 func TestTargetIsNamedFirst(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
@@ -119,45 +37,45 @@ func TestTargetIsNamedFirst(t *testing.T) {
 			t.Fatal(err)
 		}
 		if len(resp.CloserPeers) == 0 || peer.ID(resp.CloserPeers[0].Id) != target.id {
-			t.Fatalf("%d are named, and the one asked for is not the first", len(resp.CloserPeers))
+			t.Fatalf("%d peers are named, and the one asked for is not the first", len(resp.CloserPeers))
 		}
 		if got := resp.CloserPeers[0].Addresses(); !got[0].Equal(target.seenAt()) || len(got) != 2 {
-			t.Errorf("it is named with %v, want where it is seen, and its LAN", got)
+			t.Errorf("it is named with %v, want the address at which it is seen, and its LAN address", got)
 		}
 	}
 }
 
-// A household, or a few: all are named, so that those whose dials can cross find
-// out.
+// One household, or a few: everyone is named, so that two devices whose dials have to
+// cross learn of each other.
 func TestSmallNetworkNamesEverybody(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, maxNamed)
 	asker, key := clients[0], newGroupKey()
 	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(key)} {
 		if named := asker.mustAsk(t, req); len(named) != maxNamed-1 {
-			t.Errorf("%v: %d are named, want all %d others", req.Type, len(named), maxNamed-1)
+			t.Errorf("%v: %d peers are named, want all %d others", req.Type, len(named), maxNamed-1)
 		}
 	}
-	// The walk before a PUT would wait for all of them.
+	// The walk before a PUT would wait for every peer that is named.
 	if named := asker.mustAsk(t, findMessage(key)); len(named) > 0 {
-		t.Errorf("before a PUT %d are named, want none", len(named))
+		t.Errorf("before a PUT %d peers are named, want none", len(named))
 	}
 }
 
-// In a large network a client must not spend its queries on strangers, and not
-// fill its table with them until it asks the relay no more.
+// In a large network a client must not spend its queries on strangers, nor fill its
+// routing table with them until it stops asking the relay.
 func TestLargeNetworkNamesNoStrangers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
 	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(newGroupKey()), findMessage(newGroupKey())} {
 		if named := clients[0].mustAsk(t, req); len(named) > 0 {
-			t.Errorf("%v: %d are named, want none", req.Type, len(named))
+			t.Errorf("%v: %d peers are named, want none", req.Type, len(named))
 		}
 	}
 }
 
-// A record may say that anybody published it, and a client that it listens
-// anywhere: nobody can thereby make others dial a third party.
+// A record can claim any publisher, and a client can claim any address. Neither makes
+// others dial a third party.
 func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	crowd := newCrowd(t, 3)
@@ -172,27 +90,27 @@ func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 	for _, req := range []*kadpb.Message{getMessage(own), findMessage(own), findMessage([]byte(newTestPeerID(t)))} {
 		for _, got := range seeker.mustAsk(t, req)[bad.id] {
 			if !got.Equal(bad.seenAt()) {
-				t.Errorf("%v: the liar is named with %v, want where it is seen alone", req.Type, got)
+				t.Errorf("%v: the liar is named with %v, want only the address at which it is seen", req.Type, got)
 			}
 		}
 	}
 
-	// A record in another's name points at where that one is, if it is here.
+	// A record in another peer's name points at that peer's address, if it is here.
 	for _, absent := range []peer.ID{newTestPeerID(t), "", "no peer ID", r.info.ID} {
 		key := newGroupKey()
 		bad.mustAsk(t, putMessage(key, absent))
 		if got, ok := seeker.mustAsk(t, getMessage(key))[absent]; ok {
-			t.Errorf("publisher %q is named with %v, and is not here", absent, got)
+			t.Errorf("publisher %q is named with %v, but is not connected", absent, got)
 		}
 	}
 	key := newGroupKey()
 	bad.mustAsk(t, putMessage(key, bystander.id))
 	if got := seeker.mustAsk(t, getMessage(key))[bystander.id]; len(got) == 0 || !got[0].Equal(bystander.seenAt()) {
-		t.Errorf("the bystander is named with %v, want where it is seen", got)
+		t.Errorf("the bystander is named with %v, want the address at which it is seen", got)
 	}
 }
 
-// However many clients say so, who has left is named to nobody.
+// A client that has left is named to nobody, however many were here.
 func TestLeaversAreNamedToNobody(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 60)

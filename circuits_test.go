@@ -1,5 +1,7 @@
 package main
 
+// Circuits: how they share --max-bandwidth, and that it holds.
+
 import (
 	"bytes"
 	"errors"
@@ -40,7 +42,7 @@ func TestCircuitsShareTheBandwidth(t *testing.T) {
 		return n
 	}
 	eventually(t, "the circuits carry something", func() bool { return sum() > 1<<20 })
-	// The protocol's own messages do not wait in that line.
+	// The protocol's own messages do not wait behind payload.
 	if err := late.reserve(testContext(t)); err != nil {
 		t.Errorf("reservation while all circuits are busy: %v", err)
 	}
@@ -52,16 +54,16 @@ func TestCircuitsShareTheBandwidth(t *testing.T) {
 	for i := range got {
 		share := float64(got[i].Load()-began[i]) * circuits / float64(sum()-before)
 		if share < 0.5 || share > 2 {
-			t.Errorf("circuit %d carried %.2f of a fair share", i, share)
+			t.Errorf("circuit %d carried %.2f times a fair share", i, share)
 		}
 	}
 }
 
-// However many wait for the bandwidth: a circuit ends when it is told to.
+// A circuit ends at its deadline, however many others wait for the bandwidth.
 func TestPacedStreamEndsAtItsDeadline(t *testing.T) {
 	h := newPacedHost(nil, minBandwidth)
 	s := &pacedStream{Stream: deadlineStream{memoryStream{Reader: bytes.NewReader(make([]byte, 1<<20))}}, host: h}
-	h.limiter.ReserveN(time.Now(), h.limiter.Burst()) // as others would
+	h.limiter.ReserveN(time.Now(), h.limiter.Burst()) // as other circuits would
 	for range 1000 {
 		h.limiter.ReserveN(time.Now(), minTurn)
 	}
@@ -75,7 +77,7 @@ func TestPacedStreamEndsAtItsDeadline(t *testing.T) {
 	}
 }
 
-// Circuits that each carry little do not carry more than the cap together.
+// Many circuits that each carry little stay within the cap together.
 func TestShortCircuitsKeepTheCap(t *testing.T) {
 	const bandwidth, circuits = 1 << 20, 100
 	h := newPacedHost(nil, bandwidth)

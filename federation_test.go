@@ -1,6 +1,7 @@
 package main
 
-// More than one relay: whether their clients meet, and go on when one is gone.
+// More than one relay: whether their clients meet, and whether they still do when one
+// relay is gone.
 
 import (
 	"context"
@@ -21,7 +22,7 @@ func (r testRelay) bootstrapFlag() string {
 	return fmt.Sprintf("--bootstrap=%s/p2p/%s", r.info.Addrs[0], r.info.ID)
 }
 
-// newRing makes relays each of which names the next, the last the first.
+// newRing starts n relays. Each names the next, and the last names the first.
 func newRing(t testing.TB, n int) []testRelay {
 	t.Helper()
 	first := newTestKey(t)
@@ -52,7 +53,8 @@ func (r testRelay) waitConnected(t testing.TB, id peer.ID) {
 	})
 }
 
-// walker is a client that, as the deployed ones, asks also whom answers name.
+// walker is a client that also asks the peers that answers name, as the deployed
+// clients do.
 type walker struct {
 	lightIdentity
 	crowd *crowd
@@ -62,15 +64,15 @@ type walker struct {
 	conns map[peer.ID]*lightClient
 }
 
-// walk sends req to its relay and to every peer that answers name and that it
-// reaches, and returns the answers.
+// walk sends req to the walker's relay and to every relay that an answer names, and
+// returns the answers.
 func (w *walker) walk(ctx context.Context, req *kadpb.Message, relays []testRelay) (answers []*kadpb.Message) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	next, seen := []peer.AddrInfo{w.home}, map[peer.ID]bool{}
 	for ; len(next) > 0; next = next[1:] {
 		info := next[0]
-		// Other clients are crowds on shared sockets, on which nobody is reached.
+		// Other clients share their sockets, so they cannot be dialled.
 		if seen[info.ID] || !slices.ContainsFunc(relays, func(r testRelay) bool { return r.info.ID == info.ID }) {
 			continue
 		}
@@ -95,7 +97,7 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, relays []testRela
 	return answers
 }
 
-// publish stores a record of its own wherever a walk to the key gets.
+// publish stores a record wherever a walk to the key arrives.
 func (w *walker) publish(ctx context.Context, key []byte, relays []testRelay) {
 	w.walk(ctx, findMessage(key), relays)
 	put := putMessage(key, w.id)
@@ -104,8 +106,8 @@ func (w *walker) publish(ctx context.Context, key []byte, relays []testRelay) {
 	}
 }
 
-// finds reports whether a walk gets a record, and an address of its publisher at
-// which a relay sees it.
+// finds reports whether a walk finds mate's record, and an address at which a relay
+// sees mate.
 func (w *walker) finds(ctx context.Context, key []byte, mate *walker, relays []testRelay) bool {
 	answers := w.walk(ctx, getMessage(key), relays)
 	record := slices.ContainsFunc(answers, func(m *kadpb.Message) bool {
@@ -123,8 +125,7 @@ func (w *walker) finds(ctx context.Context, key []byte, mate *walker, relays []t
 	})
 }
 
-// Users who list different relays meet, whichever it is, and go on when one is
-// gone for good.
+// Users who list different relays meet, and still do when one relay is gone for good.
 func TestClientsOfDifferentRelaysMeet(t *testing.T) {
 	ring := newRing(t, 3)
 	const clients = 300
@@ -141,11 +142,11 @@ func TestClientsOfDifferentRelaysMeet(t *testing.T) {
 		publishing.Go(func() { all[i].publish(ctx, keys[i], ring) })
 	}
 	publishing.Wait()
-	// missing counts the groups whose second member, of every relay in turn, does
-	// not find the first.
+	// missing counts the groups whose second member does not find the first. The
+	// members are clients of different relays, in every combination.
 	missing := func(relays []testRelay) (n int) {
 		for i, key := range keys {
-			mate := all[clients-1-i] // of relay (2-i)%3, the first of i%3
+			mate := all[clients-1-i] // a client of relay (2-i)%3, where the first is one of i%3
 			if !mate.finds(testContext(t), key, all[i], relays) {
 				n++
 			}
@@ -153,7 +154,7 @@ func TestClientsOfDifferentRelaysMeet(t *testing.T) {
 		return n
 	}
 	if n := missing(ring); n > 0 {
-		t.Errorf("%d of %d groups are not found", n, len(keys))
+		t.Errorf("%d of %d groups do not meet", n, len(keys))
 	}
 
 	gone := ring[2]
@@ -161,17 +162,17 @@ func TestClientsOfDifferentRelaysMeet(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, w := range all {
-		if w.home.ID == gone.info.ID { // they list two
+		if w.home.ID == gone.info.ID { // these clients list a second relay
 			w.home = ring[0].info
 		}
 	}
 	if n := missing(ring[:2]); n > 0 {
-		t.Errorf("one relay gone: %d of %d groups are not found", n, len(keys))
+		t.Errorf("one relay is gone: %d of %d groups do not meet", n, len(keys))
 	}
 }
 
-// A mate at another relay is named with the address under which that one sees it,
-// which is where a dial gets through.
+// A mate at another relay is named with the address at which that relay sees it,
+// because a dial gets through there.
 func TestClientOfAnotherRelayIsNamed(t *testing.T) {
 	there := newTestRelay(t, defaultConfig(t))
 	here := newTestRelay(t, defaultConfig(t, there.bootstrapFlag()))
@@ -184,7 +185,7 @@ func TestClientOfAnotherRelayIsNamed(t *testing.T) {
 
 	got := seeker.mustAsk(t, findMessage([]byte(mate.id)))
 	if addrs := got[mate.id]; len(addrs) != 2 || !addrs[0].Equal(mate.seenAt()) {
-		t.Errorf("the mate is named with %v, want %v first, and what it says", addrs, mate.seenAt())
+		t.Errorf("the mate is named with %v, want %v first, then the address it reported", addrs, mate.seenAt())
 	}
 	if addrs := got[there.info.ID]; len(addrs) == 0 || !addrs[0].Equal(there.info.Addrs[0]) {
 		t.Errorf("the other relay is named with %v, want %v", addrs, there.info.Addrs)
@@ -192,19 +193,19 @@ func TestClientOfAnotherRelayIsNamed(t *testing.T) {
 	key := newGroupKey()
 	seeker.mustAsk(t, putMessage(key, mate.id))
 	if addrs := seeker.mustAsk(t, getMessage(key))[mate.id]; len(addrs) != 1 || !addrs[0].Equal(mate.seenAt()) {
-		t.Errorf("the publisher is named with %v, want %v alone", addrs, mate.seenAt())
+		t.Errorf("the publisher is named with %v, want only %v", addrs, mate.seenAt())
 	}
 	absent := newTestPeerID(t)
 	if addrs, named := seeker.mustAsk(t, findMessage([]byte(absent)))[absent]; named {
-		t.Errorf("a peer that is nowhere is named with %v", addrs)
+		t.Errorf("a peer that is connected to no relay is named with %v", addrs)
 	}
-	// The walk before a PUT goes to the other relay, and to nobody else.
+	// The walk before a PUT goes to the other relay and to no client.
 	if got := seeker.mustAsk(t, findMessage(key)); len(got) != 1 || got[there.info.ID] == nil {
-		t.Errorf("before a PUT %v are named, want the other relay", got)
+		t.Errorf("before a PUT %v is named, want only the other relay", got)
 	}
 }
 
-// Relays that name one another do not ask each other in a circle.
+// Relays that name each other do not pass a question round in a circle.
 func TestRelaysDoNotAskInCircles(t *testing.T) {
 	ring := newRing(t, 2)
 	seeker := newCrowd(t, 1).join(t, ring[0], newLightIdentity(t))
@@ -219,7 +220,7 @@ func TestRelaysDoNotAskInCircles(t *testing.T) {
 	}
 }
 
-// A relay that hangs costs its neighbour's clients a moment, not the answer.
+// A relay that hangs delays its neighbour's answers, but does not prevent them.
 func TestHungRelayHoldsNobodyUp(t *testing.T) {
 	hung := newClient(t)
 	hung.SetStreamHandler(kadProtocol, func(network.Stream) {})
@@ -229,7 +230,8 @@ func TestHungRelayHoldsNobodyUp(t *testing.T) {
 	seeker.mustAsk(t, findMessage([]byte(newTestPeerID(t))))
 }
 
-// The order in which relays start does not matter, nor that they lose one another.
+// Relays find each other whichever starts first, and again after they have lost each
+// other.
 func TestRelaysFindOneAnotherAgain(t *testing.T) {
 	key := newTestKey(t)
 	cfg := defaultConfig(t)
@@ -241,7 +243,7 @@ func TestRelaysFindOneAnotherAgain(t *testing.T) {
 	here := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", cfg.port, id)))
 	seeker := newCrowd(t, 1).join(t, here, newLightIdentity(t))
 	if named := seeker.mustAsk(t, findMessage(newGroupKey())); len(named) > 0 {
-		t.Errorf("%v are named, while the other relay is down", named)
+		t.Errorf("%v is named although the other relay is down", named)
 	}
 	for _, lost := range []bool{true, false} {
 		there := newTestRelayWithin(t, newLimits(0, 256), cfg, key)
@@ -253,17 +255,17 @@ func TestRelaysFindOneAnotherAgain(t *testing.T) {
 			here.waitConnected(t, there.info.ID)
 		}
 		if named := seeker.mustAsk(t, findMessage(newGroupKey())); len(named) != 1 {
-			t.Errorf("%v are named, want the other relay", named)
+			t.Errorf("%v is named, want the other relay", named)
 		}
 		if err := there.close(); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "it is missed", func() bool { return here.host.Network().Connectedness(there.info.ID) != network.Connected })
+		eventually(t, "its absence is noticed", func() bool { return here.host.Network().Connectedness(there.info.ID) != network.Connected })
 	}
 }
 
-// What the operator wrote stays what is dialled: the swarm works in the list that
-// it is given, and a name must be looked up each time.
+// The relay dials what the operator wrote: a name has to be looked up each time, but
+// the swarm replaces it in the list that it is given.
 func TestBootstrapAddressesStayAsWritten(t *testing.T) {
 	there := newTestRelay(t, defaultConfig(t))
 	port := listenPort(there.relay)
@@ -275,13 +277,13 @@ func TestBootstrapAddressesStayAsWritten(t *testing.T) {
 	here.waitConnected(t, there.info.ID)
 	for i, addr := range strs(here.federation.members[there.info.ID]) {
 		if got := fmt.Sprintf("--bootstrap=%s/p2p/%s", addr, there.info.ID); got != flags[i] {
-			t.Errorf("%s was written, %s is kept", flags[i], got)
+			t.Errorf("the operator wrote %s, the relay keeps %s", flags[i], got)
 		}
 	}
 }
 
-// A walk before a PUT asks for a record's key, and anybody for any bytes: other
-// relays are asked for peers alone.
+// Clients ask for records' keys too, and anyone can ask for any bytes. Other relays are
+// asked only for peers.
 func TestOtherRelaysAreAskedForPeersAlone(t *testing.T) {
 	ring := newRing(t, 2)
 	seeker := newCrowd(t, 1).join(t, ring[0], newLightIdentity(t))
@@ -293,7 +295,7 @@ func TestOtherRelaysAreAskedForPeersAlone(t *testing.T) {
 	}
 }
 
-// Naming relays opens the way to these alone.
+// A relay that names others dials only those.
 func TestRelayDialsOtherRelaysAlone(t *testing.T) {
 	there := newTestRelay(t, defaultConfig(t))
 	here := newTestRelay(t, defaultConfig(t, there.bootstrapFlag()))
@@ -306,7 +308,7 @@ func TestRelayDialsOtherRelaysAlone(t *testing.T) {
 	own := newTestKey(t)
 	flag := fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/1/quic-v1/p2p/%s", peerIDOf(t, own))
 	if _, err := startRelay(defaultConfig(t, flag), own, nil); err == nil {
-		t.Error("a relay may name itself")
+		t.Error("a relay was allowed to name itself")
 	}
 }
 

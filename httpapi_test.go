@@ -1,5 +1,8 @@
 package main
 
+// The HTTP endpoint: the answer that the deployed clients parse, and hostile clients
+// that try to hold it up.
+
 import (
 	"bufio"
 	"context"
@@ -11,7 +14,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"slices"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,7 +31,7 @@ func newTestAPI() *apiHandler {
 	})
 }
 
-// The deployed clients parse exactly this.
+// The deployed clients parse exactly this text.
 func TestIdentityEndpointIsTheOldOne(t *testing.T) {
 	srv := httptest.NewServer(newTestAPI())
 	defer srv.Close()
@@ -90,7 +93,7 @@ func TestRoutesAndMethods(t *testing.T) {
 	}
 }
 
-// A monitor sees the end coming.
+// A monitor sees that the relay is about to stop.
 func TestHealthTurnsOnceStopping(t *testing.T) {
 	api := newTestAPI()
 	for _, tt := range []struct {
@@ -107,8 +110,8 @@ func TestHealthTurnsOnceStopping(t *testing.T) {
 	}
 }
 
-// A slow or hostile client costs others nothing: whatever is done to hold the
-// endpoint's connections, the relay ends them, and answers meanwhile.
+// A slow or hostile client costs others nothing: the relay ends its connections and
+// answers everyone else meanwhile.
 func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 	t.Parallel()
 	p := start(t)
@@ -121,7 +124,7 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 		sends string // at once
 		then  string // again and again
 		every time.Duration
-		says  string // what the relay's last words begin with, if it has any
+		says  string // how the relay's answer begins, if there is one
 	}{
 		{name: "idle connections", conns: 10_000},
 		{name: "slow-loris", conns: 1000, sends: request, then: "X-A: b\r\n", every: 100 * time.Millisecond},
@@ -133,7 +136,7 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 		{name: "two lengths", conns: 100, sends: request + "Content-Length: 1\r\nContent-Length: 2\r\n\r\n", says: "HTTP/1.1 400 "},
 		{name: "TLS", conns: 100, sends: "\x16\x03\x01\x00\x02\x01\x00\r\n\r\n", says: "HTTP/1.1 400 "},
 		{name: "no HTTP", conns: 100, sends: "\x00\xff\r\n\r\n", says: "HTTP/1.1 400 "},
-		// What the relay writes fills the window of one who asks and never reads.
+		// A client that asks and never reads fills its own window.
 		{name: "never reads", conns: 20, then: strings.Repeat(request+"\r\n", 100)},
 	} {
 		t.Run(hostile.name, func(t *testing.T) {
@@ -165,9 +168,9 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 					}
 					said := make([]byte, len(hostile.says))
 					n, err := io.ReadFull(c, said)
-					// The relay doesn't read to the end, and its reset may overtake its answer.
+					// The relay does not read everything, so its reset may overtake its answer.
 					if string(said[:n]) != hostile.says && !errors.Is(err, syscall.ECONNRESET) {
-						t.Errorf("relay says %q, %v, want %q", said[:n], err, hostile.says)
+						t.Errorf("the relay answers %q, %v, want %q", said[:n], err, hostile.says)
 					}
 					if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
 						t.Error("the relay keeps the connection")
@@ -177,16 +180,18 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 			conns.Wait()
 			cancel()
 			took := <-honest
-			slices.Sort(took)
+			if runtime.GOOS == "linux" {
+				t.Logf("the relay has %d KiB of resident memory", p.rss(t)>>10)
+			}
 			if len(took) > 0 {
-				t.Logf("%d connections; meanwhile %d others were answered: p50 %.1f ms, p99 %.1f ms; relay's RSS %s", hostile.conns,
-					len(took), took[len(took)/2].Seconds()*1e3, took[len(took)*99/100].Seconds()*1e3, rss(p.Process.Pid))
+				t.Logf("%d connections; meanwhile %d honest requests were answered, p50 %v, p99 %v",
+					hostile.conns, len(took), percentile(took, 0.5), percentile(took, 0.99))
 			}
 		})
 	}
 }
 
-// keepSending writes first, then again and again until the connection ends.
+// keepSending writes first once, then again repeatedly until the connection ends.
 func keepSending(c net.Conn, first, again string, every time.Duration) error {
 	if _, err := io.WriteString(c, first); err != nil || again == "" {
 		return err
@@ -203,8 +208,8 @@ func keepSending(c net.Conn, first, again string, every time.Duration) error {
 	}
 }
 
-// askUntil asks for the identity over and over, each time as a new client, and
-// returns how long each answer took. It asks at least once.
+// askUntil asks for the identity until over is done, each time as a new client and at
+// least once. It returns how long each answer took.
 func askUntil(t *testing.T, over context.Context, base string) (took []time.Duration) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testTimeout}
 	for {
@@ -226,43 +231,7 @@ func askUntil(t *testing.T, over context.Context, base string) (took []time.Dura
 	}
 }
 
-// rss is the resident memory of a process, as Linux tells it.
-func rss(pid int) string {
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	for line := range strings.Lines(string(status)) {
-		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			return strings.TrimSpace(value)
-		}
-	}
-	return "unknown"
-}
-
-// Requests sent ahead are answered in their order.
-func TestPipelinedRequests(t *testing.T) {
-	srv := httptest.NewServer(newTestAPI())
-	defer srv.Close()
-	c, err := net.Dial("tcp", srv.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(testTimeout))
-	const rounds = 100
-	go io.WriteString(c, strings.Repeat("GET "+identityRoute+" HTTP/1.1\r\nHost: r\r\n\r\nGET /nothing HTTP/1.1\r\nHost: r\r\n\r\n", rounds))
-	answers := bufio.NewReader(c)
-	for i := range 2 * rounds {
-		resp, err := http.ReadResponse(answers, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.Copy(io.Discard, resp.Body)
-		if want := []int{200, 404}[i%2]; resp.StatusCode != want {
-			t.Fatalf("answer %d has status %d, want %d", i, resp.StatusCode, want)
-		}
-	}
-}
-
-// Whoever opens connections to keep others out closes his own.
+// A client that opens connections to keep others out loses its own.
 func TestOldestHTTPConnectionGivesWay(t *testing.T) {
 	srv := newHTTPServer(newTestAPI(), slog.New(slog.DiscardHandler))
 	srv.ReadHeaderTimeout, srv.ReadTimeout = 0, 0 // so that only the bound ends a connection

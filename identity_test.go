@@ -1,8 +1,9 @@
 package main
 
+// The key file: that the peer ID survives, and that no file is ever damaged.
+
 import (
 	"bytes"
-	"crypto/ed25519"
 	"encoding/hex"
 	"os"
 	"path/filepath"
@@ -11,12 +12,11 @@ import (
 	"testing"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/peer"
 )
 
 // oldKeyFile is a key file as the old relay wrote it (libp2p-identity,
-// to_protobuf_encoding), from the first ed25519 test vector of RFC 8032, section
-// 7.1, and oldPeerID the peer ID that it had.
+// to_protobuf_encoding), with the key of the first ed25519 test vector of RFC 8032,
+// section 7.1. oldPeerID is its peer ID.
 var (
 	oldKeyFile = unhex("08011240" +
 		"9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60" +
@@ -32,20 +32,7 @@ func unhex(s string) []byte {
 	return b
 }
 
-func peerIDOf(t testing.TB, key ed25519.PrivateKey) string {
-	t.Helper()
-	k, err := crypto.UnmarshalEd25519PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, err := peer.IDFromPrivateKey(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return id.String()
-}
-
-// Every client knows the relay by this ID: another one is another relay.
+// Every client knows the relay by this ID. With another ID it is another relay.
 func TestOldRelaysKeyKeepsItsPeerID(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(path, oldKeyFile, 0o644); err != nil {
@@ -59,13 +46,13 @@ func TestOldRelaysKeyKeepsItsPeerID(t *testing.T) {
 		t.Errorf("peer ID = %s, want %s", got, oldPeerID)
 	}
 	if id.created {
-		t.Error("says it created the file that was there")
+		t.Error("created = true for a file that was there")
 	}
-	// The old relay wrote 0644: that works, with a warning.
+	// The old relay wrote its key with mode 0644. That works, with a warning.
 	if runtime.GOOS != "windows" && !id.exposed {
 		t.Error("a file that others can read is not reported")
 	}
-	// The library that the clients' one was modelled on agrees about the bytes.
+	// go-libp2p reads the same key from these bytes.
 	k, err := crypto.UnmarshalPrivateKey(oldKeyFile)
 	if err != nil {
 		t.Fatal(err)
@@ -100,11 +87,11 @@ func TestIdentitySurvivesRestart(t *testing.T) {
 	}
 	entries, err := os.ReadDir(filepath.Dir(path))
 	if err != nil || len(entries) != 1 {
-		t.Errorf("directory holds %v (%v), want the key alone", entries, err)
+		t.Errorf("directory holds %v (%v), want only the key", entries, err)
 	}
 }
 
-// Two units started by mistake end with one key, whoever was first.
+// Two relays that start at once, by mistake, end with one key.
 func TestStartsAtOnceEndWithOneKey(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
 	type result struct {
@@ -131,12 +118,12 @@ func TestStartsAtOnceEndWithOneKey(t *testing.T) {
 		}
 	}
 	if len(keys) != 1 || created != 1 {
-		t.Errorf("%d starts have %d keys, %d made one; want one and one", starts, len(keys), created)
+		t.Errorf("%d starts end with %d keys, and %d of them created one; want one and one", starts, len(keys), created)
 	}
 }
 
-// A bad file may be the only copy of something: it stays as it is, and the
-// operator is told which file and what about it.
+// A bad file may be the only copy of something. It stays as it is, and the operator is
+// told which file is bad and why.
 func TestBadKeyFileIsLeftAlone(t *testing.T) {
 	damaged := bytes.Clone(oldKeyFile)
 	damaged[len(damaged)-1] ^= 1
@@ -195,8 +182,8 @@ func TestKeyPathThatIsNoFile(t *testing.T) {
 	}
 }
 
-// The file may hold anything: never a panic, never a change, and what is
-// accepted is written back as the same bytes.
+// Whatever the file holds, there is no panic and the file does not change. A key that
+// is accepted is encoded to the same bytes again.
 func FuzzIdentityFile(f *testing.F) {
 	f.Add(oldKeyFile)
 	f.Add(oldKeyFile[:40])
@@ -209,7 +196,7 @@ func FuzzIdentityFile(f *testing.F) {
 		}
 		id, err := loadOrCreateIdentity(path)
 		if err == nil && !bytes.Equal(encodeIdentity(id.key), data) {
-			t.Errorf("%x was read as a key that is written %x", data, encodeIdentity(id.key))
+			t.Errorf("%x was read as a key that is encoded as %x", data, encodeIdentity(id.key))
 		}
 		if left, err := os.ReadFile(path); err != nil || !bytes.Equal(left, data) {
 			t.Errorf("the file was changed (%v)", err)

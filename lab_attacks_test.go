@@ -2,12 +2,12 @@
 
 package main
 
-// What an attacker cannot take: clients that do all they can against a relay,
-// which has the memory that its start log promises and no more, while an honest
-// group publishes and finds each other.
+// Attacks: clients do all they can against a relay that has no more memory than its
+// start log promises. Meanwhile the devices of an honest group publish and find each
+// other, and they must succeed.
 //
-// Each test prints its figures. In go test they are small; ATTACKS=full is for
-// the whole ones, which takes five minutes:
+// Each test prints its figures. With go test the attacks are small. ATTACKS=full runs
+// them at full size, which takes five minutes:
 //
 //	ATTACKS=full go test -run Attack -v -timeout 40m .
 
@@ -39,7 +39,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sized picks the size of an attack.
+// sized returns the size of an attack: quick, or whole with ATTACKS=full.
 func sized[T any](quick, whole T) T {
 	if os.Getenv("ATTACKS") == "full" {
 		return whole
@@ -51,15 +51,15 @@ func sized[T any](quick, whole T) T {
 type siege struct {
 	*process
 	t        *testing.T
-	promised int64  // bytes, by the start log
-	cgroup   string // its directory, in which it has no more; empty where there are none
+	promised int64  // bytes, as the start log says
+	cgroup   string // directory of the cgroup that limits its memory; empty if there is none
 }
 
-// siegeClients is --max-clients for the attacks.
+// siegeClients is --max-clients of a relay under attack.
 const siegeClients = 1000
 
-// besieged is a relay on loopback with an honest group, and whoever attacks it, from
-// another address by so many sockets.
+// besieged starts a relay on loopback, with an honest group. The attackers have another
+// address, and that many sockets.
 func besieged(t *testing.T, sockets int) (s *siege, g *group, attackers *crowd) {
 	t.Helper()
 	s = besiege(t, command(t, "--port=0", "--http-port=0", fmt.Sprint("--max-clients=", siegeClients)))
@@ -67,7 +67,7 @@ func besieged(t *testing.T, sockets int) (s *siege, g *group, attackers *crowd) 
 	return s, g, loopbackCrowd(t, "127.0.0.1", sockets)
 }
 
-// besiege starts the relay by cmd.
+// besiege starts the relay by cmd, in a cgroup with the promised memory if possible.
 func besiege(t *testing.T, cmd *exec.Cmd) *siege {
 	t.Helper()
 	s := &siege{t: t, promised: limits{clients: siegeClients}.memory()}
@@ -80,8 +80,8 @@ func besiege(t *testing.T, cmd *exec.Cmd) *siege {
 	return s
 }
 
-// memoryCgroup makes a cgroup whose processes are killed beyond so many bytes
-// together, or returns "" where that takes rights that the test has not.
+// memoryCgroup makes a cgroup whose processes together get that many bytes and no more. It
+// returns "" where the test may not make one.
 func memoryCgroup(t *testing.T, bytes int64) (dir string) {
 	t.Helper()
 	for root, file := range map[string]string{
@@ -95,10 +95,10 @@ func memoryCgroup(t *testing.T, bytes int64) (dir string) {
 		if err != nil {
 			continue
 		}
-		t.Cleanup(func() { // after launch's, which kills the process
+		t.Cleanup(func() { // runs after launch's, which kills the process
 			eventually(t, "the cgroup is empty", func() bool { return os.Remove(dir) == nil })
 		})
-		// There is none in version 2 where the controller is not handed down.
+		// In version 2 the file is missing unless the parent hands the controller down.
 		limit, err := os.OpenFile(dir+"/"+file, os.O_WRONLY, 0)
 		if err != nil {
 			continue
@@ -108,12 +108,12 @@ func memoryCgroup(t *testing.T, bytes int64) (dir string) {
 			return dir
 		}
 	}
-	t.Log("no cgroup can be made here: memory is measured, not enforced")
+	t.Log("cannot make a cgroup: memory is measured, but not limited")
 	return ""
 }
 
-// reclaimed is how often the cgroup's limit was hit, and the most bytes it held:
-// the binary's pages and what the kernel holds for the process among them.
+// reclaimed returns how often the cgroup reached its limit, and the most bytes that it
+// had. These include the binary's pages and the kernel's memory for the process.
 func (s *siege) reclaimed() (hits, most int64) {
 	for _, f := range []struct {
 		name string
@@ -126,19 +126,19 @@ func (s *siege) reclaimed() (hits, most int64) {
 	return hits, most
 }
 
-// end fails the test if the relay died, took more memory than promised, no longer
-// serves, or did not serve the group all the time.
+// end fails the test if the relay died, took more memory than promised, refuses a newcomer
+// now, or did not serve the group all the time.
 func (s *siege) end(g *group) {
 	s.t.Helper()
 	g.end()
 	peak := s.peakRSS(s.t)
-	s.t.Logf("relay: %d MiB at most of %d promised, %.1f s of CPU", peak>>20, s.promised>>20, s.cpu(s.t).Seconds())
+	s.t.Logf("relay: at most %d MiB of %d promised, %.1f s of CPU", peak>>20, s.promised>>20, s.cpu(s.t).Seconds())
 	if s.cgroup != "" {
 		hits, most := s.reclaimed()
-		s.t.Logf("cgroup of %d MiB: %d at most, limit hit %d times", s.promised>>20, most>>20, hits)
+		s.t.Logf("cgroup of %d MiB: at most %d used, limit reached %d times", s.promised>>20, most>>20, hits)
 	}
 	if peak > s.promised {
-		s.t.Errorf("the relay took %d MiB, above the %d that its log promises", peak>>20, s.promised>>20)
+		s.t.Errorf("the relay took %d MiB, more than the %d that its log promises", peak>>20, s.promised>>20)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
@@ -156,8 +156,8 @@ func (s *siege) end(g *group) {
 	}
 }
 
-// loopbackCrowd has sockets on that address of 127.0.0.0/8, which is a network of
-// its own to the relay's store.
+// loopbackCrowd makes a crowd on an address of 127.0.0.0/8. To the relay's store each such
+// address is a network.
 func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
 	t.Helper()
 	var conns []*net.UDPConn
@@ -171,7 +171,7 @@ func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
 	return newCrowdFrom(t, conns)
 }
 
-// group is an honest one: two devices that share a key.
+// group is two honest devices that share a key.
 type group struct {
 	t            *testing.T
 	crowd        *crowd
@@ -180,23 +180,23 @@ type group struct {
 	stop         func()
 }
 
-// newGroup joins, publishes, and refreshes every 30 s; meanwhile one looks for
-// the other without a pause, until stop.
+// newGroup connects two devices. One publishes a record and refreshes it every 30 s; the
+// other looks for it all the time, until stop.
 func newGroup(t *testing.T, c *crowd, relay peer.AddrInfo) *group {
 	t.Helper()
 	g := &group{t: t, crowd: c}
 	var err error
-	if g.a, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
+	if g.a, err = c.newcomer(testContext(t), relay); err != nil {
 		t.Fatal(err)
 	}
-	if g.b, err = c.dial(testContext(t), newLightIdentity(t), relay); err != nil {
+	if g.b, err = c.newcomer(testContext(t), relay); err != nil {
 		t.Fatal(err)
 	}
 	publish := func(ctx context.Context) error { return g.a.putValue(ctx, "honest", "here I am") }
 	if err := publish(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	// A device is told of once it is identified, which is not at once.
+	// A device is named only once it is identified.
 	eventually(t, "the mate is named", func() bool { ok, _ := g.b.named(testContext(t), g.a.id); return ok })
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -233,7 +233,7 @@ func newGroup(t *testing.T, c *crowd, relay peer.AddrInfo) *group {
 	return g
 }
 
-// look finds the record, and the mate's address.
+// look finds the record and the mate's address, or returns why not.
 func (g *group) look(ctx context.Context) error {
 	resp, err := g.b.ask(ctx, kadpb.NewMessage(kadpb.Message_GET_VALUE, []byte(recordPrefix+"syncgroup/honest"), 0))
 	if err != nil {
@@ -248,32 +248,32 @@ func (g *group) look(ctx context.Context) error {
 	return nil
 }
 
-// goesOn waits until they have looked for each other a hundred times more.
+// goesOn waits until the group has looked another hundred times.
 func (g *group) goesOn() {
 	g.t.Helper()
 	before := g.tries.Load()
 	eventually(g.t, "the honest group goes on", func() bool { return g.tries.Load() > before+100 })
 }
 
-// end fails the test if the group was not found on 99 % of tries.
+// end stops the group, and fails the test if less than 99 % of its tries succeeded.
 func (g *group) end() {
 	g.t.Helper()
 	g.stop()
 	tries, found := g.tries.Load(), g.found.Load()
-	g.t.Logf("honest group: found on %d of %d tries", found, tries)
+	g.t.Logf("honest group: %d of %d tries succeeded", found, tries)
 	if tries == 0 || found*100 < tries*99 {
-		g.t.Errorf("the honest group was found on %d of %d tries, want 99 %%", found, tries)
+		g.t.Errorf("%d of %d tries of the honest group succeeded, want 99 %%", found, tries)
 	}
 }
 
-// A spammer fills the store; those who share it with him are found all the same.
+// A spammer fills the store. Others are found all the same.
 func TestAttackPutFlood(t *testing.T) {
 	for _, attackers := range []int{1, 50} {
 		t.Run(fmt.Sprint(attackers, " peers on one IP"), func(t *testing.T) {
 			s, g, c := besieged(t, 4)
 			flooders := make([]*lightClient, attackers)
 			inParallel(t, attackers, 16, func(ctx context.Context, i int) (err error) {
-				flooders[i], err = c.dial(ctx, newLightIdentity(t), s.bootstrap)
+				flooders[i], err = c.newcomer(ctx, s.bootstrap)
 				return err
 			})
 			value := strings.Repeat("x", maxRecordValue)
@@ -291,7 +291,7 @@ func TestAttackPutFlood(t *testing.T) {
 	}
 }
 
-// One address with any number of identities is one address.
+// An attacker with one address gets one address's share, however many identities he has.
 func TestAttackFreshIdentities(t *testing.T) {
 	l := newLab(t)
 	s := l.siege(t)
@@ -299,7 +299,7 @@ func TestAttackFreshIdentities(t *testing.T) {
 	honest := newCrowdFrom(t, l.sockets(honestNS, "11.0.0.2", 2))
 	g := newGroup(t, honest, s.bootstrap)
 	c := newCrowdFrom(t, l.sockets(attackerNS, "11.0.0.3", 8))
-	// As many as come in the time, of 100 000: each has a key and a certificate.
+	// Up to 100 000, as many as the time allows: each makes a key and a certificate.
 	ctx, cancel := context.WithTimeout(context.Background(), sized(8*time.Second, 5*time.Minute))
 	defer cancel()
 	var tried, in atomic.Int64
@@ -307,26 +307,26 @@ func TestAttackFreshIdentities(t *testing.T) {
 	for range 32 {
 		attacking.Go(func() {
 			for ctx.Err() == nil && tried.Add(1) <= 100_000 {
-				if _, err := c.dial(ctx, newLightIdentity(t), s.bootstrap); err == nil {
+				if _, err := c.newcomer(ctx, s.bootstrap); err == nil {
 					in.Add(1)
 				}
 			}
 		})
 	}
 	attacking.Wait()
-	// Newcomers from elsewhere come in meanwhile.
-	if _, err := honest.dial(testContext(t), newLightIdentity(t), s.bootstrap); err != nil {
+	// Newcomers from other addresses get in.
+	if _, err := honest.newcomer(testContext(t), s.bootstrap); err != nil {
 		t.Errorf("a newcomer from another address: %v", err)
 	}
-	t.Logf("%d identities tried from one address, %d let in", tried.Load(), in.Load())
-	// 256 at once, and as many new ones in 30 s.
+	t.Logf("%d identities tried to get in from one address, %d succeeded", tried.Load(), in.Load())
+	// 256 are let in at once, and as many again in 30 s.
 	if most := int64(256 * (2 + sized(8, 300)/30)); in.Load() > most {
-		t.Errorf("%d were let in, want at most %d", in.Load(), most)
+		t.Errorf("%d got in, want at most %d", in.Load(), most)
 	}
 	s.end(g)
 }
 
-// Whoever opens and drops all day leaves nothing that adds up.
+// Opening and dropping reservations and circuits all day leaves nothing that adds up.
 func TestAttackOpenAndDrop(t *testing.T) {
 	s, g, c := besieged(t, 4)
 	ctx, cancel := context.WithTimeout(context.Background(), sized(4*time.Second, time.Minute))
@@ -361,18 +361,18 @@ func TestAttackOpenAndDrop(t *testing.T) {
 	s.end(g)
 }
 
-// Streams that are opened and left cost their owner's share and nobody else's.
+// Streams that are opened and left alone use up their owner's share and nobody else's.
 func TestAttackStreamsLeftOpen(t *testing.T) {
 	s, g, c := besieged(t, 4)
 	protocols := []string{string(kadProtocol), string(proto.ProtoIDv2Hop), identify.ID, identify.IDPush, "/ipfs/ping/1.0.0", ""}
 	var opened, ended atomic.Int64
 	inParallel(t, sized(100, siegeClients-20), 16, func(ctx context.Context, i int) error {
-		client, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		client, err := c.newcomer(ctx, s.bootstrap)
 		if err != nil {
 			return err
 		}
 		for i := range 256 {
-			// The relay ends those above its limit, which makes room for more.
+			// The relay ends streams above its limit, which makes room for more.
 			room, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
 			stream, err := client.OpenStreamSync(room)
 			cancel()
@@ -382,7 +382,7 @@ func TestAttackStreamsLeftOpen(t *testing.T) {
 			opened.Add(1)
 			stream.SetDeadline(time.Now().Add(testTimeout))
 			if protocol := protocols[i%len(protocols)]; protocol != "" {
-				go func() { // until the end of the test, at the latest
+				go func() { // ends with the relay, at the latest
 					if multistream.SelectProtoOrFail(protocol, stream) != nil {
 						ended.Add(1)
 					}
@@ -393,31 +393,31 @@ func TestAttackStreamsLeftOpen(t *testing.T) {
 		}
 		return nil
 	})
-	g.goesOn() // while these are held
+	g.goesOn() // while the streams are open
 	t.Logf("%d streams left open, %d ended by the relay so far", opened.Load(), ended.Load())
 	s.end(g)
 }
 
-// What is sent into circuits whose other end does not read is held up at the
-// sender, not kept by the relay.
+// Data for a circuit whose other end does not read waits at its sender, not in the
+// relay.
 func TestAttackCircuitsNobodyReads(t *testing.T) {
 	s, g, c := besieged(t, 8)
 	var taken, opened atomic.Int64
 	inParallel(t, sized(50, siegeClients/2-10), 16, func(ctx context.Context, i int) error {
-		a, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		a, err := c.newcomer(ctx, s.bootstrap)
 		if err != nil {
 			return err
 		}
-		b, err := c.dial(ctx, newLightIdentity(t), s.bootstrap)
+		b, err := c.newcomer(ctx, s.bootstrap)
 		if err != nil {
 			return err
 		}
 		from, to, err := a.circuitTo(ctx, b)
 		if err != nil {
-			return nil // when the relay has no more memory for circuits
+			return nil // the relay has no more memory for circuits
 		}
 		opened.Add(1)
-		// Read at first, so that the relay's windows grow.
+		// The other end reads at first, so that the relay's windows grow.
 		from.SetDeadline(time.Now().Add(sized(time.Second, 3*time.Second)))
 		read := make(chan struct{})
 		go func() {
@@ -430,20 +430,20 @@ func TestAttackCircuitsNobodyReads(t *testing.T) {
 			n, err = from.Write(chunk)
 			taken.Add(int64(n))
 		}
-		to.SetDeadline(time.Now()) // for who did not get that far
+		to.SetDeadline(time.Now()) // ends a reader that did not get that far
 		<-read
 		return nil
 	})
-	g.goesOn() // while all of it is held
-	t.Logf("%d circuits took %d MiB until they were held up", opened.Load(), taken.Load()>>20)
+	g.goesOn() // while the circuits are stuck
+	t.Logf("%d circuits took %d MiB before they got stuck", opened.Load(), taken.Load()>>20)
 	if opened.Load() == 0 {
 		t.Error("no circuit was opened")
 	}
 	s.end(g)
 }
 
-// What one says of himself in identify does not grow anybody's answers, and says
-// nothing of anybody else.
+// However much a client reports about itself in identify, answers do not grow, and nothing
+// is told about anyone else.
 func TestAttackIdentifyAddresses(t *testing.T) {
 	s, g, c := besieged(t, 2)
 	var lies []ma.Multiaddr
@@ -457,7 +457,10 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 	}
 	liars := make([]*lightClient, 50)
 	inParallel(t, len(liars), 16, func(ctx context.Context, i int) (err error) {
-		who := newLightIdentity(t)
+		who, err := makeLightIdentity()
+		if err != nil {
+			return err
+		}
 		who.listen = lies[i:]
 		liars[i], err = c.dial(ctx, who, s.bootstrap)
 		return err
@@ -466,9 +469,9 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 		var addrs []ma.Multiaddr
 		honestOne, whole := liar == g.a, 2
 		if !honestOne {
-			whole = maxAddrsPerPeer // once the lies have been read
+			whole = maxAddrsPerPeer // once the relay has read the lies
 		}
-		eventually(t, "the answer says all it will", func() bool {
+		eventually(t, "the answer has all addresses", func() bool {
 			resp, err := g.b.ask(testContext(t), kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(liar.id), 0))
 			if err != nil {
 				t.Fatal(err)
@@ -485,33 +488,33 @@ func TestAttackIdentifyAddresses(t *testing.T) {
 			return len(addrs) >= whole
 		})
 		if !slices.ContainsFunc(addrs, liar.seenAt().Equal) {
-			t.Errorf("told %v of a peer, without the observed %v", addrs, liar.seenAt())
+			t.Errorf("a peer is named with %v, without the observed %v", addrs, liar.seenAt())
 		}
 		if honestOne && slices.ContainsFunc(addrs, func(a ma.Multiaddr) bool {
 			return strings.HasPrefix(a.String(), "/ip4/11.") || strings.HasPrefix(a.String(), "/ip4/10.")
 		}) {
-			t.Errorf("told %v of an honest peer, want nothing of what liars said", addrs)
+			t.Errorf("an honest peer is named with %v, want none of the liars' addresses", addrs)
 		}
 	}
 	g.goesOn()
-	t.Logf("%d peers with up to %d addresses each", len(liars), len(lies))
+	t.Logf("%d peers reported up to %d addresses each", len(liars), len(lies))
 	s.end(g)
 }
 
-// Packets with forged sources take no places and are no weapon: newcomers come in,
-// and the relay sends no more than three times what it got.
+// Packets with forged sources keep nobody out, and the relay is no weapon against these
+// sources: it sends at most three times what it received.
 func TestAttackSpoofedSources(t *testing.T) {
 	l := newLab(t)
 	s := l.siege(t)
 	honestNS, attackerNS := l.public("honest", "11.0.0.2/8"), l.public("attacker", "11.0.0.3/8")
-	// All forged addresses lead back here, so that what is sent to them counts.
+	// All forged addresses lead back here, so that packets to them are counted.
 	l.in(attackerNS, "ip route add local 11.77.0.0/16 dev lo")
 	honest := newCrowdFrom(t, l.sockets(honestNS, "11.0.0.2", 2))
 	g := newGroup(t, honest, s.bootstrap)
 	target := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("11.0.0.1:4001"))
 
-	// The first packets of real handshakes, each sent again from many addresses: a
-	// connection is known by the ID that its first packet chose.
+	// The first packets of real handshakes, each from another address. Each counts as a
+	// new connection, because it has its own connection ID.
 	initials := capturedInitials(t, sized(600, 10_000))
 	received, sent := l.counted(s, "rx_bytes"), l.counted(s, "tx_bytes")
 	began, packets := time.Now(), 0
@@ -527,7 +530,7 @@ func TestAttackSpoofedSources(t *testing.T) {
 		if i%(len(initials)/20) == 0 {
 			newcomers++
 			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-			if client, err := honest.dial(ctx, newLightIdentity(t), s.bootstrap); err == nil {
+			if client, err := honest.newcomer(ctx, s.bootstrap); err == nil {
 				in++
 				client.CloseWithError(0, "")
 			} else {
@@ -536,19 +539,19 @@ func TestAttackSpoofedSources(t *testing.T) {
 			cancel()
 		}
 	}
-	// Now that the rate is high, who comes has to prove his address first.
+	// Now that the rate is high, newcomers have to prove their addresses first.
 	retried := l.answeredByRetry(attackerNS, target, initials)
 	received, sent = l.counted(s, "rx_bytes")-received, l.counted(s, "tx_bytes")-sent
-	t.Logf("%d packets from %d forged addresses in %.1f s: %d KiB received, %d KiB sent, Retry %v, %d of %d newcomers in meanwhile",
+	t.Logf("%d packets from %d forged addresses in %.1f s: %d KiB received, %d KiB sent, Retry %v, %d of %d newcomers got in",
 		packets, len(initials), time.Since(began).Seconds(), received>>10, sent>>10, retried, in, newcomers)
 	if in < newcomers {
-		t.Errorf("%d of %d newcomers came in", in, newcomers)
+		t.Errorf("%d of %d newcomers got in", in, newcomers)
 	}
 	if sent > 3*received {
-		t.Errorf("the relay sent %d bytes for %d, above three times as much", sent, received)
+		t.Errorf("the relay sent %d bytes after it received %d, want at most three times as much", sent, received)
 	}
 	if !retried {
-		t.Error("no Retry while connections begin at a high rate")
+		t.Error("no Retry although connections begin at a high rate")
 	}
 	s.end(g)
 }
@@ -557,7 +560,8 @@ func TestAttackSpoofedSources(t *testing.T) {
 func (l *lab) siege(t *testing.T) *siege {
 	t.Helper()
 	ns := l.public("relay", "11.0.0.1/8")
-	// The kernel knows 1024 neighbours at a time: all forged ones are behind one.
+	// The kernel remembers 1024 neighbours at a time, so the forged addresses are behind
+	// one.
 	l.in(ns, "ip route add 11.77.0.0/16 via 11.0.0.3")
 	cmd := command(t, "--port=4001", "--http-port=4002", fmt.Sprint("--max-clients=", siegeClients))
 	cmd.Args = append([]string{"ip", "netns", "exec", ns}, cmd.Args...)
@@ -567,7 +571,7 @@ func (l *lab) siege(t *testing.T) *siege {
 	return s
 }
 
-// counted is a figure of the relay's interface.
+// counted returns a counter of the relay's network interface.
 func (l *lab) counted(s *siege, name string) int64 {
 	l.t.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", s.Process.Pid))
@@ -583,12 +587,12 @@ func (l *lab) counted(s *siege, name string) int64 {
 	return n
 }
 
-// sockets are bound in ns to ip, and work from this process.
+// sockets returns n UDP sockets of this process that are bound to ip in ns.
 func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 	l.t.Helper()
 	done := make(chan error, 1)
 	go func() {
-		// A thread that cannot come back ends with its goroutine.
+		// If the thread cannot return to its namespace, it ends with this goroutine.
 		runtime.LockOSThread()
 		done <- func() error {
 			home, err := os.Open("/proc/thread-self/ns/net")
@@ -624,7 +628,7 @@ func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 	return conns
 }
 
-// capturedInitials are the first packets of n handshakes.
+// capturedInitials returns the first packets of n handshakes.
 func capturedInitials(t *testing.T, n int) (packets [][]byte) {
 	t.Helper()
 	sink, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -656,7 +660,7 @@ func capturedInitials(t *testing.T, n int) (packets [][]byte) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// An Initial (RFC 9000, 17.2.2), known by its destination connection ID.
+		// An Initial (RFC 9000, 17.2.2), and the first with its destination connection ID.
 		if id := string(buf[6 : 6+buf[5]]); buf[0]&0xf0 == 0xc0 && !seen[id] {
 			seen[id] = true
 			packets = append(packets, slices.Clone(buf[:k]))
@@ -665,8 +669,8 @@ func capturedInitials(t *testing.T, n int) (packets [][]byte) {
 	return packets
 }
 
-// answeredByRetry sends first packets from one real address, and says whether a
-// Retry came back (RFC 9000, 17.2.5).
+// answeredByRetry sends first packets from one real address, and reports whether a Retry
+// comes back (RFC 9000, 17.2.5).
 func (l *lab) answeredByRetry(ns string, target net.Addr, initials [][]byte) bool {
 	l.t.Helper()
 	conn := l.sockets(ns, "11.0.0.3", 1)[0]
@@ -691,7 +695,7 @@ func (l *lab) answeredByRetry(ns string, target net.Addr, initials [][]byte) boo
 		select {
 		case found := <-retry:
 			return found
-		case <-time.After(time.Millisecond): // or most are lost on the way
+		case <-time.After(time.Millisecond): // faster, and most packets would be lost
 		}
 	}
 	return <-retry

@@ -1,43 +1,15 @@
 package main
 
-// How much one relay carries, measured with the relay as a process of its own so
-// that its CPU and memory are counted apart from the clients':
+// How much one relay carries. The relay is a process of its own, so that its CPU and
+// memory are counted apart from the clients':
 //
 //	go test -run '^$' -bench Capacity -benchtime 1x -timeout 1h .
 //
-// prints one table. It needs Linux, for /proc. Nothing here is asserted: figures
-// of one machine are no test. Ratios are of one run, because absolute figures
-// drift by 30 % on a shared machine.
+// prints one table. It needs Linux, for /proc. Nothing is asserted, because figures of
+// one machine are no test: compare ratios of one run. docs/performance.md says what the
+// figures mean, what dominates them, and what was tried without gain.
 //
-// What dominates, by profiles of the relay with 8 circuits: 27 % is what quic-go
-// does with packets that came and 22 % with those to send (14 % of all is AES),
-// 23 % is sendmsg, 5 % recvmmsg, 14 % the copy from stream to stream, 3 % the copy
-// out of what the kernel coalesced, 4 % scheduling, 1 % garbage. So a relay costs
-// one receive and one send, as its two clients do together, and the copies: their
-// CPU is the limit, about 1.05 times, unless quic-go spends less on a packet.
-//
-// Tried, and left because nothing sure was gained: copy buffers of 64 and 256 KiB
-// (relay / clients' CPU 1.09 and 1.04 for 1.05 with 16 KiB, means of 1, 8 and 64
-// circuits), profile-guided optimisation (1.08 for 1.08, and ten times the build
-// time), QUIC windows below 1 MiB or above, a GOMAXPROCS above the cores, a yield
-// before each read, no per-read timers.
-//
-// A circuit's latency while others carry all they can is time in queues, above
-// all in the socket's: with receive buffers of 128, 256, 512 KiB, 1, 2 and 7 MiB
-// the 99th percentile was 7.5, 11, 15, 20, 28 and 31 ms, the median 1.0, 2.4, 4.4,
-// 6.0, 11 and 11. From 512 KiB on that costs no throughput here, but 7 MiB, which
-// quic-go asks for, are there for a thousand clients that come back at once and for
-// a machine whose CPU is taken away for some milliseconds. The rest is the run
-// queue of the Go scheduler: a round trip is 10 turns of goroutines, each behind some six others
-// that want the same two cores. Windows of 128 KiB halve it, too, at the price of
-// 2.5 MiB/s for a circuit over 50 ms. Marking what waited in the socket for 1 ms as
-// congested (ECN) brings the 99th from 22 to 8 ms for a quarter of the throughput.
-//
-// Of a client's 68 KiB at 10 000, 37 are live heap: 35 of them what quic-go and
-// crypto/tls keep of a connection. 13 are the stacks of its three goroutines, 9
-// garbage and the rest heap between what lives.
-//
-// BENCH_PROFILE=dir writes CPU and heap profiles of the relay there.
+// BENCH_PROFILE=dir writes CPU and heap profiles of the relay into that directory.
 
 import (
 	"context"
@@ -54,7 +26,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -72,12 +43,11 @@ import (
 	quicgo "github.com/quic-go/quic-go"
 )
 
-// benchRelayEnv tells the test binary that it is a relay: "product", which is
-// this program with a profiler, or "baseline", which is what go-libp2p makes of
-// its default resources.
+// benchRelayEnv tells the test binary that it is a relay: "product" is this program with
+// a profiler, "baseline" is go-libp2p's relay with its default resources.
 const benchRelayEnv = "PRIVSTACK_BENCH_RELAY"
 
-// runBenchRelay is such a relay's process, until it is killed.
+// runBenchRelay runs such a relay until the process is killed.
 func runBenchRelay(kind string, args []string) error {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -111,7 +81,8 @@ func runBenchRelay(kind string, args []string) error {
 	return nil
 }
 
-// benchRelay starts the built binary, or the test binary as what kind says.
+// benchRelay starts a relay: the built binary, or the test binary where that has no
+// profiler or is not what kind says.
 func benchRelay(b *testing.B, kind string, args ...string) *process {
 	b.Helper()
 	dir := os.Getenv("BENCH_PROFILE")
@@ -128,17 +99,22 @@ func benchRelay(b *testing.B, kind string, args ...string) *process {
 	return launch(b, cmd)
 }
 
-// profile writes the relay's profile of that name ("heap", "profile?seconds=5")
-// to BENCH_PROFILE, if it is set.
+// profiles returns the URL of the profiles of a relay that runs in the test binary.
+func (p *process) profiles() string {
+	_, rest, _ := strings.Cut(p.stdout, "Profiles: ")
+	url, _, _ := strings.Cut(rest, "\n")
+	return url
+}
+
+// profile writes a profile of the relay ("heap", "profile?seconds=5") into the directory
+// BENCH_PROFILE, if that is set.
 func (p *process) profile(b *testing.B, name, file string) {
 	b.Helper()
 	dir := os.Getenv("BENCH_PROFILE")
 	if dir == "" {
 		return
 	}
-	_, rest, _ := strings.Cut(p.stdout, "Profiles: ")
-	base, _, _ := strings.Cut(rest, "\n")
-	resp, err := http.Get(base + "/" + name)
+	resp, err := http.Get(p.profiles() + "/" + name)
 	if err != nil {
 		b.Error(err)
 		return
@@ -153,52 +129,7 @@ func (p *process) profile(b *testing.B, name, file string) {
 	}
 }
 
-// cpu is what the process has used so far, of all its threads, in steps of 10 ms.
-func (p *process) cpu(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, p.Process.Pid) }
-
-// ownCPU is what this process, the clients', has used so far.
-func ownCPU(t testing.TB) time.Duration { t.Helper(); return cpuOf(t, os.Getpid()) }
-
-func cpuOf(t testing.TB, pid int) time.Duration {
-	t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	// After the name, which may hold anything: utime and stime are the 14th and
-	// 15th field (proc_pid_stat(5)), in ticks of USER_HZ, which is 100.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-	var ticks int64
-	for _, f := range fields[11:13] {
-		n, err := strconv.ParseInt(f, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond
-}
-
-// rss is the process's resident memory in bytes, and peakRSS the most that it had.
-func (p *process) rss(t testing.TB) int64     { t.Helper(); return p.status(t, "VmRSS:") }
-func (p *process) peakRSS(t testing.TB) int64 { t.Helper(); return p.status(t, "VmHWM:") }
-
-// status is a figure of /proc/PID/status, in bytes.
-func (p *process) status(t testing.TB, name string) int64 {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(status), name)
-	var kib int64
-	if _, err := fmt.Sscan(rest, &kib); err != nil {
-		t.Fatal(err)
-	}
-	return kib << 10
-}
-
-// table collects what is measured.
+// table collects the figures.
 type table struct {
 	text strings.Builder
 	w    *tabwriter.Writer
@@ -229,14 +160,8 @@ func (t *table) String() string {
 	return t.text.String()
 }
 
-// percentile sorts d.
-func percentile(d []time.Duration, p float64) time.Duration {
-	slices.Sort(d)
-	return d[min(int(float64(len(d))*p), len(d)-1)]
-}
-
-// BenchmarkCapacity prints the table. Its parts can be run one by one, as
-// -bench Capacity/throughput.
+// BenchmarkCapacity prints the table. Its parts can be run one by one, such as -bench
+// Capacity/throughput.
 func BenchmarkCapacity(b *testing.B) {
 	if runtime.GOOS != "linux" {
 		b.Skip("needs /proc")
@@ -261,7 +186,7 @@ func BenchmarkCapacity(b *testing.B) {
 	fmt.Printf("\n%s\n", t)
 }
 
-// benchStart measures from the start of the process to its first DHT answer.
+// benchStart measures the time from the start of the process to its first DHT answer.
 func benchStart(b *testing.B, t *table) {
 	var took []time.Duration
 	c := newCrowd(b, 1)
@@ -286,25 +211,15 @@ func benchStart(b *testing.B, t *table) {
 	t.row("start to first answer (with a new key), median", percentile(took, 0.5))
 }
 
-// kill ends the process now.
-func (p *process) kill() {
-	p.Process.Kill()
-	<-p.rest
-	p.Cmd.Wait()
-}
-
-// link is a stream between two clients, by a circuit or direct.
-type link struct{ from, to *quicgo.Stream }
-
-// benchCircuits opens n circuits, each between two clients of its own on sockets of
-// their own.
+// benchCircuits opens n circuits. Each is between two clients that have no other circuit
+// and share no socket.
 func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, links []link) {
 	b.Helper()
 	c := newCrowdOn(b, 2*n)
 	for range n {
 		var pair [2]*lightClient
 		for i := range pair {
-			client, err := c.dial(testContext(b), newLightIdentity(b), p.bootstrap)
+			client, err := c.newcomer(testContext(b), p.bootstrap)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -321,13 +236,7 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 	return clients, links
 }
 
-func unlimited(streams ...*quicgo.Stream) {
-	for _, s := range streams {
-		s.SetDeadline(time.Time{})
-	}
-}
-
-// direct connects b to a past the relay.
+// direct connects a to b without the relay.
 func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	tlsConf, _ := b.tls.ConfigForPeer("")
 	ln, err := b.transport.Listen(tlsConf, lightConfig())
@@ -348,7 +257,7 @@ func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	if err != nil {
 		return link{}, err
 	}
-	if _, err := from.Write([]byte{0}); err != nil { // or b would know nothing of it
+	if _, err := from.Write([]byte{0}); err != nil { // without a byte b would not see the stream
 		return link{}, err
 	}
 	to, err := accepted.AcceptStream(ctx)
@@ -359,8 +268,8 @@ func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	return link{from, to}, err
 }
 
-// transfer sends so many bytes over each link at once and returns when all are
-// there.
+// transfer sends that many bytes over each link, over all links at once, and returns when
+// all have arrived.
 func transfer(links []link, bytes int64) error {
 	errs := make(chan error, 2*len(links))
 	for _, l := range links {
@@ -386,12 +295,13 @@ func transfer(links []link, bytes int64) error {
 	return err
 }
 
-// carried is one transfer, measured.
+// carried is what one transfer took.
 type carried struct {
 	mibps          float64 // all links together
 	relay, clients float64 // CPU seconds per GiB
 }
 
+// carry sends total bytes over the links and measures it.
 func (p *process) carry(b *testing.B, links []link, total int64) carried {
 	b.Helper()
 	began, relay, clients := time.Now(), p.cpu(b), ownCPU(b)
@@ -407,9 +317,9 @@ func (p *process) carry(b *testing.B, links []link, total int64) carried {
 	}
 }
 
-// benchThroughput compares the relay with go-libp2p's defaults, and both with a
-// direct transfer between the same clients: one QUIC send and one QUIC receive,
-// which is what a relay has to do too.
+// benchThroughput compares the relay with go-libp2p's defaults, and both with a direct
+// transfer between the same clients. That takes one QUIC send and one QUIC receive, as a
+// relay does.
 func benchThroughput(b *testing.B, t *table) {
 	t.row("")
 	t.row("circuits", "relay", "MiB/s", "relay CPU s/GiB", "clients' CPU s/GiB", "direct MiB/s", "direct CPU s/GiB", "relay CPU / direct's", "relay CPU / clients'")
@@ -428,8 +338,8 @@ func benchThroughput(b *testing.B, t *table) {
 	}
 }
 
-// benchCarry measures n circuits and as many direct links between the same
-// clients, in turns: of each it returns the median, as the machine's speed drifts.
+// benchCarry measures n circuits and n direct links between the same clients, in turns,
+// because the machine's speed drifts. It returns the median of each.
 func benchCarry(b *testing.B, kind string, n int) (over, past carried) {
 	const total = 96 << 20
 	p := benchRelay(b, kind, "--circuit-bytes=1TiB")
@@ -443,7 +353,7 @@ func benchCarry(b *testing.B, kind string, n int) (over, past carried) {
 		}
 		directs = append(directs, l)
 	}
-	// Once unmeasured: windows open, path MTUs are found.
+	// The first transfers are not measured: windows grow, and path MTUs are found.
 	p.carry(b, links, total/8)
 	p.carry(b, directs, total/8)
 	profiled := make(chan struct{})
@@ -461,13 +371,13 @@ func benchCarry(b *testing.B, kind string, n int) (over, past carried) {
 	return median(overs), median(pasts)
 }
 
-// median is the one with the median of relay CPU + clients' CPU.
+// median returns the run with the median CPU time of relay and clients together.
 func median(runs []carried) carried {
 	slices.SortFunc(runs, func(a, b carried) int { return int(1e6 * (a.relay + a.clients - b.relay - b.clients)) })
 	return runs[len(runs)/2]
 }
 
-// echo sends what comes on s back until s ends.
+// echo sends back what comes on s until s ends.
 func echo(s *quicgo.Stream) { io.Copy(s, s) }
 
 // roundTrips measures n round trips of 64 bytes to an echo at the other end.
@@ -486,8 +396,8 @@ func (l link) roundTrips(n int) (took []time.Duration, err error) {
 	return took, nil
 }
 
-// benchLatency measures what a circuit adds to a round trip, alone and while
-// other circuits are carrying all they can.
+// benchLatency measures how much a circuit adds to a round trip, on an idle relay and while
+// other circuits carry all they can.
 func benchLatency(b *testing.B, t *table) {
 	p := benchRelay(b, "product", "--circuit-bytes=1TiB")
 	clients, links := benchCircuits(b, p, 9)
@@ -496,7 +406,7 @@ func benchLatency(b *testing.B, t *table) {
 		b.Fatal(err)
 	}
 	over := links[0]
-	go echo(over.to) // both until the relay is gone
+	go echo(over.to) // both end with the relay
 	go echo(past.to)
 	t.row("")
 	t.row("round trip", "direct p50", "direct p99", "circuit p50", "circuit p99", "added p50", "added p99")
@@ -533,25 +443,25 @@ func benchLatency(b *testing.B, t *table) {
 	p.kill()
 }
 
-// benchBandwidth measures how exactly --max-bandwidth is kept, over 30 s, and
-// what it costs beside the same traffic from senders that keep to it by themselves.
+// benchBandwidth measures how exactly --max-bandwidth is kept over 30 s, and what it costs
+// compared with senders that keep to the same rate by themselves.
 func benchBandwidth(b *testing.B, t *table) {
 	const limit, circuits, seconds = 5 << 20, 8, 30
 	t.row("")
-	t.row("5 MiB/s over 8 circuits, for 30 s", "MiB/s", "of the figure", "least / most of one circuit", "relay CPU s/GiB")
+	t.row("5 MiB/s over 8 circuits, for 30 s", "MiB/s", "of the cap", "least / most of one circuit", "relay CPU s/GiB")
 	for _, kind := range []struct {
 		name string
 		args []string
 		each int64 // bytes per second
 	}{
 		{"--max-bandwidth=5MiB", []string{fmt.Sprint("--max-bandwidth=", limit)}, 0},
-		{"no cap, sent as 16 KiB every 25 ms", nil, limit / circuits},
+		{"no cap, senders write 16 KiB every 25 ms", nil, limit / circuits},
 	} {
 		p := benchRelay(b, "product", kind.args...)
 		_, links := benchCircuits(b, p, circuits)
 		got := make([]atomic.Int64, circuits)
 		for i, l := range links {
-			go l.flood(&got[i], kind.each) // until the relay is gone
+			go l.flood(&got[i], kind.each) // ends with the relay
 		}
 		sum := func() (all, least, most int64) {
 			least = math.MaxInt64
@@ -573,38 +483,10 @@ func benchBandwidth(b *testing.B, t *table) {
 	}
 }
 
-// flood sends what l takes, or with each no more than so many bytes per second,
-// and counts what arrives, until l ends.
-func (l link) flood(got *atomic.Int64, each int64) {
-	go func() {
-		chunk := make([]byte, 64<<10)
-		if each > 0 {
-			chunk = chunk[:16<<10]
-		}
-		for next := time.Now(); ; {
-			if each > 0 {
-				next = next.Add(time.Duration(int64(len(chunk)) * int64(time.Second) / each))
-				time.Sleep(time.Until(next))
-			}
-			if _, err := l.from.Write(chunk); err != nil {
-				return
-			}
-		}
-	}()
-	p := make([]byte, 64<<10)
-	for {
-		n, err := l.to.Read(p)
-		got.Add(int64(n))
-		if err != nil {
-			return
-		}
-	}
-}
-
-// leavingTime is how long clients that have left are given to be forgotten.
+// leavingTime is how long the relay has to give back the memory of clients that left.
 const leavingTime = 5 * time.Minute
 
-// benchClients measures what clients cost, and the DHT's answers with the most of
+// benchClients measures what clients cost, and how fast the DHT answers with the most of
 // them connected.
 func benchClients(b *testing.B, t *table) {
 	t.row("")
@@ -636,7 +518,8 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 		defer close(profiled)
 		p.profile(b, "profile?seconds=20", fmt.Sprintf("cpu-clients-%d.pb.gz", n))
 	}()
-	// Who is lost on a machine that is busy with both sides comes again.
+	// A client that loses its connection, because the machine is busy with both sides,
+	// connects again.
 	each := func(do func(context.Context, *lightClient) error) func(context.Context, int) error {
 		return func(ctx context.Context, i int) (err error) {
 			for range 5 {
@@ -659,14 +542,14 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	inParallel(b, n, 32, each(func(ctx context.Context, c *lightClient) error { return c.reserve(ctx) }))
 	settle(b, p)
 	reserved := p.rss(b)
-	// Each with a record of its own, which few share in the field.
+	// Each has its own record. In the field, a few devices share one.
 	inParallel(b, n, 32, each(func(ctx context.Context, c *lightClient) error {
 		if _, err := c.named(ctx, c.id); err != nil {
 			return err
 		}
 		return c.put(ctx, c.id.String())
 	}))
-	// A minute later, which is when what the crowd's arrival took is given back.
+	// A minute later the relay has given back what the crowd's arrival took.
 	time.Sleep(givingBack + 5*time.Second)
 	<-profiled
 	serving := p.rss(b)
@@ -692,41 +575,7 @@ func benchClientsOf(b *testing.B, t *table, n int) (kad [][]any) {
 	return kad
 }
 
-// inParallel calls do(0) to do(n-1), so many at a time.
-func inParallel(t testing.TB, n, workers int, do func(ctx context.Context, i int) error) {
-	t.Helper()
-	var next, failed int
-	var first error
-	var mu sync.Mutex
-	var working sync.WaitGroup
-	for range workers {
-		working.Go(func() {
-			for {
-				mu.Lock()
-				i := next
-				next++
-				mu.Unlock()
-				if i >= n {
-					return
-				}
-				ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-				err := do(ctx, i)
-				cancel()
-				if err != nil {
-					mu.Lock()
-					failed, first = failed+1, err
-					mu.Unlock()
-				}
-			}
-		})
-	}
-	working.Wait()
-	if failed > 0 {
-		t.Fatalf("%d of %d failed, such as by: %v", failed, n, first)
-	}
-}
-
-// settle waits until the relay has nothing more to do.
+// settle waits until the relay is idle.
 func settle(t testing.TB, p *process) {
 	t.Helper()
 	for range 20 {
@@ -738,20 +587,7 @@ func settle(t testing.TB, p *process) {
 	}
 }
 
-// put stores a record under a key of that name.
-func (c *lightClient) put(ctx context.Context, name string) error {
-	return c.putValue(ctx, name, `{"device_name":"bench","addresses":["/ip4/192.168.1.10/udp/5001/quic-v1"],"timestamp":1700000000}`)
-}
-
-func (c *lightClient) putValue(ctx context.Context, name, value string) error {
-	key := []byte(recordPrefix + "syncgroup/" + name)
-	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
-	req.Record = rustRecord(key, value, c.id, 60)
-	_, err := c.ask(ctx, req)
-	return err
-}
-
-// benchKad measures DHT requests, 16 at a time, each from another client.
+// benchKad measures DHT requests, 16 at a time, each by another client.
 func benchKad(b *testing.B, p *process, clients []*lightClient) (rows [][]any) {
 	const requests, workers = 10000, 16
 	for _, kind := range []struct {

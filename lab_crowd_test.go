@@ -1,16 +1,19 @@
 package main
 
-// Thousands of clients from one process: each has an identity, a connection and
-// answers identify, and shares its UDP socket with many others. Nothing of a
-// libp2p host is below them, so they can also misbehave.
+// Thousands of clients in one process. Each has an identity and a connection and answers
+// identify; many share one UDP socket. They are written on quic-go without a libp2p host,
+// so they are small, and can misbehave.
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"net"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,6 +25,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
 	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/multiformats/go-multistream"
@@ -40,12 +44,13 @@ type crowd struct {
 // crowdSocket is how many connections share one socket.
 const crowdSocket = 500
 
+// newCrowd makes a crowd with sockets for that many clients.
 func newCrowd(t testing.TB, clients int) *crowd {
 	t.Helper()
 	return newCrowdOn(t, (clients+crowdSocket-1)/crowdSocket)
 }
 
-// newCrowdOn is a crowd on so many sockets.
+// newCrowdOn makes a crowd on that many sockets.
 func newCrowdOn(t testing.TB, sockets int) *crowd {
 	t.Helper()
 	var conns []*net.UDPConn
@@ -59,7 +64,7 @@ func newCrowdOn(t testing.TB, sockets int) *crowd {
 	return newCrowdFrom(t, conns)
 }
 
-// newCrowdFrom is a crowd on these sockets, which it closes.
+// newCrowdFrom makes a crowd on these sockets and closes them with the test.
 func newCrowdFrom(t testing.TB, conns []*net.UDPConn) *crowd {
 	t.Helper()
 	c := &crowd{}
@@ -81,13 +86,13 @@ func (c *crowd) transport() *quicgo.Transport {
 	return c.transports[c.next%len(c.transports)]
 }
 
-// lightIdentity is one client before it connects.
+// lightIdentity is a client that has not connected yet.
 type lightIdentity struct {
 	id  peer.ID
 	tls *p2ptls.Identity
 	key crypto.PrivKey
 
-	// listen is where it says that it listens; nil is an address in some LAN.
+	// listen are the addresses that it reports; nil stands for one in a LAN.
 	listen []ma.Multiaddr
 }
 
@@ -111,13 +116,13 @@ func makeLightIdentity() (who lightIdentity, err error) {
 	return who, err
 }
 
-// lightClient is a client's one connection to the relay.
+// lightClient is a client with one connection, to the relay.
 type lightClient struct {
 	lightIdentity
 	*quicgo.Conn
-	transport *quicgo.Transport // nil where it took over a connection
+	transport *quicgo.Transport // nil for a connection that was accepted
 
-	// stops gets the streams on which the relay offers a circuit.
+	// stops receives the streams on which the relay offers a circuit.
 	stops chan *quicgo.Stream
 }
 
@@ -129,7 +134,7 @@ func lightConfig() *quicgo.Config {
 	}
 }
 
-// over is who on an established connection, and answers once serve runs.
+// over makes a client of who on an established connection. It answers once serve runs.
 func (who lightIdentity) over(conn *quicgo.Conn) *lightClient {
 	return &lightClient{who, conn, nil, make(chan *quicgo.Stream, 1)}
 }
@@ -140,14 +145,23 @@ func (c *crowd) dial(ctx context.Context, who lightIdentity, relay peer.AddrInfo
 	return who.dial(ctx, c.transport(), relay)
 }
 
+// newcomer connects as a client that has never been here.
+func (c *crowd) newcomer(ctx context.Context, relay peer.AddrInfo) (*lightClient, error) {
+	who, err := makeLightIdentity()
+	if err != nil {
+		return nil, err
+	}
+	return c.dial(ctx, who, relay)
+}
+
 func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay peer.AddrInfo) (*lightClient, error) {
 	addr, err := manet.ToNetAddr(relay.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
 	if err != nil {
 		return nil, err
 	}
 	tlsConf, _ := who.tls.ConfigForPeer(relay.ID)
-	// The clients' TLS (ring, in rust-libp2p) offers no post-quantum key exchange,
-	// which would cost the relay 5 KiB more for each.
+	// The deployed clients' TLS (ring, in rust-libp2p) offers no post-quantum key
+	// exchange. With one, each client would cost the relay 5 KiB more.
 	tlsConf.CurvePreferences = []tls.CurveID{tls.X25519}
 	conn, err := tr.Dial(ctx, addr, tlsConf, lightConfig())
 	if err != nil {
@@ -162,6 +176,7 @@ func (who lightIdentity) dial(ctx context.Context, tr *quicgo.Transport, relay p
 	return client, nil
 }
 
+// serve answers streams that the relay opens, until the connection ends.
 func (c *lightClient) serve() {
 	public, err := crypto.MarshalPublicKey(c.key.GetPublic())
 	if err != nil {
@@ -173,8 +188,8 @@ func (c *lightClient) serve() {
 		PublicKey:       public,
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
 	}
-	// More than fits into one message goes into more of them, which the reader
-	// merges, as identify's spec has it for large ones.
+	// What does not fit into one message goes into more of them, and the reader merges
+	// them: https://github.com/libp2p/specs/blob/master/identify/README.md
 	parts := []*identifypb.Identify{said}
 	for i, a := range c.listen {
 		if i > 0 && i%150 == 0 {
@@ -213,7 +228,7 @@ func (c *lightClient) serve() {
 	}
 }
 
-// answerKad answers as one who takes every record and knows nobody.
+// answerKad answers DHT requests: it accepts every record and knows nobody.
 func answerKad(s *quicgo.Stream) {
 	for {
 		m := new(kadpb.Message)
@@ -229,7 +244,7 @@ func answerKad(s *quicgo.Stream) {
 	}
 }
 
-// open opens a stream that speaks protocol.
+// open opens a stream for protocol, with the deadline of ctx.
 func (c *lightClient) open(ctx context.Context, protocol string) (*quicgo.Stream, error) {
 	s, err := c.OpenStreamSync(ctx)
 	if err != nil {
@@ -246,7 +261,7 @@ func (c *lightClient) open(ctx context.Context, protocol string) (*quicgo.Stream
 	return s, nil
 }
 
-// ask sends one DHT request and returns the answer.
+// ask sends a DHT request and returns the answer.
 func (c *lightClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Message, error) {
 	s, err := c.open(ctx, string(kadProtocol))
 	if err != nil {
@@ -261,7 +276,7 @@ func (c *lightClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Messa
 	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
 }
 
-// named reports whether the relay's answer names id, with an address.
+// named asks the relay for id, and reports whether the answer names it with an address.
 func (c *lightClient) named(ctx context.Context, id peer.ID) (bool, error) {
 	resp, err := c.ask(ctx, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
 	for _, p := range resp.GetCloserPeers() {
@@ -272,7 +287,7 @@ func (c *lightClient) named(ctx context.Context, id peer.ID) (bool, error) {
 	return false, err
 }
 
-// reserve makes a reservation for a circuit.
+// reserve makes a reservation, so that others can open circuits to this client.
 func (c *lightClient) reserve(ctx context.Context) error {
 	reserve := circuitpb.HopMessage_RESERVE
 	s, resp, err := c.hop(ctx, &circuitpb.HopMessage{Type: &reserve})
@@ -287,14 +302,15 @@ func (c *lightClient) reserve(ctx context.Context) error {
 	return nil
 }
 
-// circuit opens a circuit to id. What comes on the stream next is id's.
+// circuit opens a circuit to id. What comes on the stream then is from id.
 func (c *lightClient) circuit(ctx context.Context, id peer.ID) (*quicgo.Stream, error) {
 	connect := circuitpb.HopMessage_CONNECT
 	s, _, err := c.hop(ctx, &circuitpb.HopMessage{Type: &connect, Peer: &circuitpb.Peer{Id: []byte(id)}})
 	return s, err
 }
 
-// hop asks the relay's circuit service, and returns its answer where it agrees.
+// hop sends a request to the relay's circuit service, and returns the answer if the relay
+// agrees.
 func (c *lightClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*quicgo.Stream, *circuitpb.HopMessage, error) {
 	s, err := c.open(ctx, string(proto.ProtoIDv2Hop))
 	if err != nil {
@@ -316,8 +332,8 @@ func (c *lightClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*quic
 	return s, resp, nil
 }
 
-// accept takes a circuit that the relay offers. What comes on the stream next is
-// the other end's.
+// accept waits for a circuit that the relay offers, and takes it. What comes on the stream
+// then is from the other end.
 func (c *lightClient) accept(ctx context.Context) (*quicgo.Stream, error) {
 	select {
 	case s := <-c.stops:
@@ -329,5 +345,148 @@ func (c *lightClient) accept(ctx context.Context) (*quicgo.Stream, error) {
 		return s, err
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+}
+
+// joinCrowd connects that many clients to r and waits until all are identified.
+func joinCrowd(t testing.TB, r testRelay, clients int) []*lightClient {
+	t.Helper()
+	c := newCrowd(t, clients)
+	joined := make([]*lightClient, clients)
+	for i := range joined {
+		joined[i] = c.join(t, r, newLightIdentity(t))
+	}
+	eventually(t, "all are identified", func() bool {
+		return !slices.ContainsFunc(joined, func(c *lightClient) bool { return !r.knows(c.id) })
+	})
+	return joined
+}
+
+// join connects who to r.
+func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient {
+	t.Helper()
+	client, err := c.dial(testContext(t), who, r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+// pair connects two clients to r.
+func (c *crowd) pair(ctx context.Context, t *testing.T, r testRelay, who [2]lightIdentity) (a, b *lightClient) {
+	t.Helper()
+	a, err := c.dial(ctx, who[0], r.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err = c.dial(ctx, who[1], r.info); err != nil {
+		t.Fatal(err)
+	}
+	return a, b
+}
+
+// mustAsk sends a DHT request and returns the peers that the answer names, with their
+// addresses.
+func (c *lightClient) mustAsk(t testing.TB, req *kadpb.Message) map[peer.ID][]ma.Multiaddr {
+	t.Helper()
+	resp, err := c.ask(testContext(t), req)
+	if err != nil {
+		t.Fatalf("%v: %v", req.Type, err)
+	}
+	if n := len(resp.CloserPeers); n > maxNamed {
+		t.Errorf("%v: %d peers are named, want at most %d", req.Type, n, maxNamed)
+	}
+	named := make(map[peer.ID][]ma.Multiaddr)
+	for _, p := range resp.CloserPeers {
+		if len(p.Addrs) == 0 {
+			t.Errorf("%v: %v is named without an address", req.Type, peer.ID(p.Id))
+		}
+		named[peer.ID(p.Id)] = p.Addresses()
+	}
+	if _, ok := named[c.id]; ok && !bytes.Equal(req.Key, []byte(c.id)) {
+		t.Errorf("%v: the answer names the asker", req.Type)
+	}
+	return named
+}
+
+// seenAt returns the address at which the relay sees the client.
+func (c *lightClient) seenAt() ma.Multiaddr {
+	addr, err := quicreuse.ToQuicMultiaddr(c.LocalAddr(), quicgo.Version1)
+	if err != nil {
+		panic(err) // of a connection's own address
+	}
+	return addr
+}
+
+// put stores a record such as clients store, under a key of that name.
+func (c *lightClient) put(ctx context.Context, name string) error {
+	return c.putValue(ctx, name, `{"device_name":"bench","addresses":["/ip4/192.168.1.10/udp/5001/quic-v1"],"timestamp":1700000000}`)
+}
+
+// putValue stores a record with that value.
+func (c *lightClient) putValue(ctx context.Context, name, value string) error {
+	key := []byte(recordPrefix + "syncgroup/" + name)
+	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
+	req.Record = rustRecord(key, value, c.id, 60)
+	_, err := c.ask(ctx, req)
+	return err
+}
+
+// circuitTo opens a circuit to b and returns both ends.
+func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *quicgo.Stream, err error) {
+	if err := b.reserve(ctx); err != nil {
+		return nil, nil, err
+	}
+	type end struct {
+		*quicgo.Stream
+		error
+	}
+	accepted := make(chan end, 1)
+	go func() {
+		s, err := b.accept(ctx)
+		accepted <- end{s, err}
+	}()
+	if s, err = c.circuit(ctx, b.id); err != nil {
+		return nil, nil, err
+	}
+	other := <-accepted
+	return s, other.Stream, other.error
+}
+
+// link is a stream between two clients, over a circuit or a direct connection.
+type link struct{ from, to *quicgo.Stream }
+
+// unlimited takes away the deadlines that opening the streams has left.
+func unlimited(streams ...*quicgo.Stream) {
+	for _, s := range streams {
+		s.SetDeadline(time.Time{})
+	}
+}
+
+// flood sends as fast as l takes it, or each bytes per second if that is not 0. It counts
+// what arrives, and returns when l ends.
+func (l link) flood(got *atomic.Int64, each int64) {
+	go func() {
+		chunk := make([]byte, 64<<10)
+		if each > 0 {
+			chunk = chunk[:16<<10]
+		}
+		for next := time.Now(); ; {
+			if each > 0 {
+				next = next.Add(time.Duration(int64(len(chunk)) * int64(time.Second) / each))
+				time.Sleep(time.Until(next))
+			}
+			if _, err := l.from.Write(chunk); err != nil {
+				return
+			}
+		}
+	}()
+	p := make([]byte, 64<<10)
+	for {
+		n, err := l.to.Read(p)
+		got.Add(int64(n))
+		if err != nil {
+			return
+		}
 	}
 }

@@ -1,7 +1,7 @@
 package main
 
-// What goes wrong on a real machine and with real or hostile clients: the power
-// cord, the full disk, everybody at once, and those who don't play by the rules.
+// Faults: power cuts, full disks, a thousand clients at once, and clients that break the
+// rules.
 
 import (
 	"bytes"
@@ -21,12 +21,14 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
-	"github.com/libp2p/go-libp2p/core/peer"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	ma "github.com/multiformats/go-multiaddr"
 	quicgo "github.com/quic-go/quic-go"
+	"google.golang.org/protobuf/encoding/protodelim"
 )
 
-// Power can fail during the first start. The key file is then absent or whole,
+// Power can fail during the first start. Then the key file is either missing or complete,
 // and the next start works.
 func TestFirstStartKilledLeavesNoHalfKey(t *testing.T) {
 	var absent, whole, temporary int
@@ -36,7 +38,8 @@ func TestFirstStartKilledLeavesNoHalfKey(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		// Half of them before and half after the key is there, as close as can be.
+		// Half of the starts should be killed just before the key is written, and half just
+		// after.
 		<-time.After(time.Duration(float64(delay) * (0.8 + 0.4*rand.Float64())))
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -60,16 +63,16 @@ func TestFirstStartKilledLeavesNoHalfKey(t *testing.T) {
 			t.Fatalf("next start: %v", err)
 		}
 		if data != nil && !bytes.Equal(encodeIdentity(id.key), data) {
-			t.Fatal("the next start has another key than the file")
+			t.Fatal("the next start uses another key than the file has")
 		}
 	}
-	t.Logf("of 200 killed first starts %d left no key, %d a whole one, %d an unused temporary file", absent, whole, temporary)
+	t.Logf("of 200 first starts that were killed, %d left no key and %d a complete one; %d left a temporary file", absent, whole, temporary)
 	if absent == 0 || whole == 0 {
-		t.Error("none was killed around the moment that the key is written")
+		t.Error("no start was killed around the moment at which the key is written")
 	}
 }
 
-// A first start where no key can be kept says so, and leaves nothing behind.
+// A first start that cannot save its key says so, and leaves nothing behind.
 func TestFirstStartWithoutRoomForTheKey(t *testing.T) {
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
 		t.Skip("needs Linux and root, to mount")
@@ -88,7 +91,7 @@ func TestFirstStartWithoutRoomForTheKey(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(relay.Dir, "state"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			// Where any user may run it.
+			// Here every user may run it.
 			if err := os.Chmod(relay.Dir, 0o755); err != nil {
 				t.Fatal(err)
 			}
@@ -115,8 +118,8 @@ func TestFirstStartWithoutRoomForTheKey(t *testing.T) {
 	}
 }
 
-// A thousand clients come back at once after the relay was killed. None is turned
-// away, though one side may time out on a machine that can't keep up.
+// A thousand clients come back at once after the relay was killed. The relay refuses none,
+// although on a slow machine some may time out.
 func TestThousandClientsReturnAtOnce(t *testing.T) {
 	key := filepath.Join(t.TempDir(), "key")
 	p := start(t, "--identity="+key)
@@ -128,7 +131,7 @@ func TestThousandClientsReturnAtOnce(t *testing.T) {
 	for i := range who {
 		who[i] = newLightIdentity(t)
 	}
-	// join brings everybody in and returns how the relay turned some away.
+	// join connects everyone, and returns the errors of those that the relay refused.
 	join := func(p *process) (refused []error) {
 		var mu sync.Mutex
 		var joining sync.WaitGroup
@@ -139,14 +142,14 @@ func TestThousandClientsReturnAtOnce(t *testing.T) {
 				for tries := 1; ; tries++ {
 					client, err := c.dial(ctx, w, p.bootstrap)
 					if err == nil {
-						// A connection that the relay takes is one that it answers on.
+						// Only an answer shows that the relay took the connection.
 						_, err = client.named(ctx, w.id)
 					}
 					if err == nil {
 						return
 					}
 					if ctx.Err() != nil {
-						t.Errorf("not in after %d tries: %v", tries, err)
+						t.Errorf("a client is not connected after %d tries: %v", tries, err)
 						return
 					}
 					lost := errors.As(err, new(*quicgo.IdleTimeoutError)) || errors.As(err, new(*quicgo.StatelessResetError))
@@ -165,9 +168,9 @@ func TestThousandClientsReturnAtOnce(t *testing.T) {
 		began := time.Now()
 		refused := join(p)
 		took := time.Since(began)
-		t.Logf("%s: %d clients in after %.1f s, %.0f a second", round, n, took.Seconds(), n/took.Seconds())
+		t.Logf("%s: %d clients connected in %.1f s, %.0f a second", round, n, took.Seconds(), n/took.Seconds())
 		if len(refused) > 0 {
-			t.Errorf("%s: %d were turned away, such as by: %v", round, len(refused), refused[0])
+			t.Errorf("%s: the relay refused %d connections; the first error is: %v", round, len(refused), refused[0])
 		}
 		p.Process.Kill()
 		<-p.rest
@@ -178,8 +181,8 @@ func TestThousandClientsReturnAtOnce(t *testing.T) {
 	}
 }
 
-// ownGoroutines counts the goroutines that f started, and those that they did,
-// while the others of this process come and go.
+// ownGoroutines runs f. count returns how many of the goroutines that f started, directly or
+// indirectly, still run; others of this process do not count.
 func ownGoroutines(t *testing.T, f func()) (count func() int) {
 	t.Helper()
 	label := fmt.Sprintf("%s-%d", t.Name(), rand.Int())
@@ -187,7 +190,8 @@ func ownGoroutines(t *testing.T, f func()) (count func() int) {
 	return func() (n int) {
 		var profile bytes.Buffer
 		pprof.Lookup("goroutine").WriteTo(&profile, 1)
-		// "3 @ 0x…", then a line with their labels, if they have any.
+		// A line "3 @ 0x…" stands for three goroutines. A line with their labels
+		// follows, if they have any.
 		alike := 0
 		for line := range strings.Lines(profile.String()) {
 			if strings.Contains(line, " @ 0x") {
@@ -200,16 +204,7 @@ func ownGoroutines(t *testing.T, f func()) (count func() int) {
 	}
 }
 
-// liveHeap is the live heap in bytes.
-func liveHeap() uint64 {
-	runtime.GC()
-	runtime.GC() // what the first one's finalizers let go
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return m.HeapAlloc
-}
-
-// usage is what the relay's resource manager holds for clients.
+// usage returns what the relay's resource manager counts for all clients.
 func (r testRelay) usage(t *testing.T) (stat network.ScopeStat) {
 	t.Helper()
 	err := r.host.Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
@@ -222,12 +217,12 @@ func (r testRelay) usage(t *testing.T) (stat network.ScopeStat) {
 	return stat
 }
 
-// misbehaviours are what a pair of clients can do to a relay. Each returns the
+// misbehaviours are things that a pair of clients can do to a relay. Each returns the
 // streams that it leaves open.
 var misbehaviours = []struct {
 	name string
 
-	// ends says that the relay ends the streams itself, sooner or later.
+	// ends says that the relay itself ends the streams, sooner or later.
 	ends bool
 
 	do func(ctx context.Context, r testRelay, a, b *lightClient) ([]*quicgo.Stream, error)
@@ -247,7 +242,7 @@ var misbehaviours = []struct {
 		if err != nil {
 			return nil, err
 		}
-		_, err = s.Write([]byte("\x13/multi")) // or the relay would know nothing of it
+		_, err = s.Write([]byte("\x13/multi")) // without a byte the relay would not see the stream
 		return []*quicgo.Stream{s}, err
 	}},
 	{"garbage on every protocol", true, func(ctx context.Context, r testRelay, a, b *lightClient) (open []*quicgo.Stream, err error) {
@@ -265,7 +260,7 @@ var misbehaviours = []struct {
 				if err != nil {
 					return nil, fmt.Errorf("%s: %w", protocol, err)
 				}
-				s.Write([]byte(garbage)) // the relay may have had enough before its end
+				s.Write([]byte(garbage)) // the relay may end the stream before it has read all
 				open = append(open, s)
 			}
 		}
@@ -275,11 +270,12 @@ var misbehaviours = []struct {
 		if err := b.reserve(ctx); err != nil {
 			return nil, err
 		}
-		s, err := a.open(ctx, "/libp2p/circuit/relay/0.2.0/hop")
+		s, err := a.open(ctx, string(proto.ProtoIDv2Hop))
 		if err != nil {
 			return nil, err
 		}
-		if _, err := s.Write(connectMessage(b.id)); err != nil {
+		connect := circuitpb.HopMessage_CONNECT
+		if _, err := protodelim.MarshalTo(s, &circuitpb.HopMessage{Type: &connect, Peer: &circuitpb.Peer{Id: []byte(b.id)}}); err != nil {
 			return nil, err
 		}
 		select {
@@ -302,7 +298,7 @@ var misbehaviours = []struct {
 		if err != nil {
 			return nil, err
 		}
-		// Write until nothing more is taken.
+		// Write until the relay takes no more.
 		for err = nil; err == nil; {
 			s.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
 			_, err = s.Write(make([]byte, 64<<10))
@@ -327,54 +323,13 @@ var misbehaviours = []struct {
 	}},
 }
 
-// connectMessage is a framed HopMessage CONNECT.
-// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
-func connectMessage(id peer.ID) []byte {
-	msg := append([]byte{0x08, 1, 0x12, byte(len(id) + 2), 0x0a, byte(len(id))}, id...)
-	return append([]byte{byte(len(msg))}, msg...)
-}
-
-// circuitTo opens a circuit to b and returns both its ends.
-func (c *lightClient) circuitTo(ctx context.Context, b *lightClient) (s, taken *quicgo.Stream, err error) {
-	if err := b.reserve(ctx); err != nil {
-		return nil, nil, err
-	}
-	type end struct {
-		*quicgo.Stream
-		error
-	}
-	accepted := make(chan end, 1)
-	go func() {
-		s, err := b.accept(ctx)
-		accepted <- end{s, err}
-	}()
-	if s, err = c.circuit(ctx, b.id); err != nil {
-		return nil, nil, err
-	}
-	other := <-accepted
-	return s, other.Stream, other.error
-}
-
-// pair connects two clients to r.
-func (c *crowd) pair(ctx context.Context, t *testing.T, r testRelay, who [2]lightIdentity) (a, b *lightClient) {
-	t.Helper()
-	a, err := c.dial(ctx, who[0], r.info)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if b, err = c.dial(ctx, who[1], r.info); err != nil {
-		t.Fatal(err)
-	}
-	return a, b
-}
-
-// Whatever clients did, when they have left, all is as it was before they came.
+// When clients have left, everything is as it was before they came, whatever they did.
 func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 	const pairs = 20
 	var r testRelay
 	goroutines := ownGoroutines(t, func() { r = newTestRelay(t, defaultConfig(t)) })
 	c := newCrowd(t, 2*pairs+2)
-	// The same in every round: libp2p remembers for a minute or two who was here.
+	// The same clients in every round, because libp2p remembers peers for a minute or two.
 	var who [pairs + 1][2]lightIdentity
 	for i := range who {
 		who[i] = [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)}
@@ -394,7 +349,7 @@ func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				// Others are served meanwhile.
+				// Honest clients are served meanwhile.
 				honest, mate := c.pair(ctx, t, r, who[0])
 				clients = append(clients, honest, mate)
 				from, to, err := honest.circuitTo(ctx, mate)
@@ -415,13 +370,13 @@ func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 				}
 				eventually(t, "the relay holds nothing for anybody", func() bool { return r.usage(t) == network.ScopeStat{} })
 			}
-			misbehave() // once for what is made once
+			misbehave() // first for memory that is allocated only once
 			before := liveHeap()
 			misbehave()
-			eventually(t, "the relay has the goroutines that it had before", func() bool { return goroutines() <= atRest })
-			// The clients are in this heap too, and go in their own time.
+			eventually(t, "the relay has no more goroutines than before", func() bool { return goroutines() <= atRest })
+			// The clients are in this heap too, and take a while to go.
 			var after uint64
-			eventually(t, "the heap is what it was before", func() bool {
+			eventually(t, "the heap is as small as before", func() bool {
 				after = liveHeap()
 				return after < before+pairs*2<<10
 			})
@@ -430,7 +385,7 @@ func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 	}
 }
 
-// Clients that stay connected are not left what they do nothing with.
+// The relay ends what connected clients leave open and do not use.
 func TestRelayEndsWhatClientsLeaveOpen(t *testing.T) {
 	t.Parallel() // the longest of the timeouts is a minute
 	r := newTestRelay(t, defaultConfig(t))
@@ -450,7 +405,7 @@ func TestRelayEndsWhatClientsLeaveOpen(t *testing.T) {
 			waiting.Go(func() {
 				s.SetReadDeadline(time.Now().Add(3 * testTimeout))
 				if _, err := io.Copy(io.Discard, s); errors.Is(err, os.ErrDeadlineExceeded) {
-					t.Errorf("%s: the relay keeps stream %d", m.name, s.StreamID())
+					t.Errorf("%s: the relay leaves stream %d open", m.name, s.StreamID())
 				}
 			})
 		}

@@ -1,9 +1,9 @@
 package main
 
-// The NAT lab: the built relay, homes behind NAT routers, and clients that know
-// only the relay, each in a network namespace of its own on this machine. It
-// needs root, ip (iproute2) and nft (nftables), and is skipped without them.
-// Nothing of it reaches a real network: the namespaces have no way out.
+// The NAT lab: the built relay, homes behind NAT routers, and clients that know only the
+// relay. Each is in a network namespace of its own on this machine, and no namespace has a
+// way out to a real network. The lab needs root, ip (iproute2) and nft (nftables), and its
+// tests are skipped without them.
 
 import (
 	"bufio"
@@ -43,13 +43,13 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// lab is an internet: one bridge to which every public address is attached.
+// lab is an internet: one bridge that joins all hosts with public addresses.
 type lab struct {
 	t    testing.TB
 	inet string // the bridge's namespace
 }
 
-// labNames makes the names of namespaces and bridge ports unlike one another.
+// labNames numbers namespaces and bridge ports, so that each has its own name.
 var labNames atomic.Int32
 
 func newLab(t testing.TB) *lab {
@@ -95,7 +95,7 @@ func (l *lab) in(ns string, commands ...string) {
 	}
 }
 
-// attach joins ns to the bridge of sw by an interface called dev with addrs, and
+// attach connects ns to the bridge in the namespace sw, by an interface dev with addrs. It
 // returns the name of the bridge's port.
 func (l *lab) attach(ns, dev, sw string, addrs ...string) (port string) {
 	l.t.Helper()
@@ -113,8 +113,8 @@ func (l *lab) attach(ns, dev, sw string, addrs ...string) (port string) {
 	return port
 }
 
-// public makes a host with public addresses. 11.0.0.0/8 and 2a00::/16 are used
-// because libp2p takes them for public, which it does not those for documentation.
+// public makes a host with public addresses. They are from 11.0.0.0/8 and 2a00::/16,
+// because libp2p does not take addresses for documentation as public.
 func (l *lab) public(name string, addrs ...string) string {
 	l.t.Helper()
 	ns := l.namespace(name)
@@ -122,27 +122,27 @@ func (l *lab) public(name string, addrs ...string) string {
 	return ns
 }
 
-// natKind is how a router maps and filters.
+// natKind is how a router maps and filters, as nft writes it.
 type natKind string
 
 const (
-	// endpointIndependent keeps the port, so that the mapping is the same for
-	// every destination; only those who were sent to may answer.
+	// endpointIndependent keeps the port, so the mapping is the same for every
+	// destination. Only hosts to which a packet was sent can answer.
 	endpointIndependent natKind = "masquerade"
 
-	// endpointDependent ("symmetric") takes a random port for each destination.
+	// endpointDependent ("symmetric") takes another random port for each destination.
 	endpointDependent natKind = "masquerade fully-random"
 )
 
-// router makes a NAT router with the public address wan and a LAN of its own,
-// whose gateway it is at 192.168.1.1.
+// router makes a NAT router with the public address wan and a LAN, in which it has the
+// address 192.168.1.1.
 func (l *lab) router(name, wan string, kind natKind) string {
 	l.t.Helper()
 	ns := l.namespace(name)
 	l.attach(ns, "wan", l.inet, wan)
 	l.in(ns, "ip link add br0 type bridge", "ip addr add 192.168.1.1/24 dev br0", "ip link set br0 up", "sysctl -qw net.ipv4.ip_forward=1")
-	// Unsolicited packets are dropped before they are tracked as connections of
-	// the router's own, which would take the port from the client's mapping.
+	// Unsolicited packets are dropped early. Otherwise conntrack would take them for the
+	// router's own, and a client's mapping could not have their port.
 	l.nft(ns, `
 		table ip lab {
 			chain outgoing { type nat hook postrouting priority srcnat; oifname "wan" `+string(kind)+`; }
@@ -175,7 +175,7 @@ func (l *lab) home(name, router string, host int) string {
 	return ns
 }
 
-// isolatedHome makes a host in a router's LAN that reaches the router alone.
+// isolatedHome makes a host in a router's LAN that reaches nobody there but the router.
 func (l *lab) isolatedHome(name, router string, host int) string {
 	l.t.Helper()
 	ns := l.namespace(name)
@@ -185,7 +185,7 @@ func (l *lab) isolatedHome(name, router string, host int) string {
 	return ns
 }
 
-// relay runs the built binary in ns and says how clients reach it.
+// relay runs the built binary in ns. reach are the addresses that clients are given.
 func (l *lab) relay(ns string, reach []string, args ...string) peer.AddrInfo {
 	l.t.Helper()
 	cmd := command(l.t, append([]string{"--port=4001", "--http-port=4002"}, args...)...)
@@ -194,7 +194,7 @@ func (l *lab) relay(ns string, reach []string, args ...string) peer.AddrInfo {
 	return l.relayOf(cmd, reach)
 }
 
-// relayOf starts cmd, which prints a relay's banner.
+// relayOf starts cmd, which has to print a relay's banner.
 func (l *lab) relayOf(cmd *exec.Cmd, reach []string) peer.AddrInfo {
 	l.t.Helper()
 	stdout, err := cmd.StdoutPipe()
@@ -221,7 +221,7 @@ func (l *lab) relayOf(cmd *exec.Cmd, reach []string) peer.AddrInfo {
 			l.t.Fatalf("relay did not start: %v\n%s", err, &stderr)
 		}
 		if id, ok := strings.CutPrefix(line, "  PeerId:    "); ok {
-			go io.Copy(io.Discard, lines) // until the process ends
+			go io.Copy(io.Discard, lines) // ends with the process
 			pid, err := peer.Decode(strings.TrimSpace(id))
 			if err != nil {
 				l.t.Fatal(err)
@@ -235,8 +235,8 @@ func (l *lab) relayOf(cmd *exec.Cmd, reach []string) peer.AddrInfo {
 	}
 }
 
-// delayLine forwards UDP between port 4001 of ns and target, and adds rtt to each
-// round trip. (Kernels that come without netem are why it is not tc.)
+// delayLine forwards UDP between port 4001 of ns and target, and adds rtt to each round
+// trip. It is a process because some kernels come without tc's netem.
 func (l *lab) delayLine(ns, target string, rtt time.Duration) {
 	l.t.Helper()
 	cmd := l.self(ns, labDelayEnv+"="+target+" "+rtt.String())
@@ -253,7 +253,7 @@ func (l *lab) delayLine(ns, target string, rtt time.Duration) {
 // labDelayEnv tells the test binary that it is a delay line.
 const labDelayEnv = "PRIVSTACK_LAB_DELAY"
 
-// runLabDelay is the delay line's process.
+// runLabDelay runs the delay line.
 func runLabDelay(config string, out io.Writer) error {
 	target, wait, _ := strings.Cut(config, " ")
 	rtt, err := time.ParseDuration(wait)
@@ -275,7 +275,7 @@ func runLabDelay(config string, out io.Writer) error {
 			time.AfterFunc(rtt/2, func() { to(src, packet[:n]) })
 		}
 	}
-	far := map[string]net.Conn{} // to the target, one for each client
+	far := map[string]net.Conn{} // sockets to the target, one for each client
 	var mu sync.Mutex
 	return forward(near, func(src net.Addr, packet []byte) {
 		mu.Lock()
@@ -292,18 +292,19 @@ func runLabDelay(config string, out io.Writer) error {
 	})
 }
 
-// labClient is a client process in a namespace. Its methods are requests to it.
+// labClient is a client that runs as a process in a namespace. Its methods send requests to
+// that process.
 type labClient struct {
 	t     testing.TB
 	name  string
 	id    peer.ID
-	addrs []string   // that it listens on
+	addrs []string   // at which it listens
 	mu    sync.Mutex // one request at a time
 	enc   *json.Encoder
 	dec   *json.Decoder
 }
 
-// labRequest and labResponse are the lines between the test and its clients.
+// labRequest and labResponse are JSON lines between the test and its clients.
 type labRequest struct {
 	Do    string         // join, find, dial, reserve, circuit, direct, sync, put, get, identity, hangup
 	Peer  *peer.AddrInfo `json:",omitempty"`
@@ -315,12 +316,12 @@ type labRequest struct {
 type labResponse struct {
 	ID      peer.ID  `json:",omitempty"`
 	Addrs   []string `json:",omitempty"`
-	Circuit bool     `json:",omitempty"` // the connection in use is a circuit
+	Circuit bool     `json:",omitempty"` // the connection was a circuit
 	Millis  int64
 	Err     string `json:",omitempty"`
 }
 
-// self is this test binary, to be run in ns as what env says it is.
+// self returns a command that runs this test binary in ns, as what env says.
 func (l *lab) self(ns, env string) *exec.Cmd {
 	l.t.Helper()
 	exe, err := os.Executable()
@@ -345,13 +346,21 @@ func (l *lab) start(cmd *exec.Cmd) {
 	})
 }
 
-// client starts a client in ns, which joins the relay.
+// client starts a client in ns and connects it to the relay.
 func (l *lab) client(ns string, relay peer.AddrInfo) *labClient {
 	l.t.Helper()
 	c := l.labClient(ns)
-	resp := c.must(labRequest{Do: "join", Relay: &relay})
-	c.id, c.addrs = resp.ID, resp.Addrs
+	if err := c.join(relay); err != nil {
+		l.t.Fatalf("%s: join: %v", ns, err)
+	}
 	return c
+}
+
+// join connects the client to the relay.
+func (c *labClient) join(relay peer.AddrInfo) error {
+	resp, err := c.try(labRequest{Do: "join", Relay: &relay})
+	c.id, c.addrs = resp.ID, resp.Addrs
+	return err
 }
 
 func (l *lab) labClient(ns string) *labClient {
@@ -360,7 +369,7 @@ func (l *lab) labClient(ns string) *labClient {
 	return &labClient{t: l.t, name: ns, enc: enc, dec: dec}
 }
 
-// talk runs self, and writes to and reads from it.
+// talk runs self, and returns its standard input and output.
 func (l *lab) talk(ns, env string) (*json.Encoder, *json.Decoder) {
 	l.t.Helper()
 	cmd := l.self(ns, env)
@@ -400,13 +409,13 @@ func (c *labClient) must(req labRequest) labResponse {
 	return resp
 }
 
-// labClientEnv tells the test binary, by way of TestMain, that it is a lab client.
+// labClientEnv tells the test binary that it is a lab client.
 const labClientEnv = "PRIVSTACK_LAB_CLIENT"
 
-// runLabClient is the client process: a libp2p host with the deployed clients'
-// protocols that does what it is asked, until in ends.
+// runLabClient runs a client: a libp2p host with the deployed clients' protocols. It does
+// what in asks, until in ends.
 func runLabClient(in io.Reader, out io.Writer) error {
-	var sockets quicSockets // so that packets begin small, as those of the deployed clients do
+	var sockets quicSockets // whose first packets are small, as the deployed clients' are
 	h, err := libp2p.New(
 		libp2p.Transport(quic.NewTransport),
 		libp2p.QUICReuse(sockets.newManager),
@@ -417,7 +426,7 @@ func runLabClient(in io.Reader, out io.Writer) error {
 		libp2p.EnableRelay(),
 		libp2p.EnableHolePunching(),
 		libp2p.DisableMetrics(),
-		// A dial that failed once would be put off for the next.
+		// Far longer than a dial takes here.
 		libp2p.SwarmOpts(swarm.WithDialTimeout(10*time.Second)),
 	)
 	if err != nil {
@@ -430,7 +439,7 @@ func runLabClient(in io.Reader, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	h.SetStreamHandler(kadProtocol, func(s network.Stream) { s.Reset() }) // a kad peer by name is enough
+	h.SetStreamHandler(kadProtocol, func(s network.Stream) { s.Reset() }) // identify only has to list it
 	h.SetStreamHandler(digestProtocol, func(s network.Stream) {
 		defer s.Close()
 		hash := sha256.New()
@@ -487,7 +496,7 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 		}
 		return resp, nil
 	case "dial":
-		// Only these addresses: not those that an earlier step has left behind.
+		// Dial these addresses only, and none that an earlier step has left behind.
 		h.Peerstore().ClearAddrs(req.Peer.ID)
 		h.Peerstore().AddAddrs(req.Peer.ID, req.Peer.Addrs, peerstore.TempAddrTTL)
 		h.Network().(*swarm.Swarm).Backoff().Clear(req.Peer.ID)
@@ -506,7 +515,7 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 		h.Network().(*swarm.Swarm).Backoff().Clear(req.Peer.ID)
 		return resp, h.Connect(ctx, peer.AddrInfo{ID: req.Peer.ID, Addrs: []ma.Multiaddr{via}})
 	case "direct":
-		// Until hole punching has made a direct connection, or long after it should.
+		// Wait until hole punching has made a direct connection, or should have long ago.
 		sub, err := h.EventBus().Subscribe(new(event.EvtPeerConnectednessChanged))
 		if err != nil {
 			return resp, err
@@ -573,7 +582,8 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 	return resp, fmt.Errorf("unknown request %q", req.Do)
 }
 
-// addrsOf is what the relay's answer says of mate, once mate has identified itself.
+// addrsOf returns the addresses with which the relay names mate, once mate has reported
+// its own.
 func (c *labClient) addrsOf(mate *labClient) (direct []ma.Multiaddr) {
 	c.t.Helper()
 	eventually(c.t, c.name+" finds "+mate.name, func() bool {
@@ -587,15 +597,15 @@ func (c *labClient) addrsOf(mate *labClient) (direct []ma.Multiaddr) {
 	return direct
 }
 
-// route is what became of one pair of clients.
+// route is in which ways two clients reached each other.
 type route struct {
-	observed bool  // each is named with the address that its NAT has outside
-	dial     bool  // one dials what it was told
-	crossing bool  // both dial at once, as at the clients' ticks
-	circuit  bool  // through the relay
-	punched  bool  // the circuit became a direct connection (DCUtR)
-	direct   bool  // 16 MiB went over a direct connection, else the circuit
-	millis   int64 // for the 16 MiB
+	observed bool  // each is named with its NAT's outside address first
+	dial     bool  // one dials the addresses it was told
+	crossing bool  // both dial at once, as clients do every 30 s
+	circuit  bool  // a circuit through the relay
+	punched  bool  // hole punching (DCUtR) made a direct connection
+	direct   bool  // 16 MiB went over a direct connection, not the circuit
+	millis   int64 // how long the 16 MiB took
 }
 
 func (p route) String() string {
@@ -612,7 +622,7 @@ func (p route) String() string {
 	return fmt.Sprintf("%s\t| %s\t| %s\t| %s\t| %s\t| %s, %.1f s\t|", mark(p.observed), mark(p.dial), mark(p.crossing), mark(p.circuit), mark(p.punched), via, float64(p.millis)/1000)
 }
 
-// meet takes two clients through all ways to each other.
+// meet tries all ways in which two clients can reach each other.
 func meet(a, b *labClient, aOutside, bOutside string) (p route) {
 	a.t.Helper()
 	aAddrs, bAddrs := b.addrsOf(a), a.addrsOf(b)
@@ -656,15 +666,15 @@ const (
 	relayV6 = "/ip6/2a00:1::1/udp/4001/quic-v1"
 )
 
-// The product's claim, where it can fail: homes behind every kind of NAT meet.
-// The README keeps the table that it prints.
+// What the relay promises, where it is hardest: homes behind every kind of NAT meet. The
+// README has the table that this test prints.
 func TestHomesMeetAcrossNATs(t *testing.T) {
 	l := newLab(t)
 	relay := l.relay(l.public("relay", "11.0.0.1/8", "2a00:1::1/64"), []string{relayV4, relayV6})
 	tests := []struct {
 		name  string
-		a, b  string // a NAT's kind, or "public", "IPv6 only", "same home"
-		wants route  // without millis
+		a, b  string // a natKind, "public", "IPv6 only" or "same home"
+		wants route  // its millis do not count
 	}{
 		{"both endpoint-independent", string(endpointIndependent), string(endpointIndependent),
 			route{observed: true, crossing: true, circuit: true, punched: true, direct: true}},
@@ -722,7 +732,7 @@ func TestHomesMeetAcrossNATs(t *testing.T) {
 	}
 	running.Wait()
 	w := tabwriter.NewWriter(&table, 0, 0, 1, ' ', 0)
-	fmt.Fprintln(w, "| clients, dialling first\t| observed address told\t| dial\t| dials crossing\t| circuit\t| hole punched\t| 16 MiB went\t|")
+	fmt.Fprintln(w, "| clients, the first dials\t| observed address told\t| dial\t| dials crossing\t| circuit\t| hole punched\t| 16 MiB went\t|")
 	fmt.Fprintln(w, "|---\t|---\t|---\t|---\t|---\t|---\t|---\t|")
 	for _, row := range rows {
 		fmt.Fprintln(w, row)
@@ -731,38 +741,39 @@ func TestHomesMeetAcrossNATs(t *testing.T) {
 	t.Logf("\n%s", &table)
 }
 
-// A mobile carrier: forty homes that cannot reach one another behind one IPv4
-// address, which is one address to every limit.
+// A mobile carrier: forty homes that cannot reach each other share one IPv4 address, and
+// every limit per address applies to all of them together.
 func TestFortyHomesBehindOneCarrier(t *testing.T) {
 	l := newLab(t)
 	relay := l.relay(l.public("relay", "11.0.0.1/8"), []string{relayV4})
 	carrier := l.router("carrier", "11.2.0.1/8", endpointIndependent)
 	homes := make([]*labClient, 40)
-	var started sync.WaitGroup
+	joined := make(chan error, len(homes))
 	for i := range homes {
-		ns := l.isolatedHome(fmt.Sprintf("h%d", i), carrier, 10+i)
-		started.Go(func() { homes[i] = l.client(ns, relay) })
+		homes[i] = l.labClient(l.isolatedHome(fmt.Sprintf("h%d", i), carrier, 10+i))
+		go func() { joined <- homes[i].join(relay) }()
 	}
-	started.Wait()
-	if slices.Contains(homes, nil) {
-		t.FailNow() // client has said why
+	for range homes {
+		if err := <-joined; err != nil {
+			t.Fatalf("join: %v", err)
+		}
 	}
 	for i, c := range homes {
 		mate := homes[(i+1)%len(homes)]
 		if addrs := c.addrsOf(mate); !strings.HasPrefix(addrs[0].String(), "/ip4/11.2.0.1/udp/") {
-			t.Errorf("%s is told %v of %s, want the carrier's address first", c.name, addrs, mate.name)
+			t.Errorf("%s is told %v for %s, want the carrier's address first", c.name, addrs, mate.name)
 		}
 		c.must(labRequest{Do: "reserve"})
 	}
 	a, b := homes[0], &peer.AddrInfo{ID: homes[1].id}
 	a.must(labRequest{Do: "circuit", Peer: b})
 	if resp := a.must(labRequest{Do: "sync", Peer: b, Bytes: 16 << 20}); !resp.Circuit {
-		t.Error("two homes of one carrier synced directly, which should be impossible here")
+		t.Error("two homes of one carrier synced directly, which is impossible here")
 	}
 }
 
-// The relay in a cloud that gives it a private address and maps a public one to
-// it: what it knows of itself is useless to clients, unless it is told.
+// A cloud gives the relay a private address and maps a public one to it. The relay does not
+// know its public address, unless the operator tells it.
 func TestRelayBehindOneToOneNAT(t *testing.T) {
 	t.Parallel()
 	for _, announce := range []bool{false, true} {
@@ -788,7 +799,7 @@ func TestRelayBehindOneToOneNAT(t *testing.T) {
 			if res := b.must(labRequest{Do: "reserve"}); !slices.Equal(res.Addrs, []string{want}) {
 				t.Errorf("reservation = %v, want %v", res.Addrs, want)
 			}
-			// A client that knows the relay's address meets its mate either way.
+			// Clients that know the relay's public address meet in either case.
 			got := meet(a, b, "/ip4/11.2.0.1/udp/", "/ip4/11.2.0.2/udp/")
 			got.millis = 0
 			if want := (route{observed: true, circuit: true}); got != want {
@@ -798,12 +809,12 @@ func TestRelayBehindOneToOneNAT(t *testing.T) {
 	}
 }
 
-// Paths as they are at home and on the road: a sync still ends.
+// A sync completes on bad paths too, as they occur at home and on the road.
 func TestSyncOverBadPaths(t *testing.T) {
 	tests := []struct {
 		name  string
 		spoil func(l *lab, router string)
-		delay time.Duration // more round trip to the relay
+		delay time.Duration // added to each round trip to the relay
 	}{
 		{name: "5 % loss each way", spoil: func(l *lab, router string) {
 			l.nft(router, `table ip loss {
@@ -811,7 +822,7 @@ func TestSyncOverBadPaths(t *testing.T) {
 			}`)
 		}},
 		{name: "200 ms delay", delay: 200 * time.Millisecond},
-		// The clients' own links have 1500, so that nobody learns it from them.
+		// The clients' own links have 1500, so they do not know.
 		{name: "MTU 1280", spoil: func(l *lab, router string) { l.in(router, "ip link set wan mtu 1280") }},
 	}
 	for _, tt := range tests {
@@ -836,7 +847,7 @@ func TestSyncOverBadPaths(t *testing.T) {
 			a.must(labRequest{Do: "circuit", Peer: b})
 			resp := a.must(labRequest{Do: "sync", Peer: b, Bytes: 16 << 20})
 			if !resp.Circuit {
-				t.Error("the sync found a direct path, where there is none")
+				t.Error("the sync went over a direct path, where there is none")
 			}
 			t.Logf("16 MiB in %.1f s", float64(resp.Millis)/1000)
 		})

@@ -1,8 +1,7 @@
 package main
 
-// A crowd for the NAT lab: thousands of strangers in one namespace, whom a
-// client that looks for its mate may be sent to; and the relay whose answers can
-// be switched to kad-dht's own.
+// A crowd for the NAT lab: thousands of strangers in one namespace, which answers may name
+// to a client that looks for its mate; and a relay whose answers can be kad-dht's own.
 
 import (
 	"context"
@@ -22,8 +21,8 @@ import (
 	quicgo "github.com/quic-go/quic-go"
 )
 
-// labRelayEnv tells the test binary that it is a relay, "plain" that its answers
-// are kad-dht's own.
+// labRelayEnv tells the test binary that it is a relay. With "plain" its answers are
+// kad-dht's own.
 const labRelayEnv = "PRIVSTACK_LAB_RELAY"
 
 func runLabRelay(answers string, out io.Writer) error {
@@ -43,33 +42,33 @@ func runLabRelay(answers string, out io.Writer) error {
 	return <-r.broken
 }
 
-// labCrowdEnv tells the test binary that it is a crowd, of which relay (a
-// multiaddr that ends in its ID) and on which network, such as "11.100".
+// labCrowdEnv tells the test binary that it is a crowd. It holds the relay's multiaddr with
+// its ID, a space, and the crowd's network, such as "11.100".
 const labCrowdEnv = "PRIVSTACK_LAB_CROWD"
 
-// crowdSize is what a crowd is asked to grow to.
+// crowdSize is the size to which a crowd is asked to grow.
 type crowdSize struct {
 	Clients int
 
-	// Open is the share of clients that strangers can dial; the others' addresses
-	// swallow what is sent there.
+	// Open is the share of clients that strangers can dial. Packets to the others'
+	// addresses are swallowed.
 	Open float64
 
-	Err string `json:",omitempty"` // in the answer
+	Err string `json:",omitempty"` // only in the answer
 }
 
-// crowdShare is how many of those that cannot be dialled are seen under one
-// address; each that can be has one of its own. crowdSink is the port where
-// everything is dropped. crowdTries is how often one tries to join: on a machine
-// that is busy with thousands of others a handshake may take too long.
+// crowdShare is how many of the clients that cannot be dialled share one address; each of
+// the others has its own. crowdSink is the port where everything is dropped. crowdTries is
+// how often a client tries to join, because a handshake may time out on a machine that is
+// busy with thousands of them.
 const (
 	crowdShare = 200
 	crowdSink  = 5999
 	crowdTries = 5
 )
 
-// runLabCrowd is the crowd's process. It grows as in asks it, one JSON object a
-// line, and says so, until in ends.
+// runLabCrowd runs the crowd. It reads sizes from in, one JSON object a line, grows, and
+// answers each when it has that size, until in ends.
 func runLabCrowd(config string, in io.Reader, out io.Writer) error {
 	relay, network, _ := strings.Cut(config, " ")
 	info, err := peer.AddrInfoFromString(relay)
@@ -87,7 +86,7 @@ func runLabCrowd(config string, in io.Reader, out io.Writer) error {
 		var joining sync.WaitGroup
 		var failed error
 		var mu sync.Mutex
-		places := make(chan struct{}, 32) // handshakes at once
+		places := make(chan struct{}, 32) // for handshakes at the same time
 		for open+natted < want.Clients {
 			who, err := makeLightIdentity()
 			if err != nil {
@@ -151,7 +150,7 @@ func bindTransport(addr string) (*quicgo.Transport, error) {
 	return &quicgo.Transport{Conn: conn}, nil
 }
 
-// listenOpen answers as who to whoever dials addr.
+// listenOpen listens on addr, and answers there as who.
 func listenOpen(who lightIdentity, addr string) (*quicgo.Transport, error) {
 	tr, err := bindTransport(addr)
 	if err != nil {
@@ -164,7 +163,7 @@ func listenOpen(who lightIdentity, addr string) (*quicgo.Transport, error) {
 	if err != nil {
 		return nil, err
 	}
-	go func() { // as long as the process runs
+	go func() { // ends with the process
 		for {
 			conn, err := l.Accept(context.Background())
 			if err != nil {

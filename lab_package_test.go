@@ -2,8 +2,8 @@
 
 package main
 
-// What the packages do to a machine: a clean Debian that is booted, with systemd
-// as PID 1, in namespaces of its own. .ci/packages makes both and runs this.
+// What the packages do to a machine: a clean Debian that boots in its own namespaces, with
+// systemd as PID 1. .ci/packages makes both and runs these tests.
 
 import (
 	"fmt"
@@ -21,7 +21,7 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// packageFile is the package of one format, made by .ci/goreleaser.
+// packageFile returns the path of the package of that format, made by .ci/goreleaser.
 func packageFile(t *testing.T, format string) string {
 	t.Helper()
 	files, _ := filepath.Glob("dist/*_linux_amd64." + format)
@@ -31,7 +31,7 @@ func packageFile(t *testing.T, format string) string {
 	return files[0]
 }
 
-// laterDeb is the same package with a later version.
+// laterDeb writes the same deb with a later version into dir.
 func laterDeb(t *testing.T, dir string) {
 	t.Helper()
 	tree := t.TempDir()
@@ -39,7 +39,7 @@ func laterDeb(t *testing.T, dir string) {
 		packageFile(t, "deb"), tree, filepath.Join(dir, "later.deb"))
 }
 
-// sh runs a shell script with arguments.
+// sh runs a shell script with arguments and returns its output.
 func sh(t testing.TB, script string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command("sh", append([]string{"-ec", script, "sh"}, args...)...).CombinedOutput()
@@ -49,9 +49,9 @@ func sh(t testing.TB, script string, args ...string) string {
 	return string(out)
 }
 
-// changedRoot makes a root directory below $tmp from the clean Debian $debian, on
-// which what is written is gone with the mount namespace, and enters it. $mnt is
-// the host's directory that it has at /mnt.
+// changedRoot makes a root directory below $tmp from the clean Debian in $debian, and enters
+// it. What is written there is gone with the mount namespace. The host's directory $mnt is
+// at /mnt.
 const changedRoot = `
 	mount --make-rprivate /
 	mount -t tmpfs -o mode=755 tmpfs $tmp
@@ -73,7 +73,7 @@ const changedRoot = `
 	pivot_root . run/old
 `
 
-// debian is the directory with a clean Debian.
+// debian returns the directory with a clean Debian, or skips the test.
 func debian(t testing.TB) string {
 	t.Helper()
 	dir := os.Getenv("PRIVSTACK_DEBIAN")
@@ -83,8 +83,8 @@ func debian(t testing.TB) string {
 	return dir
 }
 
-// inChroot runs a script on a clean Debian on which systemd does not run, as in
-// a container image. The host's directory mnt is at /mnt.
+// inChroot runs a script on a clean Debian without a running systemd, as in a container
+// image, and returns its output. The host's directory mnt is at /mnt.
 func inChroot(t *testing.T, mnt, script string) string {
 	t.Helper()
 	cmd := exec.Command("unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "sh", "-ec", changedRoot+`
@@ -102,10 +102,10 @@ func inChroot(t *testing.T, mnt, script string) string {
 // machine is a booted Debian in a network namespace of the lab.
 type machine struct {
 	t   testing.TB
-	pid int // of its PID 1, out here
+	pid int // of its PID 1, as the host sees it
 }
 
-// machine boots one. The host's directory mnt is at its /mnt.
+// machine boots one in ns. The host's directory mnt is at its /mnt.
 func (l *lab) machine(ns, mnt string) *machine {
 	l.t.Helper()
 	t := l.t
@@ -121,8 +121,8 @@ func (l *lab) machine(ns, mnt string) *machine {
 		mount -t cgroup2 cgroup2 sys/fs/cgroup
 		echo machine >etc/hostname
 		echo uninitialized >etc/machine-id
-		# What is about hardware, consoles, the kernel that all share, and a network
-		# that the lab has set up already.
+		# No units for hardware, consoles, the kernel, which is the host's, or the network,
+		# which the lab has set up.
 		for unit in systemd-networkd.service systemd-networkd.socket systemd-networkd-wait-online.service console-getty.service systemd-firstboot.service systemd-modules-load.service systemd-remount-fs.service \
 			modprobe@.service sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount apt-daily.timer apt-daily-upgrade.timer; do
 			ln -sf /dev/null etc/systemd/system/$unit
@@ -134,7 +134,7 @@ func (l *lab) machine(ns, mnt string) *machine {
 	cmd.Stdout, cmd.Stderr = &console, &console
 	l.start(cmd)
 	m := &machine{t: t}
-	t.Cleanup(func() { // with its PID 1 all its processes end, and unshare then does
+	t.Cleanup(func() { // when PID 1 ends, all of its processes do, and then unshare
 		if m.pid != 0 {
 			syscall.Kill(m.pid, syscall.SIGKILL)
 			cmd.Wait()
@@ -162,7 +162,7 @@ func (m *machine) try(script string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// do runs a shell script on the machine.
+// do runs a shell script on the machine and returns its output.
 func (m *machine) do(script string) string {
 	m.t.Helper()
 	out, err := m.try(script)
@@ -172,7 +172,7 @@ func (m *machine) do(script string) string {
 	return out
 }
 
-// is checks what a command prints.
+// is checks that a command prints want.
 func (m *machine) is(script, want string) {
 	m.t.Helper()
 	if got := m.do(script); got != want {
@@ -180,7 +180,7 @@ func (m *machine) is(script, want string) {
 	}
 }
 
-// until waits, longer than any watchdog, for a command to print what is wanted.
+// until waits until a command prints want, longer than any watchdog takes.
 func (m *machine) until(script, want string) {
 	m.t.Helper()
 	deadline := time.After(4 * testTimeout)
@@ -199,19 +199,19 @@ func (m *machine) until(script, want string) {
 	}
 }
 
-// unit is one property of the relay's unit.
+// unit returns a property of the relay's unit.
 func (m *machine) unit(property string) string {
 	m.t.Helper()
 	return m.do("systemctl show --value -p " + property + " privstack-relay")
 }
 
-// limits is the log line of the relay's latest start that says what it chose.
+// limits returns the line with the limits in the log of the relay's latest start.
 func (m *machine) limits() string {
 	m.t.Helper()
 	return m.do(`journalctl -u privstack-relay -o cat | grep 'msg=limits' | tail -n 1`)
 }
 
-// starts is how often the relay has started on this machine.
+// starts returns how often the relay has started on this machine.
 func (m *machine) starts() int {
 	m.t.Helper()
 	n, err := strconv.Atoi(m.do(`journalctl --sync; journalctl -u privstack-relay -o cat | grep -c 'msg="relay ready"' || true`))
@@ -221,8 +221,7 @@ func (m *machine) starts() int {
 	return n
 }
 
-// site is a relay's machine and two clients outside, which reach it but not one
-// another.
+// site is a relay's machine and two clients. They reach the machine, but not each other.
 type site struct {
 	*lab
 	*machine
@@ -243,11 +242,11 @@ func newSite(t *testing.T, mnt string) site {
 	return s
 }
 
-// serves checks that clients outside reserve, relay and find a record, over IPv4
-// and IPv6, and returns the peer ID that the identity endpoint told them.
+// serves checks that clients can reserve, use a circuit and find a record, over IPv4 and
+// IPv6. It returns the peer ID that the identity endpoint told them.
 func (s site) serves(t *testing.T) (id peer.ID) {
 	t.Helper()
-	l := &lab{t: t, inet: s.inet} // its clients end with t
+	l := &lab{t: t, inet: s.inet} // so that its clients end with t
 	for _, net := range []struct{ ip, host string }{{"/ip4/11.0.0.1", "11.0.0.1"}, {"/ip6/2a00::1", "[2a00::1]"}} {
 		t.Run(net.ip[1:4], func(t *testing.T) {
 			l := &lab{t: t, inet: l.inet}
@@ -273,8 +272,8 @@ func (s site) serves(t *testing.T) (id peer.ID) {
 	return id
 }
 
-// The life of an install, in the sandbox of the packaged unit: each step is what
-// an operator does or suffers, and after each clients are served as before.
+// The life of an installation in the sandbox of the packaged unit. Each step is something
+// that an operator does or that happens to him, and clients are served as before after it.
 func TestPackageLivesOnAMachine(t *testing.T) {
 	mnt := t.TempDir()
 	sh(t, `cp "$1" "$2"/first.deb`, packageFile(t, "deb"), mnt)
@@ -306,14 +305,14 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		s.is("/lib/systemd/systemd-sysctl --cat-config | grep -c 'net.core.[rw]mem_max = 7500000'", "2")
 		id = s.serves(t)
 	})
-	step("what it may use fits its clients", func(t *testing.T) {
+	step("the memory limit fits max_clients", func(t *testing.T) {
 		memory, _ := availableMemory(os.DirFS("/"))
 		if limit, err := strconv.ParseUint(s.unit("MemoryMax"), 10, 64); err != nil || limit >= memory {
 			t.Errorf("MemoryMax = %d, %v, want one below %d", limit, err, memory)
 		} else if controllers, _ := s.try("cat /sys/fs/cgroup/cgroup.controllers"); strings.Contains(controllers, "memory") {
 			memory = limit
 		} else {
-			t.Log("this kernel keeps the memory controller elsewhere, so that MemoryMax is not in force here")
+			t.Log("the memory controller is not in cgroup v2 here, so MemoryMax has no effect")
 		}
 		if want := fmt.Sprintf(" max_clients=%d ", clientsFor(memory)); !strings.Contains(s.limits(), want) {
 			t.Errorf("start log is %s, want %s", s.limits(), want)
@@ -330,7 +329,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 			systemctl daemon-reload
 			systemctl restart privstack-relay`)
 		same(t)
-		s.do("systemctl restart privstack-relay") // its way to the end, too
+		s.do("systemctl restart privstack-relay") // so that stopping is tried, too
 		if n := s.unit("NRestarts"); n != "0" {
 			t.Errorf("%s restarts, want none", n)
 		}
@@ -384,7 +383,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 	})
 }
 
-// byHand is what the README of the relay before this one had operators do.
+// byHand installs a relay as the README of the old relay told operators to.
 const byHand = `
 	useradd --system --home-dir /var/lib/privstack --create-home --shell /usr/sbin/nologin privstack
 	dpkg-deb --fsys-tarfile /mnt/first.deb | tar -xO ./usr/bin/privstack-relay >/usr/local/bin/privstack-relay
@@ -397,12 +396,13 @@ const byHand = `
 	systemctl enable --now privstack-relay 2>/dev/null
 `
 
-// Who comes from an install by hand keeps the peer ID, or every client is lost.
+// An operator who installed the old relay by hand keeps the peer ID. With another one he
+// would lose every client.
 func TestPackageTakesOverAnInstallByHand(t *testing.T) {
 	mnt := t.TempDir()
 	sh(t, `cp "$1" "$2"/first.deb`, packageFile(t, "deb"), mnt)
 	for _, tt := range []struct{ name, flags, unit, says string }{
-		{"as the README had it", "", "/lib/systemd/system/privstack-relay.service", "gave way to the packaged unit"},
+		{"as the README had it", "", "/lib/systemd/system/privstack-relay.service", "the packaged unit replaces"},
 		{"with flags of its own", " --max-clients 99", "/etc/systemd/system/privstack-relay.service", "stays in force"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -433,7 +433,7 @@ func TestPackageTakesOverAnInstallByHand(t *testing.T) {
 	}
 }
 
-// An image is built where systemd does not run; the next boot starts the relay.
+// An image is built where systemd does not run. The relay starts with the next boot.
 func TestPackageInstallsWithoutSystemdRunning(t *testing.T) {
 	mnt := t.TempDir()
 	sh(t, `cp "$1" "$2"/first.deb`, packageFile(t, "deb"), mnt)
@@ -450,7 +450,7 @@ func TestPackageInstallsWithoutSystemdRunning(t *testing.T) {
 	}
 }
 
-// The man page has each flag that --help has.
+// The man page has every flag that --help has.
 func TestManPageHasEveryFlag(t *testing.T) {
 	mnt := t.TempDir()
 	page := sh(t, `dpkg-deb --fsys-tarfile "$1" | tar -xO ./usr/share/man/man8/privstack-relay.8.gz >"$2"/page.8.gz
@@ -462,7 +462,7 @@ func TestManPageHasEveryFlag(t *testing.T) {
 	}
 }
 
-// Debian's rpm installs it, with its scripts; what it holds is what the deb does.
+// Debian's rpm installs the package and runs its scripts. It has the same files as the deb.
 func TestRPMInstallsAndGoes(t *testing.T) {
 	mnt := t.TempDir()
 	sh(t, `cp "$1" "$2"/relay.rpm`, packageFile(t, "rpm"), mnt)
@@ -487,7 +487,8 @@ func TestRPMInstallsAndGoes(t *testing.T) {
 	}
 }
 
-// An apk is three gzip streams of tar; there is no apk here to install it.
+// The files of the apk. Debian has no apk to install it, but the package is three gzip
+// streams of tar.
 func TestAPKHoldsItsFiles(t *testing.T) {
 	out := sh(t, `zcat "$1" | tar -tvi --ignore-zeros -f - | sed 's/  */ /g'; zcat "$1" | tar -xi --ignore-zeros -O -f - .PKGINFO .pre-install`, packageFile(t, "apk"))
 	for _, want := range []string{"usr/bin/privstack-relay\n", "etc/init.d/privstack-relay\n", "etc/conf.d/privstack-relay\n", "pkgname = privstack-relay", "adduser -S"} {

@@ -1,8 +1,8 @@
 package main
 
-// Half an hour in which two thousand clients join, leave, publish, find and
-// relay, each staying for half a minute on average where real ones stay for
-// hours. It is no part of go test:
+// A soak: for half an hour, two thousand clients join, publish, find each other, open
+// circuits and leave. Each stays for half a minute on average, where real ones stay for
+// hours. go test alone skips it:
 //
 //	SOAK=30m go test -run Soak -v -timeout 1h .
 
@@ -30,16 +30,16 @@ const (
 	soakSamples = 60
 )
 
-// An operator who never restarts his relay finds out last.
+// A relay that is never restarted must not grow.
 func TestSoak(t *testing.T) {
 	length, err := time.ParseDuration(os.Getenv("SOAK"))
 	if err != nil {
-		t.Skip("set SOAK to how long, such as 30m")
+		t.Skip("set SOAK to the length of the soak, such as 30m")
 	}
 	if runtime.GOOS != "linux" {
 		t.Skip("needs /proc")
 	}
-	// The test binary, because it serves profiles.
+	// The test binary is the relay here, because it serves profiles.
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -55,12 +55,12 @@ func TestSoak(t *testing.T) {
 	defer cancel()
 	var done soakCounts
 	var clients sync.WaitGroup
-	here := make([]atomic.Pointer[lightClient], soakClients) // by slot, while reserved
+	here := make([]atomic.Pointer[lightClient], soakClients) // clients with a reservation, by slot
 	for i := range here {
 		clients.Go(func() {
-			// Not all at once.
+			// They do not all come at once.
 			for sleep(ctx, time.Duration(rand.Int64N(int64(soakStay)))) {
-				done.stay(ctx, t, c, p, here, i)
+				done.stay(ctx, c, p, here, i)
 			}
 		})
 	}
@@ -70,7 +70,7 @@ func TestSoak(t *testing.T) {
 	}
 	clients.Wait()
 	t.Logf("%d joined, %d published, %d found, %d circuits, %d failures", done.joined.Load(), done.published.Load(), done.found.Load(), done.circuits.Load(), done.failed.Load())
-	eventually(t, "the relay has the goroutines that it had", func() bool { return p.sample(t)[0] <= atRest[0]+10 })
+	eventually(t, "the relay has no more goroutines than at first", func() bool { return p.sample(t)[0] <= atRest[0]+10 })
 
 	for i, name := range soakNames {
 		values := make([]float64, len(series))
@@ -78,7 +78,7 @@ func TestSoak(t *testing.T) {
 			values[j] = series[j][i]
 		}
 		t.Logf("%s\n%s", name, plot(values))
-		// Its last quarter beside the second, when all had joined.
+		// Compare the last quarter with the second, when all had joined.
 		quarter := len(values) / 4
 		early, late := middle(values[quarter:2*quarter]), middle(values[3*quarter:])
 		t.Logf("%s: %.0f early, %.0f late", name, early, late)
@@ -87,7 +87,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	if n := done.failed.Load(); n*100 > done.joined.Load() {
-		t.Errorf("%d failures of %d stays, above 1 %%, such as: %v", n, done.joined.Load(), *done.why.Load())
+		t.Errorf("%d of %d stays failed, more than 1 %%; the last error is: %v", n, done.joined.Load(), *done.why.Load())
 	}
 }
 
@@ -96,9 +96,10 @@ type soakCounts struct {
 	why                                        atomic.Pointer[error]
 }
 
-// stay is one visit of a client, in slot i: every other one is its mate.
-func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *process, here []atomic.Pointer[lightClient], i int) {
-	// step is false where it failed, and not because the soak has ended.
+// stay is one visit of a client in slot i. Its mate is in the slot beside it.
+func (n *soakCounts) stay(ctx context.Context, c *crowd, p *process, here []atomic.Pointer[lightClient], i int) {
+	// step reports whether do succeeded, and counts it as a failure if not, unless the soak
+	// has ended.
 	step := func(do func(ctx context.Context) error) bool {
 		within, cancel := context.WithTimeout(ctx, 2*testTimeout)
 		defer cancel()
@@ -111,7 +112,7 @@ func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *proces
 	}
 	var client *lightClient
 	if !step(func(ctx context.Context) (err error) {
-		client, err = c.dial(ctx, newLightIdentity(t), p.bootstrap)
+		client, err = c.newcomer(ctx, p.bootstrap)
 		return err
 	}) {
 		return
@@ -125,7 +126,7 @@ func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *proces
 	defer here[i].Store(nil)
 	staying, leave := context.WithCancel(ctx)
 	defer leave()
-	go func() { // takes circuits, until it leaves
+	go func() { // takes circuits until the client leaves
 		for staying.Err() == nil {
 			if s, err := client.accept(staying); err == nil {
 				go io.Copy(io.Discard, s)
@@ -144,7 +145,7 @@ func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *proces
 			}
 			return err
 		})
-		// A mate may be leaving just then: that is no failure.
+		// It is no failure if the mate is just leaving.
 		if mate := here[i^1].Load(); mate != nil {
 			within, cancel := context.WithTimeout(ctx, 2*testTimeout)
 			if s, err := client.circuit(within, mate.id); err == nil {
@@ -161,7 +162,7 @@ func (n *soakCounts) stay(ctx context.Context, t *testing.T, c *crowd, p *proces
 	}
 }
 
-// sleep is false where ctx ended first.
+// sleep waits for d, and reports false if ctx ended first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -171,18 +172,16 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// soakSample is one look at the relay, in the order of soakNames.
+// soakSample has the figures of the relay at one moment, in the order of soakNames.
 type soakSample [4]float64
 
 var soakNames = [...]string{"goroutines", "live heap, KiB", "open files", "RSS, MiB"}
 
-// sample asks a relay that the test binary runs.
+// sample takes the figures of a relay that runs in the test binary.
 func (p *process) sample(t *testing.T) (s soakSample) {
 	t.Helper()
-	_, rest, _ := strings.Cut(p.stdout, "Profiles: ")
-	base, _, _ := strings.Cut(rest, "\n")
 	get := func(path, before string) (n float64) {
-		resp, err := http.Get(base + path)
+		resp, err := http.Get(p.profiles() + path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -209,7 +208,7 @@ func (p *process) sample(t *testing.T) (s soakSample) {
 	}
 }
 
-// plot draws values from zero up, one column each.
+// plot draws a column for each value, from zero up.
 func plot(values []float64) string {
 	const rows = 8
 	top := max(slices.Max(values), 1)
@@ -231,7 +230,7 @@ func plot(values []float64) string {
 	return b.String()
 }
 
-// middle is the median, and sorts nothing.
+// middle returns the median, and leaves values in their order.
 func middle(values []float64) float64 {
 	sorted := slices.Sorted(slices.Values(values))
 	return sorted[len(sorted)/2]

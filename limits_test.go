@@ -1,5 +1,7 @@
 package main
 
+// The bounds: that they follow from --max-clients, fit each other, and fit into memory.
+
 import (
 	"math"
 	"testing"
@@ -7,15 +9,14 @@ import (
 	"time"
 )
 
-// The default for --max-clients is what an operator sees in the start log and
-// never has to think about.
+// The default for --max-clients has to be right, because few operators will change it.
 func TestClientsForMemory(t *testing.T) {
 	tests := []struct {
 		memory   uint64
 		min, max int
 	}{
 		{0, 1000, 10_000},                        // unknown
-		{1 << 20, 64, 64},                        // too small for anything, and still starts
+		{1 << 20, 64, 64},                        // too small for anyone, but it starts
 		{512 << 20, 3000, 6000},                  //
 		{1 << 30, 7000, 12_000},                  // the 5-dollar machine
 		{4 << 30, 28_000, 55_000},                //
@@ -29,7 +30,7 @@ func TestClientsForMemory(t *testing.T) {
 	}
 }
 
-// A container's limit counts, not the machine's memory.
+// In a container its own memory limit counts, not the machine's memory.
 func TestCgroupMemory(t *testing.T) {
 	file := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s)} }
 	tests := []struct {
@@ -64,7 +65,7 @@ func TestCgroupMemory(t *testing.T) {
 	}
 }
 
-// All follows from the one number: nothing else may bite first.
+// Every bound follows from --max-clients, so that no other is reached first.
 func TestLimitsFollowMaxClients(t *testing.T) {
 	for _, clients := range []int{1, 100, 10_000, maxMaxClients} {
 		l := limits{clients: clients, perNetwork: 256}
@@ -79,25 +80,25 @@ func TestLimitsFollowMaxClients(t *testing.T) {
 		if min := 2 * l.circuits(); int(host.System.Streams) < min {
 			t.Errorf("%d clients: %d streams, want %d for the circuits alone", clients, host.System.Streams, min)
 		}
-		// go-libp2p lets circuit buffers have 80 % of a scope's memory.
+		// go-libp2p lets circuit buffers take 80 % of a scope's memory.
 		buffers := int64(l.circuits()) * 2 * (circuitBuffer + streamMemory)
 		if int64(host.System.Memory)/5*4 < buffers || int64(host.Service["libp2p.relay/v2"].Memory)/5*4 < buffers {
 			t.Errorf("%d clients: memory for circuits is short of %d bytes", clients, buffers)
 		}
-		// What the log promises is enough for all of it.
+		// The memory that the start log promises is enough for all of it.
 		if sum := baseMemory + int64(clients)*(clientMemory+initialWindow) + int64(host.System.Memory); l.memory() < sum {
-			t.Errorf("%d clients: %d bytes are promised, which could take %d", clients, l.memory(), sum)
+			t.Errorf("%d clients: the start log promises %d bytes, and they could take %d", clients, l.memory(), sum)
 		}
 	}
 }
 
-// An answer with everything at its bound stays under rust-libp2p's 16 KiB.
+// The largest possible answer stays below rust-libp2p's limit of 16 KiB.
 func TestLargestAnswerFitsRust(t *testing.T) {
 	const (
 		perPeer = maxAddrBytesPerPeer + 2 + 42 + 10 // ID and framing
 		record  = maxRecordKey + maxRecordValue + maxRecordExtras + 64
 	)
 	if total := maxNamed*perPeer + record + maxRecordKey + 32; total > 16<<10 {
-		t.Errorf("the largest answer has %d bytes, above rust-libp2p's %d", total, 16<<10)
+		t.Errorf("the largest answer has %d bytes, more than rust-libp2p's %d", total, 16<<10)
 	}
 }

@@ -1,9 +1,8 @@
 package main
 
-// The command line, and the built binary as operators and programs meet it.
+// The command line and the built binary, as operators and programs meet them.
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"debug/buildinfo"
@@ -16,25 +15,24 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/libp2p/go-libp2p/core/peer"
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	quicgo "github.com/quic-go/quic-go"
 )
 
-// The flags of the old relay keep their names, short forms and defaults: units
-// and scripts have them.
+// The old relay's flags keep their names, short forms and defaults, because units and
+// scripts use them.
 func TestFlags(t *testing.T) {
 	bare := config{
 		port: 4001, httpPort: 4002, keyFile: "relay-identity.key",
@@ -112,6 +110,40 @@ func TestBadFlags(t *testing.T) {
 	}
 }
 
+// --help tells what a relay does that is started without any flag.
+func TestHelpTellsTheDefaults(t *testing.T) {
+	bare, err := parseFlags(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An entry is a line with a flag, and the lines after it that have none.
+	entry := regexp.MustCompile(`(?m)^ +(?:-\w, )?(--[a-z-]+)( [A-Z]+)? .*(?:\n {20,}.*)*`)
+	literal := regexp.MustCompile(`\(default ([^)]*)\)`)
+	told := 0
+	for _, match := range entry.FindAllStringSubmatch(usage, -1) {
+		text, flag := strings.Join(strings.Fields(match[0]), " "), match[1]
+		value := literal.FindStringSubmatch(text)
+		if value == nil {
+			continue // a switch, a list, or a default that is described
+		}
+		if got, err := parseFlags([]string{flag + "=" + value[1]}); err != nil || !reflect.DeepEqual(got, bare) {
+			t.Errorf("--help says that the default of %s is %s, but with it parseFlags = %+v, %v, and without it %+v", flag, value[1], got, err, bare)
+		}
+		if value[1] != "0" {
+			told++
+		}
+	}
+	set := 0
+	for _, field := range reflect.ValueOf(bare).Fields() {
+		if !field.IsZero() {
+			set++
+		}
+	}
+	if told != set || told == 0 {
+		t.Errorf("--help tells %d defaults that are not 0, and parseFlags sets %d", told, set)
+	}
+}
+
 func TestParseSize(t *testing.T) {
 	for s, want := range map[string]int64{
 		"0": 0, "1048576": 1 << 20, "1KiB": 1 << 10, "512MiB": 512 << 20, "1.5GiB": 3 << 29,
@@ -128,7 +160,7 @@ func TestParseSize(t *testing.T) {
 	}
 }
 
-// What an operator may write for --announce, and what clients are then told.
+// What an operator may write for --announce, and what clients are told then.
 func TestParseAnnounce(t *testing.T) {
 	const id = "12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV"
 	for s, want := range map[string]string{
@@ -163,8 +195,8 @@ func TestParseAnnounce(t *testing.T) {
 	}
 }
 
-// What an operator writes is taken in a form that means the same when written
-// again, or refused.
+// What an operator writes is either refused or read in a form that means the same when
+// it is written again.
 func FuzzAnnounceAndSize(f *testing.F) {
 	for _, s := range []string{"203.0.113.7", "::1", "relay.example.org.", "/dns4/a/udp/443/quic-v1", "512MiB", "1e3", "-0", "0x1p4", "9EiB"} {
 		f.Add(s)
@@ -173,186 +205,20 @@ func FuzzAnnounceAndSize(f *testing.F) {
 		if addr, err := parseAnnounce(s, 4001); err == nil {
 			again, err := parseAnnounce(addr.String(), 1)
 			if err != nil || !again.Equal(addr) {
-				t.Errorf("parseAnnounce(%q) = %v, which is read as %v, %v", s, addr, again, err)
+				t.Errorf("parseAnnounce(%q) = %v, which in turn is read as %v, %v", s, addr, again, err)
 			}
 		}
 		if n, err := parseSize(s); err == nil {
 			again, err := parseSize(fmt.Sprint(n))
 			if n < 0 || err != nil || float64(again) != float64(n) {
-				t.Errorf("parseSize(%q) = %d, which is read as %d, %v", s, n, again, err)
+				t.Errorf("parseSize(%q) = %d, which in turn is read as %d, %v", s, n, again, err)
 			}
 		}
 	})
 }
 
-// buildDir holds the binary; TestMain makes and removes it.
-var buildDir string
-
-// buildBinary compiles the program once for all tests.
-var buildBinary = sync.OnceValues(func() (string, error) {
-	name := filepath.Join(buildDir, "privstack-relay")
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
-	out, err := exec.Command("go", "build", "-o", name, ".").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return name, nil
-})
-
-func TestMain(m *testing.M) {
-	if kind := os.Getenv(benchRelayEnv); kind != "" {
-		panic(runBenchRelay(kind, os.Args[1:]))
-	}
-	// The NAT lab runs this binary in its namespaces.
-	if delay := os.Getenv(labDelayEnv); delay != "" {
-		panic(runLabDelay(delay, os.Stdout))
-	}
-	if relay := os.Getenv(labCrowdEnv); relay != "" {
-		panic(runLabCrowd(relay, os.Stdin, os.Stdout))
-	}
-	if answers := os.Getenv(labRelayEnv); answers != "" {
-		panic(runLabRelay(answers, os.Stdout))
-	}
-	if os.Getenv(labClientEnv) != "" {
-		if err := runLabClient(os.Stdin, os.Stdout); err != nil {
-			panic(err)
-		}
-		return
-	}
-	var err error
-	if buildDir, err = os.MkdirTemp("", "privstack-relay-test-"); err != nil {
-		panic(err)
-	}
-	code := m.Run()
-	os.RemoveAll(buildDir)
-	os.Exit(code)
-}
-
-func command(t testing.TB, args ...string) *exec.Cmd {
-	t.Helper()
-	name, err := buildBinary()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(name, args...)
-	cmd.Dir = t.TempDir()
-	return cmd
-}
-
-// process is a running binary.
-type process struct {
-	*exec.Cmd
-	peerID    string
-	bootstrap peer.AddrInfo // on loopback
-	http      string        // base URL
-	stdout    string        // the banner, whole
-	stderr    *logBuffer    // complete once wait has returned
-	rest      chan string   // what stdout said after the banner, once it is closed
-}
-
-// logBuffer is what a process has logged so far.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *logBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *logBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
-// line returns the first line with msg, and none if there is not one yet.
-func (b *logBuffer) line(msg string) string {
-	for line := range strings.Lines(b.String()) {
-		if strings.Contains(line, "msg="+msg+" ") || strings.Contains(line, `msg="`+msg) {
-			return line
-		}
-	}
-	return ""
-}
-
-// start runs the binary on free ports until its banner is complete.
-func start(t testing.TB, args ...string) *process {
-	t.Helper()
-	return launch(t, command(t, append([]string{"--port=0", "--http-port=0"}, args...)...))
-}
-
-// launch starts a relay and waits until its banner is complete.
-func launch(t testing.TB, cmd *exec.Cmd) *process {
-	t.Helper()
-	p := &process{Cmd: cmd, stderr: new(logBuffer), rest: make(chan string, 1)}
-	p.Stderr = p.stderr
-	stdout, err := p.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { p.Process.Kill() })
-
-	lines := bufio.NewReader(stdout)
-	for p.http == "" {
-		line, err := lines.ReadString('\n')
-		if err != nil {
-			p.Cmd.Wait()
-			t.Fatalf("no banner: %v\n%s", err, p.stderr)
-		}
-		p.stdout += line
-		switch key, value, _ := strings.Cut(strings.TrimSpace(line), ":"); key {
-		case "PeerId":
-			p.peerID = strings.TrimSpace(value)
-		case "Bootstrap":
-			info, err := peer.AddrInfoFromString(strings.TrimSpace(value))
-			if err != nil {
-				t.Fatalf("banner line %q: %v", line, err)
-			}
-			port, _ := info.Addrs[0].ValueForProtocol(ma.P_UDP)
-			p.bootstrap = peer.AddrInfo{ID: info.ID, Addrs: []ma.Multiaddr{ma.StringCast("/ip4/127.0.0.1/udp/" + port + "/quic-v1")}}
-		case "Identity":
-			p.http = strings.TrimSuffix(strings.TrimSpace(value), identityRoute)
-		}
-	}
-	go func() {
-		rest, _ := io.ReadAll(lines)
-		p.rest <- string(rest)
-	}()
-	return p
-}
-
-// wait returns the exit status, -1 for a signal.
-func (p *process) wait(t *testing.T) int {
-	t.Helper()
-	timeout := time.AfterFunc(testTimeout, func() { p.Process.Kill() })
-	rest := <-p.rest // to its end before Wait, which closes the pipe
-	p.Cmd.Wait()
-	if !timeout.Stop() {
-		t.Fatalf("did not stop within %v\n%s", testTimeout, p.stderr)
-	}
-	if strings.TrimSpace(rest) != "" {
-		t.Errorf("stdout after the banner: %q, want nothing", rest)
-	}
-	return p.ProcessState.ExitCode()
-}
-
-func skipOnWindows(t *testing.T) {
-	t.Helper()
-	if runtime.GOOS == "windows" {
-		t.Skip("Windows has no such signals")
-	}
-}
-
-// The first minute of every operator, and of every program that starts a relay
-// and parses what it prints.
+// The first minute of every operator, and of every program that starts a relay and
+// parses its output.
 func TestProcessStartsAnswersAndStops(t *testing.T) {
 	skipOnWindows(t)
 	p := start(t)
@@ -383,14 +249,14 @@ func TestProcessStartsAnswersAndStops(t *testing.T) {
 			t.Errorf("log lacks %q:\n%s", want, p.stderr)
 		}
 	}
-	// Who was here is nobody's business who reads a log.
+	// Whoever reads the log must not learn who was here.
 	if n := strings.Count(p.stderr.String(), "12D3KooW"); n != 1 {
 		t.Errorf("%d peer IDs in a quiet log, want the relay's own once:\n%s", n, p.stderr)
 	}
 }
 
-// Each transport that is linked is code to attack and modules to patch, on every
-// machine, for nothing: libp2p.New links all of them.
+// Each transport that is linked is more code to attack and more modules to patch. The
+// relay needs only QUIC, but libp2p.New would link all of them.
 func TestBinaryLinksQUICAlone(t *testing.T) {
 	name, err := buildBinary()
 	if err != nil {
@@ -405,7 +271,7 @@ func TestBinaryLinksQUICAlone(t *testing.T) {
 			t.Errorf("the binary links %s", m.Path)
 		}
 	}
-	// The transports are packages of one module: the symbols tell them apart.
+	// The transports are packages of one module, so only symbols tell them apart.
 	symbols, err := exec.Command("go", "tool", "nm", name).Output()
 	if err != nil {
 		t.Fatalf("go tool nm: %v", err)
@@ -430,8 +296,8 @@ func TestProcessSaysWhatItIsAskedFor(t *testing.T) {
 	}
 }
 
-// Every failure to start is one sentence and a status, never a process that
-// looks alive.
+// A relay that cannot start says why in one sentence and exits. It never leaves a
+// process that looks alive.
 func TestProcessFailsClearly(t *testing.T) {
 	udp, err := net.ListenPacket("udp4", "0.0.0.0:0")
 	if err != nil {
@@ -488,8 +354,8 @@ func TestProcessFailsClearly(t *testing.T) {
 	}
 }
 
-// A restart of the relay in the middle of a sync: the sync's last seconds are
-// left to it, new work is refused, and a monitor sees it.
+// The relay restarts in the middle of a sync: the sync gets a few more seconds, new work
+// is refused, and a monitor sees it.
 func TestProcessDrainsOnSIGTERM(t *testing.T) {
 	skipOnWindows(t)
 	p := start(t)
@@ -508,7 +374,7 @@ func TestProcessDrainsOnSIGTERM(t *testing.T) {
 		return resp.StatusCode == http.StatusServiceUnavailable
 	})
 	if _, err := circuitclient.Reserve(testContext(t), src, r.info); err == nil {
-		t.Error("a reservation was accepted while stopping")
+		t.Error("the relay accepted a reservation while it was stopping")
 	}
 	if _, err := io.WriteString(s, "end"); err != nil {
 		t.Fatal(err)
@@ -517,7 +383,8 @@ func TestProcessDrainsOnSIGTERM(t *testing.T) {
 	if _, err := io.ReadFull(s, got); err != nil || string(got) != "end" {
 		t.Errorf("the open circuit carried %q, %v", got, err)
 	}
-	// It is still open: after the grace it is closed, and all is well.
+	// The circuit stays open, so the relay closes it when the time is up. That is no
+	// failure.
 	if code := p.wait(t); code != 0 {
 		t.Errorf("exit status %d, want 0", code)
 	}
@@ -526,13 +393,13 @@ func TestProcessDrainsOnSIGTERM(t *testing.T) {
 	}
 }
 
-// After a power cut clients learn at once that their connection is gone, and not
-// when it has timed out: the next process still has the key to say so.
+// After a power cut clients learn at once that their connection is gone, not only when it
+// times out: the next process has the key to tell them.
 func TestKilledRelayTellsItsClientsWhenItIsBack(t *testing.T) {
 	skipOnWindows(t)
 	p := start(t)
 	ctx := testContext(t)
-	c, err := newCrowd(t, 1).dial(ctx, newLightIdentity(t), p.bootstrap)
+	c, err := newCrowd(t, 1).newcomer(ctx, p.bootstrap)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -545,30 +412,29 @@ func TestKilledRelayTellsItsClientsWhenItIsBack(t *testing.T) {
 	port, _ := p.bootstrap.Addrs[0].ValueForProtocol(ma.P_UDP)
 	start(t, "--port="+port, "--identity="+filepath.Join(p.Dir, "relay-identity.key"))
 
-	// A packet must be longer than the answer, or two servers could play ping-pong.
-	if _, err := s.Write(make([]byte, 1000)); err != nil {
-		t.Fatal(err)
-	}
+	// A packet must be longer than the reset it provokes, or two servers could send
+	// resets to each other for ever. The write fails if one has arrived already.
+	s.Write(make([]byte, 1000))
 	select {
 	case <-c.Context().Done():
 	case <-ctx.Done():
-		t.Fatal("the connection goes on")
+		t.Fatal("the connection is still open")
 	}
 	if err := context.Cause(c.Context()); !errors.As(err, new(*quicgo.StatelessResetError)) {
 		t.Errorf("the connection ended with %q, want a stateless reset", err)
 	}
 }
 
-// An operator who asks twice wants it gone.
+// An operator who asks twice wants the process gone.
 func TestSecondSignalKills(t *testing.T) {
 	skipOnWindows(t)
 	p := start(t)
 	src, dst := newClient(t), newClient(t)
 	circuitBetween(t, testRelay{info: p.bootstrap}, src, dst)
-	openEcho(t, src, dst) // holds the first signal up for seconds
+	openEcho(t, src, dst) // delays the stop for seconds
 
 	p.Process.Signal(os.Interrupt)
-	eventually(t, "the first signal is taken", func() bool {
+	eventually(t, "the relay acts on the first signal", func() bool {
 		resp, err := http.Get(p.http + "/healthz")
 		if err == nil {
 			resp.Body.Close()
@@ -581,11 +447,11 @@ func TestSecondSignalKills(t *testing.T) {
 	}
 }
 
-// The first lines of the log are what is asked for when something is wrong.
+// When something is wrong, the first lines of the log are what people are asked for.
 func TestProcessTellsHowItRuns(t *testing.T) {
 	skipOnWindows(t)
 	p := start(t, "--max-clients=77", "--identity=mine.key")
-	eventually(t, "the log tells of the UDP buffers", func() bool { return p.stderr.line("udp buffers") != "" })
+	eventually(t, "the log has the sizes of the UDP buffers", func() bool { return p.stderr.line("udp buffers") != "" })
 	p.Process.Signal(syscall.SIGTERM)
 	p.wait(t)
 	for _, tt := range []struct{ msg, says string }{
@@ -607,35 +473,35 @@ func TestProcessTellsHowItRuns(t *testing.T) {
 		}
 	}
 	if warned := p.stderr.line("no announced address, and none of ours is public") != ""; warned == public {
-		t.Errorf("warned of private addresses: %v, with\n%s", warned, p.stdout)
+		t.Errorf("warned that there is no public address: %v, with\n%s", warned, p.stdout)
 	}
 	if log := p.stderr.String(); strings.Contains(log, "buffer size") || strings.Contains(log, "metrics") {
-		t.Errorf("log holds quic-go's warning beside ours, or metrics that nobody asked for:\n%s", log)
+		t.Errorf("the log has quic-go's own warning, or mentions metrics that nobody asked for:\n%s", log)
 	}
 
 	if p.stderr.line("max_clients exceeds what memory can hold") != "" {
-		t.Errorf("warned of 77 clients' memory:\n%s", p.stderr)
+		t.Errorf("warned that 77 clients take too much memory:\n%s", p.stderr)
 	}
 
 	p = start(t, "--max-clients=1000000")
 	p.Process.Signal(syscall.SIGTERM)
 	p.wait(t)
 	if p.stderr.line("max_clients exceeds what memory can hold") == "" {
-		t.Errorf("no warning of a million clients' memory:\n%s", p.stderr)
+		t.Errorf("no warning that a million clients take too much memory:\n%s", p.stderr)
 	}
 
 	p = start(t, "--announce=203.0.113.7")
 	p.Process.Signal(syscall.SIGTERM)
 	p.wait(t)
 	if line := p.stderr.line("limits"); !regexp.MustCompile(`because_of="[0-9]+ MiB of memory \((machine|cgroup|GOMEMLIMIT)\)"`).MatchString(line) {
-		t.Errorf("log line %q, want one that says how much memory there is", line)
+		t.Errorf("log line %q, want one with the memory that was found", line)
 	}
 	if p.stderr.line("no announced address, and none of ours is public") != "" {
-		t.Errorf("warned of private addresses though one is announced:\n%s", p.stderr)
+		t.Errorf("warned that there is no public address although one is announced:\n%s", p.stderr)
 	}
 }
 
-// Prometheus gets the metrics and nothing else, from where the operator said.
+// The address that the operator chose serves the metrics and nothing else.
 func TestProcessServesMetrics(t *testing.T) {
 	skipOnWindows(t)
 	url := func(p *process) string {
@@ -663,14 +529,14 @@ func TestProcessServesMetrics(t *testing.T) {
 		}
 	}
 	if resp, err := http.Get(p.http + "/metrics"); err != nil || resp.StatusCode != 404 {
-		t.Errorf("the identity endpoint answers for the metrics: %v, %v", resp, err)
+		t.Errorf("the identity endpoint serves metrics: %v, %v", resp, err)
 	}
 	p.Process.Signal(syscall.SIGTERM)
 	if code := p.wait(t); code != 0 {
 		t.Errorf("exit status %d, want 0", code)
 	}
 	if p.stderr.line("metrics are not on loopback") != "" {
-		t.Errorf("warned of loopback:\n%s", p.stderr)
+		t.Errorf("warned that strangers can read metrics on loopback:\n%s", p.stderr)
 	}
 
 	p = start(t, "--metrics=0.0.0.0:0")
@@ -678,11 +544,11 @@ func TestProcessServesMetrics(t *testing.T) {
 	p.Process.Signal(syscall.SIGTERM)
 	p.wait(t)
 	if p.stderr.line("metrics are not on loopback") == "" {
-		t.Errorf("no warning that everybody can read the metrics:\n%s", p.stderr)
+		t.Errorf("no warning that strangers can read the metrics:\n%s", p.stderr)
 	}
 }
 
-// With --verbose the libraries' own lines join ours, in the same form.
+// With --verbose the libraries' log lines appear among ours, in the same format.
 func TestVerboseJoinsLibraryLogs(t *testing.T) {
 	skipOnWindows(t)
 	p := start(t, "--verbose")
@@ -696,25 +562,25 @@ func TestVerboseJoinsLibraryLogs(t *testing.T) {
 	p.wait(t)
 	for line := range strings.Lines(p.stderr.String()) {
 		if !strings.HasPrefix(line, "time=") {
-			t.Errorf("log line %q is not of our handler", line)
+			t.Errorf("log line %q does not come from our handler", line)
 		}
 	}
 	for _, want := range []string{`msg="new peer"`, `msg="dht `, "logger=net/identify "} {
 		if !strings.Contains(p.stderr.String(), want) {
-			t.Errorf("verbose log lacks %s", want)
+			t.Errorf("the verbose log lacks %s", want)
 		}
 	}
 }
 
-// The README shows the flags as --help prints them.
+// The README shows the flags exactly as --help prints them.
 func TestReadmeQuotesUsage(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, text := range []string{usage, checkUsage} {
-		if !strings.Contains(string(readme), text) {
-			t.Errorf("README.md does not hold this usage text as --help prints it:\n%s", text)
+		if !strings.Contains(string(readme), "\n```\n"+text+"```\n") {
+			t.Errorf("README.md does not show this usage text as --help prints it:\n%s", text)
 		}
 	}
 }

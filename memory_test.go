@@ -1,13 +1,14 @@
 package main
 
+// What the Go runtime is told about memory.
+
 import (
 	"math"
 	"runtime/debug"
 	"testing"
 )
 
-// An operator who sets GOGC or GOMEMLIMIT is obeyed, and what is changed is put
-// back.
+// GOGC and GOMEMLIMIT win over the relay's own choice, and what it changed is restored.
 func TestBoundMemoryLeavesTheOperatorsChoice(t *testing.T) {
 	percent := func() int {
 		n := debug.SetGCPercent(-1)
@@ -32,8 +33,8 @@ func TestBoundMemoryLeavesTheOperatorsChoice(t *testing.T) {
 	}
 }
 
-// A relay with few clients does not collect all the time, and one with many does
-// not take half as much memory again.
+// A relay with few clients does not collect garbage all the time, and one with many
+// does not take half as much memory again.
 func TestGarbageIsAQuarterOfWhatLives(t *testing.T) {
 	const mib = 1 << 20
 	for _, c := range []struct{ live, roots, garbage uint64 }{

@@ -1,10 +1,9 @@
 package main
 
-// What operators and their Prometheus read: the metrics, the log's summary, and
-// the files under contrib that use them.
+// What operators and their Prometheus read: the metrics, and the files under contrib
+// that use them.
 
 import (
-	"context"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -24,8 +23,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 )
 
-// scrape returns the relay's metrics, by name and labels as they are written, and
-// the whole text.
+// scrape returns the relay's metrics by name and labels, and the whole text.
 func scrape(t testing.TB, r testRelay) (map[string]float64, string) {
 	t.Helper()
 	w := httptest.NewRecorder()
@@ -50,8 +48,8 @@ func scrape(t testing.TB, r testRelay) (map[string]float64, string) {
 	return values, text
 }
 
-// ours are the relay's own metrics in values that are not zero, without those
-// that depend on the build.
+// ours returns the relay's own metrics that are not zero, except those that depend on
+// the build.
 func ours(values map[string]float64) map[string]float64 {
 	found := make(map[string]float64)
 	for name, value := range values {
@@ -62,8 +60,8 @@ func ours(values map[string]float64) map[string]float64 {
 	return found
 }
 
-// An operator's graphs and alerts are no better than these numbers, and nobody
-// who uses the relay agreed to be in them.
+// Graphs and alerts are only as good as these numbers. And no user of the relay has
+// agreed to appear in them.
 func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	ctx := testContext(t)
 	r := newTestRelayWithin(t, limits{clients: 4, perNetwork: 256}, defaultConfig(t, "--metrics=127.0.0.1:0"), newTestKey(t))
@@ -71,7 +69,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		t.Errorf("metrics of an idle relay = %v, want nothing but max_clients", ours(values))
 	}
 
-	// Three clients, one of them twice; one more came and went.
+	// Three clients are connected, one of them twice. A fourth came and left.
 	crowd := newCrowd(t, 1)
 	dial := func(who lightIdentity) *lightClient {
 		t.Helper()
@@ -79,7 +77,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		askLight(t, c, ctx, kadpb.NewMessage(kadpb.Message_PING, nil, 0)) // it is in
+		c.mustAsk(t, kadpb.NewMessage(kadpb.Message_PING, nil, 0)) // now it is certainly connected
 		return c
 	}
 	alice, bob, carol, gone := dial(newLightIdentity(t)), dial(newLightIdentity(t)), dial(newLightIdentity(t)), dial(newLightIdentity(t))
@@ -87,12 +85,12 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	eventually(t, "the relay sees that one left", func() bool { return r.counters().connections == 3 })
 	dial(carol.lightIdentity)
 
-	// The relay is full.
-	if c, err := crowd.dial(ctx, newLightIdentity(t), r.info); err == nil {
+	// The relay is full: it refuses one more.
+	if c, err := crowd.newcomer(ctx, r.info); err == nil {
 		<-c.Context().Done()
 	}
 
-	// A record put, one that is refused, and what devices ask.
+	// One record is stored and one refused, and devices ask questions.
 	key := []byte(recordPrefix + "syncgroup/secret")
 	put := func(key []byte) error {
 		req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
@@ -104,16 +102,16 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := put([]byte("/elsewhere/secret")); err == nil {
-		t.Error("a record elsewhere was taken")
+		t.Error("the relay accepted a record outside /privstack/")
 	}
 	for range 2 {
-		askLight(t, bob, ctx, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0))
+		bob.mustAsk(t, getMessage(key))
 	}
 	for range 3 {
-		askLight(t, bob, ctx, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(alice.id), 0))
+		bob.mustAsk(t, findMessage([]byte(alice.id)))
 	}
 	if _, err := bob.ask(ctx, kadpb.NewMessage(kadpb.Message_ADD_PROVIDER, key, 0)); err == nil {
-		t.Error("a provider was taken")
+		t.Error("the relay accepted a provider")
 	}
 	s, err := bob.open(ctx, string(kadProtocol))
 	if err != nil {
@@ -121,11 +119,11 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	}
 	s.Write(binary.AppendUvarint(nil, maxKadMessage+1))
 	if _, err := io.ReadAll(s); err == nil {
-		t.Error("a message that is too long was taken")
+		t.Error("the relay accepted a message that is too long")
 	}
 
-	// Two reservations, one of them twice; a circuit that carries a known number
-	// of bytes each way; one to a device without a reservation.
+	// Two reservations, one of them renewed; a circuit that carries a known number of
+	// bytes each way; and one to a device without a reservation.
 	for _, c := range []*lightClient{alice, alice, bob} {
 		if err := c.reserve(ctx); err != nil {
 			t.Fatal(err)
@@ -158,7 +156,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	if err := <-answered; err != nil {
 		t.Fatal(err)
 	}
-	// What has arrived may not have been counted yet.
+	// The relay may not have counted yet what has arrived already.
 	eventually(t, "the relay counts what the circuit carried", func() bool { return r.counters().relayedBytes >= 107_000 })
 
 	want := map[string]float64{
@@ -179,7 +177,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 		if n := got["dht_record_bytes"]; n < 100 || n > 1000+recordOverhead {
 			t.Errorf("dht_record_bytes = %v, want what one record takes", n)
 		}
-		// One client that is refused tries with several packets.
+		// A client that is refused sends several packets.
 		if got[`refusals_total{reason="max_clients"}`] < 1 {
 			t.Error("no refusal at max_clients")
 		}
@@ -191,7 +189,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 			}
 			t.Errorf("metrics = %v, want %v", got, want)
 		}
-		// go-libp2p's are beside ours, and count the same.
+		// go-libp2p's own metrics count the same.
 		for name, value := range map[string]float64{
 			`libp2p_rcmgr_connections{dir="inbound",scope="system"}`: want["connections"],
 		} {
@@ -208,7 +206,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	}
 	texts := check(want)
 
-	// All leave: what was is still counted.
+	// Everyone leaves. The totals stay.
 	for _, c := range []*lightClient{alice, bob, carol} {
 		c.CloseWithError(0, "")
 	}
@@ -233,25 +231,17 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 	}
 	for _, secret := range []string{"127.0.0.1", "::1", "192.168.1.10", "/ip4/", "/ip6/", "12D3KooW", "secret", "crowd"} {
 		if strings.Contains(texts, secret) {
-			t.Errorf("the metrics hold %q", secret)
+			t.Errorf("the metrics contain %q", secret)
 		}
 	}
 }
 
-// askLight sends a request that has to be answered.
-func askLight(t testing.TB, c *lightClient, ctx context.Context, req *kadpb.Message) {
-	t.Helper()
-	if _, err := c.ask(ctx, req); err != nil {
-		t.Fatalf("ask %v: %v", req.Type, err)
-	}
-}
-
-// idForms are the ways in which a peer ID could be written.
+// idForms returns the ways in which a peer ID could be written.
 func idForms(id peer.ID) map[string]string {
 	return map[string]string{"base58": id.String(), "a CID": peer.ToCid(id).String(), "hex": fmt.Sprintf("%x", string(id)), "raw": string(id)}
 }
 
-// The limit per network is found in other places than the others.
+// The limit per network applies in other code than the other limits.
 func TestRefusalsPerNetworkAreCounted(t *testing.T) {
 	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: 3, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
 	admits(t, r, 4)
@@ -260,12 +250,12 @@ func TestRefusalsPerNetworkAreCounted(t *testing.T) {
 		t.Errorf("refusals = %v, want some of %v", c.refused, refusedNetwork)
 	}
 	if r.registry != nil {
-		t.Error("metrics are gathered though nobody asked for them")
+		t.Error("metrics are gathered although nobody asked for them")
 	}
 }
 
-// Files under contrib are copied once and then forgotten: what they ask for must
-// be there.
+// Files under contrib are copied once and then forgotten, so each metric that they ask
+// for must exist.
 func TestContribAsksForMetricsThatExist(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--metrics=127.0.0.1:0"))
 	_, text := scrape(t, r)
@@ -277,11 +267,11 @@ func TestContribAsksForMetricsThatExist(t *testing.T) {
 		}
 		names := name.FindAllString(string(data), -1)
 		if len(names) == 0 {
-			t.Errorf("%s asks for nothing", path)
+			t.Errorf("%s asks for no metric", path)
 		}
 		for _, name := range names {
 			if !strings.Contains(text, "\n# TYPE "+name+" ") {
-				t.Errorf("%s asks for %s, which the relay has not", path, name)
+				t.Errorf("%s asks for %s, which the relay does not have", path, name)
 			}
 		}
 		if strings.HasSuffix(path, ".json") && !json.Valid(data) {

@@ -1,7 +1,8 @@
 package main
 
+// Who is connected, and what others are told about them.
+
 import (
-	"crypto/rand"
 	"fmt"
 	"math"
 	"slices"
@@ -10,8 +11,6 @@ import (
 
 	"github.com/libp2p/go-libp2p"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	kb "github.com/libp2p/go-libp2p-kbucket"
-	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -19,11 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-func commonPrefix(a, b peer.ID) int {
-	return kb.CommonPrefixLen(kb.ConvertPeerID(a), kb.ConvertPeerID(b))
-}
-
-// A client that serves no DHT (or is still being identified) can be found too.
+// A client that serves no DHT, or is still being identified, can be found too.
 func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	seeker, plain := newClient(t), newClient(t)
@@ -38,8 +33,8 @@ func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
 	}
 }
 
-// Mates behind one NAT reach each other at home only by the LAN address, which
-// go-libp2p's identify throws away; and nobody may make answers grow.
+// Two devices in one home reach each other only by their LAN addresses, which
+// go-libp2p's identify drops. And nobody can make answers too long.
 func TestReportedAddrsAreHandedOutWithinBounds(t *testing.T) {
 	tests := []struct {
 		name     string
@@ -69,7 +64,7 @@ func TestReportedAddrsAreHandedOutWithinBounds(t *testing.T) {
 	}
 }
 
-// What a client reports is sifted before others get to see it.
+// Addresses that a client reports are filtered before others learn them.
 func TestUsableAddrs(t *testing.T) {
 	self, other, relayID := newTestPeerID(t), newTestPeerID(t), newTestPeerID(t)
 	circuit := "/ip4/203.0.113.9/udp/4001/quic-v1/p2p/" + relayID.String() + "/p2p-circuit"
@@ -79,20 +74,20 @@ func TestUsableAddrs(t *testing.T) {
 		reported     []string
 		want         []string
 	}{
-		{"circuit, public, LAN in this order", remote,
+		{"circuits first, then public addresses, then the LAN", remote,
 			[]string{"/ip4/192.168.1.2/udp/1/quic-v1", "/ip4/8.8.8.8/udp/2/quic-v1", circuit},
 			[]string{circuit, "/ip4/8.8.8.8/udp/2/quic-v1", "/ip4/192.168.1.2/udp/1/quic-v1"}},
-		{"own ID is cut off", remote,
+		{"its own ID is cut off", remote,
 			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + self.String(), circuit + "/p2p/" + self.String()},
 			[]string{circuit, "/ip4/8.8.8.8/udp/2/quic-v1"}},
-		{"another's ID", remote,
+		{"another peer's ID", remote,
 			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(), circuit + "/p2p/" + other.String(), "/p2p/" + self.String()}, nil},
 		{"loopback from outside", remote, []string{"/ip4/127.0.0.1/udp/2/quic-v1", "/ip6/::1/udp/2/quic-v1"}, nil},
 		{"loopback from here", "/ip4/127.0.0.1/udp/5/quic-v1", []string{"/ip4/127.0.0.1/udp/2/quic-v1"}, []string{"/ip4/127.0.0.1/udp/2/quic-v1"}},
-		{"of more parts than any has", remote, []string{"/ip4/8.8.8.8" + strings.Repeat("/p2p-circuit", 20)}, nil},
+		{"more parts than any real address has", remote, []string{"/ip4/8.8.8.8" + strings.Repeat("/p2p-circuit", 20)}, nil},
 		{"unspecified", remote, []string{"/ip4/0.0.0.0/udp/2/quic-v1", "/ip6/::/udp/2/quic-v1"}, nil},
 		{"names", remote, []string{"/dns4/home.example.org/udp/2/quic-v1"}, []string{"/dns4/home.example.org/udp/2/quic-v1"}},
-		{"not of an IP network", remote, []string{"/unix/tmp/sock", "/p2p-circuit", "/memory/4"}, nil},
+		{"not in an IP network", remote, []string{"/unix/tmp/sock", "/p2p-circuit", "/memory/4"}, nil},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -108,8 +103,8 @@ func TestUsableAddrs(t *testing.T) {
 	}
 }
 
-// Whatever a client reports, what others are told is within bounds and names
-// nobody else.
+// Whatever a client reports, others are told addresses that are bounded, readable and
+// name no other peer.
 func FuzzUsableAddrs(f *testing.F) {
 	self, other := newTestPeerID(f), newTestPeerID(f)
 	remote := ma.StringCast("/ip4/198.51.100.1/udp/5/quic-v1")
@@ -126,30 +121,17 @@ func FuzzUsableAddrs(f *testing.F) {
 		}
 		for _, a := range usableAddrs(self, []ma.Multiaddr{addr, addr}, remote) {
 			if _, id := peer.SplitAddr(a); id != "" || len(a) == 0 || len(a.Bytes()) > maxAddrBytesPerPeer {
-				t.Errorf("of %v is told %v", addr, a)
+				t.Errorf("%v was reported, and others are told %v", addr, a)
 			}
 			if _, err := ma.NewMultiaddrBytes(a.Bytes()); err != nil {
-				t.Errorf("of %v is told %v, which no client can read: %v", addr, a, err)
+				t.Errorf("%v was reported, and others are told %v, which no client can read: %v", addr, a, err)
 			}
 		}
 	})
 }
 
-func newTestPeerID(t testing.TB) peer.ID {
-	t.Helper()
-	_, public, err := crypto.GenerateEd25519Key(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, err := peer.IDFromPublicKey(public)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return id
-}
-
-// The answers that a client gives, and the peers it puts into its requests, are
-// hearsay: none of it may come out under another peer's ID.
+// What a client says about other peers, in its answers or in its requests, is hearsay.
+// The relay must not repeat it.
 func TestNobodyCanNameAnAddressForAnother(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	liar, seeker, victim := newClient(t), newClient(t), newClient(t)
@@ -164,7 +146,7 @@ func TestNobodyCanNameAnAddressForAnother(t *testing.T) {
 		{Id: []byte(victim.ID()), Addrs: [][]byte{evil.Bytes()}},
 		{Id: []byte(absent), Addrs: [][]byte{evil.Bytes()}},
 	}
-	// The liar answers every DHT request with the lies, and sends them too.
+	// The liar answers every DHT request with lies, and sends them in its own requests.
 	liar.SetStreamHandler(kadProtocol, func(s network.Stream) {
 		defer s.Close()
 		answer, _ := proto.Marshal(&kadpb.Message{Type: kadpb.Message_FIND_NODE, CloserPeers: lies})
@@ -182,11 +164,11 @@ func TestNobodyCanNameAnAddressForAnother(t *testing.T) {
 		t.Errorf("the victim's addresses are now %v, were %v", addrs, honest)
 	}
 	if addrs, found := findNode(t, seeker, r, absent); found {
-		t.Errorf("a peer that was never here is named with %v", addrs)
+		t.Errorf("a peer that has never been here is named with %v", addrs)
 	}
 }
 
-// A device that was switched off must not cost its mates ten seconds a dial.
+// A device that was switched off must not make its mates dial for ten seconds.
 func TestLeaverIsNotNamed(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	seeker, leaver := newClient(t), newClient(t)
@@ -194,10 +176,10 @@ func TestLeaverIsNotNamed(t *testing.T) {
 	connect(t, seeker, r)
 	connect(t, leaver, r)
 	waitFound(t, seeker, r, leaver.ID())
-	eventually(t, "the leaver has its place", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) != "" })
+	eventually(t, "the leaver is in the routing table", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) != "" })
 
 	leaver.Close()
-	eventually(t, "it is named no more", func() bool {
+	eventually(t, "the leaver is no longer named", func() bool {
 		_, found := findNode(t, seeker, r, leaver.ID())
 		return !found
 	})
@@ -205,19 +187,19 @@ func TestLeaverIsNotNamed(t *testing.T) {
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
 	if _, ok := r.peers.identified[leaver.ID()]; ok {
-		t.Error("what it said is still kept")
+		t.Error("what the leaver reported is still kept")
 	}
 }
 
-// Fresh clients know nobody, and with kad-dht's own admission are refused for
-// it once the table has 20: here a bucket is filled to the last place, and the
-// place of one who leaves goes to one who has waited.
+// A fresh client knows nobody, and kad-dht refuses it for that once the routing table
+// has 20 peers. Here a bucket is filled to its last place, and the place of a client that
+// leaves goes to one that has waited.
 func TestEmptyClientsFillTheRoutingTable(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	table := r.dht.RoutingTable()
 	inTable := func(c host.Host) bool { return table.Find(c.ID()) != "" }
 
-	var near, far []host.Host // at least one bit in common with the relay, and none
+	var near, far []host.Host // IDs that share one bit with the relay's, and none
 	for range 4 {
 		near = append(near, newClient(t, libp2p.Identity(newClientKey(t, r, 1))))
 	}
@@ -227,15 +209,15 @@ func TestEmptyClientsFillTheRoutingTable(t *testing.T) {
 	for _, c := range slices.Concat(far, near) {
 		serveKad(t, c)
 		connect(t, c, r)
-		eventually(t, "it is identified", func() bool {
+		eventually(t, "the client is identified", func() bool {
 			r.peers.mu.Lock()
 			defer r.peers.mu.Unlock()
 			return r.peers.identified[c.ID()].kadPeer
 		})
 	}
-	eventually(t, "20 of one bucket and 4 of the others are in", func() bool { return table.Size() == 24 })
+	eventually(t, "20 clients of one bucket and 4 of the others are in the table", func() bool { return table.Size() == 24 })
 	if i := slices.IndexFunc(near, func(c host.Host) bool { return !inTable(c) }); i >= 0 {
-		t.Error("a client whose bucket has room is not in the table")
+		t.Error("a client is not in the table although its bucket has room")
 	}
 
 	i := slices.IndexFunc(far, inTable)
@@ -246,12 +228,12 @@ func TestEmptyClientsFillTheRoutingTable(t *testing.T) {
 	})
 	ask(t, far[i], r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 	if !inTable(far[i]) {
-		t.Error("the place did not go to the client that waited and asked")
+		t.Error("the client that waited and asked did not get the place")
 	}
 }
 
-// The operator's "unique peers" is exact at the sizes that people look at and
-// close at those that nobody can check.
+// The number of unique peers is exact while it is small, and close when it is too large
+// for anyone to check.
 func TestUniqueCounter(t *testing.T) {
 	c := newUniqueCounter()
 	for n, next := 0, 1; n < 1_000_000; {
@@ -259,11 +241,11 @@ func TestUniqueCounter(t *testing.T) {
 			id := fmt.Sprint("peer", n)
 			c.add(id)
 			if c.add(id) {
-				t.Fatalf("%q counted twice", id)
+				t.Fatalf("%q is counted twice", id)
 			}
 		}
 		if got, tolerance := c.count(), math.Ceil(float64(n)*0.002); math.Abs(float64(got-n)) > tolerance {
-			t.Errorf("count = %d after %d distinct ones, want within %v", got, n, tolerance)
+			t.Errorf("count = %d after %d distinct IDs, want that within %v", got, n, tolerance)
 		}
 		next *= 10
 	}

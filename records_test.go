@@ -1,5 +1,8 @@
 package main
 
+// The DHT's values: what is kept, for how long, and what is refused; and DHT messages
+// that are too long or make no sense.
+
 import (
 	"bytes"
 	"context"
@@ -7,9 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/netip"
 	"runtime"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,7 +20,6 @@ import (
 	ds "github.com/ipfs/go-datastore"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
-	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"google.golang.org/protobuf/encoding/protodelim"
@@ -25,42 +27,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// groupKey is a client's record key: raw hash bytes, among them slashes, zeros
-// and bytes that are no UTF-8.
-var groupKey = append([]byte("/privstack/syncgroup/"),
-	0x00, '/', 0xff, 0xfe, '/', '/', 0x80, 0x01, 2, 3, 4, 5, 6, 7, 8, 9,
-	10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 0xff)
-
-// rustRecord is a record as rust-libp2p sends it, with its two own fields.
-func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.Record {
-	rec := &recpb.Record{Key: key, Value: []byte(value)}
-	rec.ProtoReflect().SetUnknown(rustFields(publisher, ttl))
-	return rec
-}
-
-// rustFields are a record's publisher and ttl as rust-libp2p encodes them.
-func rustFields(publisher peer.ID, ttl uint64) []byte {
-	b := protowire.AppendTag(nil, 666, protowire.BytesType)
-	b = protowire.AppendBytes(b, []byte(publisher))
-	b = protowire.AppendTag(b, 777, protowire.VarintType)
-	return protowire.AppendVarint(b, ttl)
-}
-
-func put(t testing.TB, h host.Host, r testRelay, rec *recpb.Record) error {
-	t.Helper()
-	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, rec.Key, 0)
-	req.Record = rec
-	_, err := tryAsk(testContext(t), h, r, req)
-	return err
-}
-
-func get(t testing.TB, h host.Host, r testRelay, key []byte) *recpb.Record {
-	t.Helper()
-	return ask(t, h, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)).Record
-}
-
-// The contract of discovery: clients ignore a record without publisher, all
-// devices of a group write one key, and the last to write is the one found,
+// What discovery rests on: a record keeps its publisher, because clients ignore one
+// without. All devices of a group write one key, and the last one to write is found,
 // whatever its clock says.
 func TestRecordComesBackByteForByte(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
@@ -85,12 +53,11 @@ func TestRecordComesBackByteForByte(t *testing.T) {
 		t.Fatalf("PUT by B, with an older timestamp: %v", err)
 	}
 	if got := get(t, a, r, groupKey); !bytes.Equal(got.GetValue(), second.Value) {
-		t.Errorf("GET by A = %q, want B's, which arrived last", got.GetValue())
+		t.Errorf("GET by A = %q, want B's record, which arrived last", got.GetValue())
 	}
 }
 
-// Whatever is put, the relay goes on; what it refuses, it says so by ending the
-// stream.
+// A record that is refused ends its stream and is not stored, and the relay goes on.
 func TestRecordsThatAreRefused(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	c := newClient(t)
@@ -124,7 +91,7 @@ func TestRecordsThatAreRefused(t *testing.T) {
 	}
 }
 
-// Fields that no client reads are not carried for whoever put them there.
+// The relay is no storage for fields that no client reads.
 func TestUnknownFieldsAreNotStored(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	c := newClient(t)
@@ -137,11 +104,11 @@ func TestUnknownFieldsAreNotStored(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := get(t, c, r, groupKey).ProtoReflect().GetUnknown(); !bytes.Equal(got, want) {
-		t.Errorf("unknown fields = %d bytes, want the %d of publisher and ttl", len(got), len(want))
+		t.Errorf("unknown fields take %d bytes, want the %d of publisher and ttl", len(got), len(want))
 	}
 }
 
-// An attacker's records, however many, take the memory that was set aside.
+// However many records an attacker puts, they take only the memory set aside for them.
 func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
 	ctx := context.Background()
 	key := func(i int) ds.Key { return ds.NewKey(fmt.Sprint("/privstack/", i)) }
@@ -171,7 +138,7 @@ func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
 				if _, err := s.Get(ctx, key(i)); err == nil {
 					left++
 					if i < 100-tt.want {
-						t.Errorf("record %d is left, which was put before others that are gone", i)
+						t.Errorf("record %d is still there, but others that were put later are gone", i)
 					}
 				}
 			}
@@ -182,14 +149,14 @@ func TestRecordStoreStaysWithinItsBounds(t *testing.T) {
 				s.Delete(ctx, key(i))
 			}
 			if n, held := s.held(); n != 0 || held != 0 || len(s.holders) != 0 || len(s.all.parts) != 0 || s.byAge.Len() != 0 {
-				t.Errorf("empty store holds %d records of %d bytes of %d holders", n, held, len(s.holders))
+				t.Errorf("the empty store has %d records of %d bytes by %d holders", n, held, len(s.holders))
 			}
 		})
 	}
 }
 
-// Where everybody holds one record, of whatever size, the one unrefreshed for
-// longest goes: a device that is there refreshes its own.
+// Where everybody has one record, the store drops the one that was not refreshed for
+// longest: a device that is connected refreshes its own.
 func TestOfEqualsTheOldestRecordGoes(t *testing.T) {
 	ctx := context.Background()
 	const most = 50
@@ -210,18 +177,18 @@ func TestOfEqualsTheOldestRecordGoes(t *testing.T) {
 		put(0)     // refreshed
 	}
 	if _, err := s.Get(ctx, ds.NewKey("/privstack/0")); err != nil {
-		t.Error("the record that was refreshed is gone")
+		t.Error("a record is gone although it was refreshed")
 	}
 	for i := 1; i < 200; i++ {
 		_, err := s.Get(ctx, ds.NewKey(fmt.Sprint("/privstack/", 3*i)))
 		if there := err == nil; there != (i > 200-most) {
-			t.Errorf("record %d of 200: there = %v, with room for the last %d", i, there, most)
+			t.Errorf("record %d of 200: still there = %v, with room for the last %d", i, there, most)
 		}
 	}
 }
 
-// One who fills the store, from one identity or from many, loses his own records
-// and nobody else's.
+// Someone who fills the store, from one identity or from many, loses only records of his
+// own.
 func TestFloodEvictsItsOwnRecords(t *testing.T) {
 	const honest, flood = 100, 5000
 	ctx := context.Background()
@@ -274,7 +241,7 @@ func TestFloodEvictsItsOwnRecords(t *testing.T) {
 	}
 }
 
-// A record's place in memory is what the bound counts for it.
+// A record takes no more memory than the bound counts for it.
 func TestRecordOverheadIsNoLess(t *testing.T) {
 	const n = 20_000
 	s := newRecordStore(n, 1<<40)
@@ -293,13 +260,13 @@ func TestRecordOverheadIsNoLess(t *testing.T) {
 	}
 	each := (int(liveHeap()-before) - data) / n
 	runtime.KeepAlive(s)
-	t.Logf("%d bytes each beside key and data", each)
+	t.Logf("%d bytes for each record, beside its key and data", each)
 	if each > recordOverhead {
-		t.Errorf("an entry costs %d bytes beside its key and data, above %d", each, recordOverhead)
+		t.Errorf("a record costs %d bytes beside its key and data, more than the %d that are counted", each, recordOverhead)
 	}
 }
 
-// A device that has been off for two days is not to be found where it was.
+// A device that has been off for two days is no longer found.
 func TestOldRecordsAreNotServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx := context.Background()
@@ -308,7 +275,7 @@ func TestOldRecordsAreNotServed(t *testing.T) {
 		s.Put(ctx, old, []byte("x"))
 		time.Sleep(maxRecordAge)
 		if _, err := s.Get(ctx, old); err != nil {
-			t.Errorf("after %v: %v, want it served", maxRecordAge, err)
+			t.Errorf("after %v: %v, want the record", maxRecordAge, err)
 		}
 		time.Sleep(time.Second)
 		if _, err := s.Get(ctx, old); !errors.Is(err, ds.ErrNotFound) {
@@ -316,12 +283,12 @@ func TestOldRecordsAreNotServed(t *testing.T) {
 		}
 		s.Put(ctx, fresh, []byte("x"))
 		if n, _ := s.held(); n != 1 {
-			t.Errorf("%d records are kept, want the fresh one alone", n)
+			t.Errorf("%d records are kept, want only the fresh one", n)
 		}
 	})
 }
 
-// Four bytes that announce 4 MiB must not make the relay set them aside.
+// Four bytes that announce a message of 4 MiB must not make the relay allocate it.
 func TestOverlongKadMessageEndsTheStream(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	c := newClient(t)
@@ -340,49 +307,8 @@ func TestOverlongKadMessageEndsTheStream(t *testing.T) {
 	ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 }
 
-// memoryStream is a network.Stream of which only Read is used.
-type memoryStream struct {
-	network.Stream
-	io.Reader
-}
-
-func (s memoryStream) Read(p []byte) (int, error) { return s.Reader.Read(p) }
-
-// However the bytes are cut into reads, the frames are the same.
-func TestBoundedStreamFollowsFrames(t *testing.T) {
-	rng := rand.New(rand.NewPCG(1, 2))
-	for range 200 {
-		var data []byte
-		for range rng.IntN(5) {
-			length := rng.IntN(maxKadMessage + 1)
-			data = append(binary.AppendUvarint(data, uint64(length)), make([]byte, length)...)
-		}
-		fine := len(data)
-		data = binary.AppendUvarint(data, maxKadMessage+1+uint64(rng.IntN(1<<20)))
-		overlong := len(data)
-		data = append(data, 1, 2, 3)
-
-		s := &kadStream{Stream: memoryStream{Reader: bytes.NewReader(data)}}
-		read := 0
-		for {
-			n, err := s.Read(make([]byte, 1+rng.IntN(1000)))
-			read += n
-			if err == nil {
-				continue
-			}
-			if !errors.Is(err, errKadMessageTooLong) {
-				t.Fatalf("read error = %v, want %v", err, errKadMessageTooLong)
-			}
-			break
-		}
-		if read >= overlong || read < fine-1000 {
-			t.Fatalf("%d bytes were read, want at most those before the overlong length's last, at %d", read, overlong-1)
-		}
-	}
-}
-
-// Any bytes on the DHT's stream: the relay answers or ends the stream, and
-// serves the next.
+// Whatever arrives on a DHT stream, the relay answers or ends the stream, and serves the
+// next one.
 func FuzzKadMessage(f *testing.F) {
 	frame := func(m *kadpb.Message) []byte {
 		var b bytes.Buffer
@@ -417,21 +343,24 @@ func FuzzKadMessage(f *testing.F) {
 			t.Errorf("read error = %v, want the end or a reset", err)
 		}
 		if len(answer) > 1<<20 {
-			t.Errorf("%d bytes asked, %d answered", len(data), len(answer))
+			t.Errorf("%d bytes are answered with %d", len(data), len(answer))
 		}
 		ask(t, c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
 	})
 }
 
-// However bytes are cut into reads: the same are read, up to the length that is
-// too long, and nothing after it.
+// However the bytes are cut into reads, a reader gets the same of them: all up to a
+// length that is too long, and nothing after that.
 func FuzzKadFrames(f *testing.F) {
 	f.Add([]byte{3, 1, 2, 3, 0, 1, 9}, byte(1))
 	f.Add(binary.AppendUvarint(make([]byte, 300), maxKadMessage+1), byte(7))
 	f.Add(bytes.Repeat([]byte{0xff}, 20), byte(200))
+	longest := append(binary.AppendUvarint(nil, maxKadMessage), make([]byte, maxKadMessage)...)
+	f.Add(slices.Concat(longest, longest, binary.AppendUvarint(nil, maxKadMessage+1), []byte{1, 2, 3}), byte(250))
 	f.Add([]byte{0x80, 0x80, 0x00, 1}, byte(2))
 	f.Fuzz(func(t *testing.T, data []byte, most byte) {
-		// fine is what a reader may get: frames as encoding/binary has them.
+		// A reader may get the first fine bytes, by encoding/binary's own reading of the
+		// lengths.
 		fine, overlong := len(data), false
 		for rest := data; len(rest) > 0; {
 			length, n := binary.Uvarint(rest)
@@ -456,15 +385,15 @@ func FuzzKadFrames(f *testing.F) {
 		if overlong != errors.Is(err, errKadMessageTooLong) {
 			t.Errorf("read error = %v after %d of %d bytes, overlong %v", err, len(got), len(data), overlong)
 		}
-		// A varint of ten bytes may be read but for its last.
+		// Of a length that takes ten bytes, all but the last may be read.
 		if !bytes.HasPrefix(data, got) || !overlong && len(got) != fine || overlong && len(got) >= fine+binary.MaxVarintLen64 {
-			t.Errorf("%d bytes were read, want those before %d", len(got), fine)
+			t.Errorf("%d bytes were read, want %d", len(got), fine)
 		}
 	})
 }
 
-// A record's unknown fields may be anything: what is kept is what clients use,
-// unchanged, and keeping it again changes nothing.
+// Whatever a record's unknown fields hold, only those that clients use are kept, and
+// they stay the same, also when they are filtered again.
 func FuzzRecordExtras(f *testing.F) {
 	f.Add(rustFields("publisher", 60))
 	f.Add(append(protowire.AppendVarint(protowire.AppendTag(nil, 3, protowire.VarintType), 7), rustFields("p", 1)...))
@@ -478,17 +407,17 @@ func FuzzRecordExtras(f *testing.F) {
 			return
 		}
 		if !bytes.Contains(extras.encoded, []byte(extras.publisher)) {
-			t.Errorf("of %x is kept %x, and the publisher is %x", unknown, extras.encoded, string(extras.publisher))
+			t.Errorf("%x is kept as %x, without the publisher %x", unknown, extras.encoded, string(extras.publisher))
 		}
 		rec.ProtoReflect().SetUnknown(extras.encoded)
 		again, err := readExtras(rec)
 		if err != nil || again.publisher != extras.publisher || !bytes.Equal(again.encoded, extras.encoded) {
-			t.Errorf("of %x is kept %v, of which is kept %v, %v", unknown, extras, again, err)
+			t.Errorf("%x is kept as %v, and that as %v, %v", unknown, extras, again, err)
 		}
 		for rest := extras.encoded; len(rest) > 0; {
 			num, _, n := protowire.ConsumeField(rest)
 			if num != 666 && num != 777 || !bytes.Contains(unknown, rest[:n]) {
-				t.Fatalf("of %x is kept %x", unknown, rest[:n])
+				t.Fatalf("of %x the field %x is kept", unknown, rest[:n])
 			}
 			rest = rest[n:]
 		}

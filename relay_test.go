@@ -1,16 +1,14 @@
 package main
 
-// What clients get from a running relay, with real libp2p hosts on loopback.
+// What clients get from a running relay. They are real libp2p hosts, on loopback.
 
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"runtime"
 	"slices"
@@ -19,7 +17,6 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p"
-	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	kb "github.com/libp2p/go-libp2p-kbucket"
 	libp2pconfig "github.com/libp2p/go-libp2p/config"
@@ -33,198 +30,13 @@ import (
 	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
-	quic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
 
-// testTimeout is how long anything that should happen is waited for. It is no
-// measure of how long it should take.
-const testTimeout = 30 * time.Second
-
-func testContext(t testing.TB) context.Context {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// eventually waits until ok.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.After(testTimeout)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for !ok() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("not within %v: %s", testTimeout, what)
-		}
-	}
-}
-
-func newTestKey(t testing.TB) ed25519.PrivateKey {
-	t.Helper()
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
-}
-
-// defaultConfig is the configuration of a bare command line, on free ports.
-func defaultConfig(t testing.TB, args ...string) config {
-	t.Helper()
-	cfg, err := parseFlags(append([]string{"--port=0", "--http-port=0"}, args...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cfg
-}
-
-// testRelay is a relay in this process and how clients reach it on loopback.
-type testRelay struct {
-	*relay
-	info peer.AddrInfo
-}
-
-func newTestRelay(t testing.TB, cfg config) testRelay {
-	t.Helper()
-	return newTestRelayWithin(t, newLimits(cfg.maxClients, cfg.maxClientsPerIP), cfg, newTestKey(t))
-}
-
-func newTestRelayWithin(t testing.TB, lim limits, cfg config, key ed25519.PrivateKey) testRelay {
-	t.Helper()
-	r, err := startRelayWithin(lim, cfg, key, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatalf("startRelay: %v", err)
-	}
-	t.Cleanup(func() { r.close() })
-	addr := ma.StringCast("/ip4/127.0.0.1/udp/" + listenPort(r) + "/quic-v1")
-	return testRelay{r, peer.AddrInfo{ID: r.host.ID(), Addrs: []ma.Multiaddr{addr}}}
-}
-
-func listenPort(r *relay) string {
-	port, _ := r.host.Network().ListenAddresses()[0].ValueForProtocol(ma.P_UDP)
-	return port
-}
-
-// newClient is a host as the deployed clients are: QUIC, identify, the relay
-// protocol's client side. The extra options come last.
-func newClient(t testing.TB, opts ...libp2p.Option) host.Host {
-	t.Helper()
-	h, err := libp2p.New(append([]libp2p.Option{
-		libp2p.Transport(quic.NewTransport),
-		libp2p.ListenAddrStrings("/ip4/127.0.0.1/udp/0/quic-v1"),
-		libp2p.ResourceManager(&network.NullResourceManager{}),
-		libp2p.ProtocolVersion("/privstack/sync/1.0.0"),
-		libp2p.UserAgent("PrivStack/test"),
-		libp2p.EnableRelay(),
-		libp2p.DisableMetrics(),
-	}, opts...)...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { h.Close() })
-	return h
-}
-
-// serveKad makes h a kad server with an empty table, as every fresh client is.
-func serveKad(t testing.TB, h host.Host) *dht.IpfsDHT {
-	t.Helper()
-	d, err := dht.New(h,
-		dht.Mode(dht.ModeServer),
-		dht.ProtocolPrefix("/privstack"),
-		dht.V1ProtocolOverride(kadProtocol),
-		dht.Validator(newestWins{}),
-		dht.DisableAutoRefresh(),
-	)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { d.Close() })
-	return d
-}
-
-func connect(t testing.TB, h host.Host, r testRelay) {
-	t.Helper()
-	if err := h.Connect(testContext(t), r.info); err != nil {
-		t.Fatalf("connect to the relay: %v", err)
-	}
-}
-
-// ask sends one DHT request to the relay and returns its answer.
-func ask(t testing.TB, h host.Host, r testRelay, req *kadpb.Message) *kadpb.Message {
-	t.Helper()
-	resp, err := tryAsk(testContext(t), h, r, req)
-	if err != nil {
-		t.Fatalf("ask %v: %v", req.Type, err)
-	}
-	return resp
-}
-
-func tryAsk(ctx context.Context, h host.Host, r testRelay, req *kadpb.Message) (*kadpb.Message, error) {
-	s, err := h.NewStream(ctx, r.info.ID, kadProtocol)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Reset()
-	if _, err := protodelim.MarshalTo(s, req); err != nil {
-		return nil, err
-	}
-	if err := s.CloseWrite(); err != nil {
-		return nil, err
-	}
-	resp := new(kadpb.Message)
-	return resp, protodelim.UnmarshalFrom(&byteReader{Reader: s}, resp)
-}
-
-// byteReader reads single bytes without buffering ahead.
-type byteReader struct{ io.Reader }
-
-func (r *byteReader) ReadByte() (byte, error) {
-	var b [1]byte
-	_, err := io.ReadFull(r.Reader, b[:])
-	return b[0], err
-}
-
-// findNode asks the relay for id and returns what the answer says of it.
-func findNode(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr, found bool) {
-	t.Helper()
-	resp := ask(t, h, r, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
-	for _, p := range resp.CloserPeers {
-		if peer.ID(p.Id) == id {
-			return p.Addresses(), true
-		}
-	}
-	return nil, false
-}
-
-// waitFound waits until the relay's answers name id with an address.
-func waitFound(t testing.TB, h host.Host, r testRelay, id peer.ID) (addrs []ma.Multiaddr) {
-	t.Helper()
-	eventually(t, "FIND_NODE names "+id.String(), func() bool {
-		var found bool
-		addrs, found = findNode(t, h, r, id)
-		return found
-	})
-	return addrs
-}
-
-// observed is the address under which the relay sees h.
-func observed(t testing.TB, h host.Host, r testRelay) ma.Multiaddr {
-	t.Helper()
-	conns := r.host.Network().ConnsToPeer(h.ID())
-	if len(conns) != 1 {
-		t.Fatalf("relay has %d connections to the client, want 1", len(conns))
-	}
-	return conns[0].RemoteMultiaddr()
-}
-
-// The product's whole point: two devices that know only the relay find each
-// other through it and connect.
+// What the relay is for: two devices that know only the relay find each other through it
+// and connect.
 func TestTwoClientsMeetThroughRelay(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	a, b := newClient(t), newClient(t)
@@ -234,7 +46,7 @@ func TestTwoClientsMeetThroughRelay(t *testing.T) {
 	eventually(t, "both know the relay as a DHT server", func() bool {
 		return kadA.RoutingTable().Find(r.info.ID) != "" && kadB.RoutingTable().Find(r.info.ID) != ""
 	})
-	waitFound(t, a, r, b.ID()) // until the relay has identified b
+	waitFound(t, a, r, b.ID()) // or the relay may not have identified b yet
 
 	info, err := kadA.FindPeer(testContext(t), b.ID())
 	if err != nil {
@@ -244,14 +56,14 @@ func TestTwoClientsMeetThroughRelay(t *testing.T) {
 		t.Errorf("FindPeer(b) = %v, want b's observed address %v among them", info.Addrs, want)
 	}
 	if err := a.Connect(testContext(t), info); err != nil {
-		t.Errorf("connect to what was found: %v", err)
+		t.Errorf("connect to the addresses that were found: %v", err)
 	}
 	if _, err := kadB.FindPeer(testContext(t), a.ID()); err != nil {
 		t.Errorf("FindPeer(a): %v", err)
 	}
 }
 
-// Thirty devices come back at once after a power cut: each finds each.
+// Thirty devices come back at once after a power cut, and each finds every other.
 func TestThirtyClientsJoinAtOnce(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := make([]host.Host, 30)
@@ -284,40 +96,7 @@ func TestThirtyClientsJoinAtOnce(t *testing.T) {
 	}
 }
 
-// circuitBetween reserves for dst and connects src to it through the relay. The
-// streams that src opens are echoed by dst.
-func circuitBetween(t testing.TB, r testRelay, src, dst host.Host) {
-	t.Helper()
-	connect(t, src, r)
-	connect(t, dst, r)
-	if _, err := circuitclient.Reserve(testContext(t), dst, r.info); err != nil {
-		t.Fatalf("reserve: %v", err)
-	}
-	dst.SetStreamHandler(echoProtocol, func(s network.Stream) {
-		defer s.Close()
-		io.Copy(s, s)
-	})
-	via := ma.StringCast(r.info.Addrs[0].String() + "/p2p/" + r.info.ID.String() + "/p2p-circuit")
-	if err := src.Connect(testContext(t), peer.AddrInfo{ID: dst.ID(), Addrs: []ma.Multiaddr{via}}); err != nil {
-		t.Fatalf("connect through the relay: %v", err)
-	}
-}
-
-const echoProtocol = "/test/echo/1.0.0"
-
-func openEcho(t testing.TB, src, dst host.Host) network.Stream {
-	t.Helper()
-	s, err := src.NewStream(network.WithAllowLimitedConn(testContext(t), "test"), dst.ID(), echoProtocol)
-	if err != nil {
-		t.Fatalf("stream over the circuit: %v", err)
-	}
-	if _, err := s.Conn().RemoteMultiaddr().ValueForProtocol(ma.P_CIRCUIT); err != nil {
-		t.Fatalf("stream runs over %v, want a circuit", s.Conn().RemoteMultiaddr())
-	}
-	return s
-}
-
-// A sync message is up to 16 MiB: go-libp2p's default circuit, 128 KiB, cuts it.
+// A sync message has up to 16 MiB. go-libp2p's default circuit ends after 128 KiB.
 func TestCircuitCarriesLargeSync(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	src, dst := newClient(t), newClient(t)
@@ -344,15 +123,14 @@ func TestCircuitCarriesLargeSync(t *testing.T) {
 		t.Fatalf("send: %v", err)
 	}
 	if !bytes.Equal(received.Sum(nil), sent.Sum(nil)) {
-		t.Error("what came back is not what was sent")
+		t.Error("the echo differs from what was sent")
 	}
 	if got := r.counters().relayedConnections; got != 1 {
 		t.Errorf("relayed_connections = %d, want 1", got)
 	}
 }
 
-// The operator's caps reach the peers, and the wire has its own way to say
-// "unlimited".
+// Peers are told the caps that the operator set. Unlimited has its own form on the wire.
 func TestCircuitLimitsAreTold(t *testing.T) {
 	tests := []struct {
 		args     []string
@@ -381,7 +159,7 @@ func TestCircuitLimitsAreTold(t *testing.T) {
 	}
 }
 
-// A circuit ends at the operator's cap, not before.
+// A circuit ends at the operator's cap, and not earlier.
 func TestCircuitEndsAtItsLimit(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--circuit-bytes=1MiB"))
 	src, dst := newClient(t), newClient(t)
@@ -390,12 +168,12 @@ func TestCircuitEndsAtItsLimit(t *testing.T) {
 	defer s.Reset()
 	go io.CopyN(s, rand.Reader, 4<<20)
 	n, err := io.Copy(io.Discard, s)
-	if n >= 1<<20 || n < 1<<19 { // the circuit's own handshakes count too
-		t.Errorf("%d bytes came back (error %v), want most of 1 MiB and not more", n, err)
+	if n >= 1<<20 || n < 1<<19 { // handshakes over the circuit count too
+		t.Errorf("%d bytes came back (error %v), want most of 1 MiB but no more", n, err)
 	}
 }
 
-// A rust client refuses a reservation in which no address is.
+// A Rust client refuses a reservation without an address.
 func TestReservationAlwaysHasAddress(t *testing.T) {
 	for _, args := range [][]string{nil, {"--announce=203.0.113.7"}, {"--announce=relay.example.org", "--announce=/ip6/2001:db8::7/udp/443/quic-v1"}} {
 		r := newTestRelay(t, defaultConfig(t, args...))
@@ -412,10 +190,10 @@ func TestReservationAlwaysHasAddress(t *testing.T) {
 			want, _ := parseAnnounce(strings.TrimPrefix(s, "--announce="), atoi(t, listenPort(r.relay)))
 			withID := ma.StringCast(want.String() + "/p2p/" + r.peerID())
 			if len(got.Addrs) != len(args) || !slices.ContainsFunc(got.Addrs, withID.Equal) {
-				t.Errorf("reservation = %v, want the %d announced ones, %v among them", got.Addrs, len(args), withID)
+				t.Errorf("reservation = %v, want the %d announced addresses, with %v among them", got.Addrs, len(args), withID)
 			}
 			if listed := r.listedAddrs(); listed[i] != want.String() || !strings.HasPrefix(listed[len(args)], "/ip4/0.0.0.0/udp/") {
-				t.Errorf("identity endpoint lists %v, want the announced first, then the sockets", listed)
+				t.Errorf("the identity endpoint lists %v, want the announced addresses, then the sockets", listed)
 			}
 			if told := c.Peerstore().Addrs(r.info.ID); !slices.ContainsFunc(told, want.Equal) {
 				t.Errorf("identify told %v, want %v among them", told, want)
@@ -424,8 +202,8 @@ func TestReservationAlwaysHasAddress(t *testing.T) {
 	}
 }
 
-// With a container host's worth of interfaces a reservation still fits into the
-// 4096 bytes that clients read, and what is public comes first.
+// On a container host with dozens of interfaces, a reservation still fits into the 4096
+// bytes that clients read, and public addresses come first.
 func TestAdvertisedAddrsAreBounded(t *testing.T) {
 	var many []ma.Multiaddr
 	for i := range 100 {
@@ -445,8 +223,7 @@ func TestAdvertisedAddrsAreBounded(t *testing.T) {
 	}
 }
 
-// A relay that is updated comes back under the same ID and port, and clients
-// go on as before.
+// After an update the relay has the same ID and port, and clients go on as before.
 func TestClientsGoOnAfterRestart(t *testing.T) {
 	key := newTestKey(t)
 	cfg := defaultConfig(t)
@@ -462,7 +239,7 @@ func TestClientsGoOnAfterRestart(t *testing.T) {
 	if err := r.close(); err != nil {
 		t.Fatalf("close: %v", err)
 	}
-	eventually(t, "the clients notice", func() bool {
+	eventually(t, "the clients notice that the relay is gone", func() bool {
 		return a.Network().Connectedness(r.info.ID) != network.Connected && b.Network().Connectedness(r.info.ID) != network.Connected
 	})
 	cfg.port = atoi(t, port)
@@ -477,8 +254,8 @@ func TestClientsGoOnAfterRestart(t *testing.T) {
 	circuitBetween(t, again, newClient(t), b)
 }
 
-// The sockets' keys are those that libp2p.New derives: a release that goes back
-// to it, or comes from it, still knows the connections of the last process.
+// The sockets use the keys that libp2p.New would derive. A release that used libp2p.New
+// could still reset the connections of the process before it, and the other way round.
 func TestSocketKeysAreThoseOfLibp2p(t *testing.T) {
 	key, err := crypto.UnmarshalEd25519PrivateKey(newTestKey(t))
 	if err != nil {
@@ -504,7 +281,7 @@ func atoi(t testing.TB, s string) (n int) {
 	return n
 }
 
-// The names by which clients recognise a relay, and the protocols they need.
+// Clients recognise a relay by these names, and need these protocols.
 func TestIdentifySaysWhoWeAre(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	c := newClient(t)
@@ -528,11 +305,11 @@ func TestIdentifySaysWhoWeAre(t *testing.T) {
 	}
 }
 
-// identifyOf is what r says of itself to a client, byte by byte, and that client.
+// identifyOf returns r's identify message, and the client that received it.
 func identifyOf(t *testing.T, r testRelay) (*identifypb.Identify, *lightClient) {
 	t.Helper()
 	ctx := testContext(t)
-	c, err := newCrowd(t, 1).dial(ctx, newLightIdentity(t), r.info)
+	c, err := newCrowd(t, 1).newcomer(ctx, r.info)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -548,8 +325,8 @@ func identifyOf(t *testing.T, r testRelay) (*identifypb.Identify, *lightClient) 
 	return said, c
 }
 
-// A client learns from identify where it was seen, and where the relay is: the
-// latter signed, which is what it may pass on to others.
+// A client learns from identify at which address the relay sees it, and the relay's own
+// addresses. These are signed, so that it can pass them on to others.
 func TestIdentifySaysWhoIsWhereAndSignsIt(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--announce=relay.example.org", "--announce=203.0.113.7"))
 	said, c := identifyOf(t, r)
@@ -585,13 +362,13 @@ func TestIdentifySaysWhoIsWhereAndSignsIt(t *testing.T) {
 	}
 }
 
-// A machine whose addresses change tells the clients that are connected.
+// When the machine's addresses change, connected clients are told.
 func TestClientsAreToldOfNewAddresses(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	c := newClient(t)
 	connect(t, c, r)
 	old := listenPort(r.relay)
-	// Another port on all interfaces stands for another address.
+	// Here another port, on all interfaces, takes the part of another address.
 	if err := r.host.Network().Listen(ma.StringCast("/ip4/0.0.0.0/udp/0/quic-v1")); err != nil {
 		t.Fatal(err)
 	}
@@ -608,8 +385,8 @@ func TestClientsAreToldOfNewAddresses(t *testing.T) {
 	})
 }
 
-// Behind a port forward the relay learns its public address from its clients, as
-// soon as several networks agree on it, and names it in reservations.
+// Behind a forwarded port the relay learns its public address from its clients, once
+// several networks agree on it, and puts it into reservations.
 func TestObservedAddressIsOffered(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("needs all of 127.0.0.0/8")
@@ -638,13 +415,14 @@ func TestObservedAddressIsOffered(t *testing.T) {
 	}
 }
 
-// QUIC v1 on both families and nothing else: each open port is one to patch.
+// The relay listens on QUIC v1, on IPv4 and IPv6, and on nothing else: every open port is
+// one more to protect.
 func TestListensOnQUICAlone(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	port := listenPort(r.relay)
 	got := r.listedAddrs()
 	want := []string{"/ip4/0.0.0.0/udp/" + port + "/quic-v1"}
-	if len(got) == 2 { // no IPv6 here is not this test's business
+	if len(got) == 2 { // a machine without IPv6 passes, too
 		want = append(want, "/ip6/::/udp/"+port+"/quic-v1")
 	}
 	if !slices.Equal(got, want) {
@@ -660,8 +438,8 @@ func TestListensOnQUICAlone(t *testing.T) {
 	}
 }
 
-// Strangers who make up peer IDs close to a group's key could hide it in another
-// DHT (GO-2024-3218, see .ci/run). Here the relay keeps and answers every record.
+// In other DHTs, strangers who make up peer IDs close to a group's key can hide its record
+// (GO-2024-3218, see .ci/run). This relay keeps every record and answers with it.
 func TestStrangersCloseToAKeyHideNothing(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	strangers := newCrowd(t, maxNamed)
@@ -683,26 +461,27 @@ func TestStrangersCloseToAKeyHideNothing(t *testing.T) {
 	}
 	resp := ask(t, b, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, groupKey, 0))
 	if string(resp.GetRecord().GetValue()) != "value" || len(resp.CloserPeers) == 0 || peer.ID(resp.CloserPeers[0].Id) != a.ID() {
-		t.Errorf("answer = %v, want the record, and its publisher before any stranger", resp)
+		t.Errorf("answer = %v, want the record, and its publisher named before any stranger", resp)
 	}
-	// What the report is about does not exist here.
+	// The report is about provider records, which do not exist here.
 	if resp, err := tryAsk(testContext(t), b, r, kadpb.NewMessage(kadpb.Message_GET_PROVIDERS, groupKey, 0)); err == nil {
 		t.Errorf("GET_PROVIDERS is answered: %v", resp)
 	}
 }
 
-// Clients name addresses; a relay that dialled them would scan ports for anyone.
+// Clients report any address they like. A relay that dialled them would scan ports for
+// anyone.
 func TestRelayDialsNobody(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	victim := newClient(t)
 	r.host.Peerstore().AddAddrs(victim.ID(), victim.Addrs(), peerstore.PermanentAddrTTL)
 	err := r.host.Connect(testContext(t), peer.AddrInfo{ID: victim.ID(), Addrs: victim.Addrs()})
 	if err == nil || len(victim.Network().Conns()) > 0 {
-		t.Errorf("Connect = %v, with %d connections at the victim, want it gated", err, len(victim.Network().Conns()))
+		t.Errorf("Connect = %v, with %d connections at the victim, want an error and none", err, len(victim.Network().Conns()))
 	}
 }
 
-// Draining: what is open goes on, nothing new begins.
+// While the relay drains, open circuits go on and no new ones begin.
 func TestDrainRefusesNewAndFinishesOpen(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	src, dst := newClient(t), newClient(t)
@@ -726,15 +505,15 @@ func TestDrainRefusesNewAndFinishesOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := <-left; n != 0 {
-		t.Errorf("drain left %d circuits, want 0 once the only one is closed", n)
+		t.Errorf("drain left %d circuits, want 0, because the only one was closed", n)
 	}
 }
 
-// An office, a dormitory or a mobile carrier is one IPv4 address: with the
-// libraries' defaults 8 of 20 clients behind one got in.
+// An office, a dormitory or a mobile carrier has one IPv4 address. With the libraries'
+// defaults, 8 of 20 clients behind one address got in.
 func TestFortyClientsBehindOneAddress(t *testing.T) {
 	lim := newLimits(0, 256)
-	lim.testOnlyLimitLoopback = true // so 127.0.0.1 counts as any other address
+	lim.testOnlyLimitLoopback = true // so that 127.0.0.1 is treated like any other address
 	r := newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t))
 	clients := make([]host.Host, 40)
 	joined := make(chan error)
@@ -755,25 +534,7 @@ func TestFortyClientsBehindOneAddress(t *testing.T) {
 	}
 }
 
-// admits connects clients one by one until one is refused.
-func admits(t *testing.T, r testRelay, most int) (in []host.Host) {
-	t.Helper()
-	for range most {
-		c := newClient(t)
-		err := c.Connect(testContext(t), r.info)
-		if err == nil {
-			// A refusal after the handshake looks like a success until the first use.
-			_, err = tryAsk(testContext(t), c, r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
-		}
-		if err != nil {
-			break
-		}
-		in = append(in, c)
-	}
-	return in
-}
-
-// At a limit the newcomer is refused, and whoever is in is served on.
+// At a limit newcomers are refused, and clients that are connected are served as before.
 func TestNewcomerIsRefusedAtTheLimit(t *testing.T) {
 	tests := []struct {
 		name string
@@ -798,23 +559,5 @@ func TestNewcomerIsRefusedAtTheLimit(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// newClientKey makes a key whose peer ID shares exactly cpl bits with the relay's.
-func newClientKey(t *testing.T, r testRelay, cpl int) crypto.PrivKey {
-	t.Helper()
-	for {
-		key, _, err := crypto.GenerateEd25519Key(rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		id, err := peer.IDFromPrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if commonPrefix(r.info.ID, id) == cpl {
-			return key
-		}
 	}
 }

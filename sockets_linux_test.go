@@ -1,5 +1,7 @@
 package main
 
+// Reading many datagrams of one sender at a time.
+
 import (
 	"bytes"
 	"net"
@@ -9,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What the kernel coalesced arrives as it was sent: each datagram by itself, from
-// whom and marked as it was.
+// Datagrams that the kernel has coalesced arrive as they were sent: one by one, with their
+// sender and their ECN bits.
 func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 	for _, local := range []*net.UDPAddr{{IP: net.IPv4(127, 0, 0, 1)}, {IP: net.IPv6loopback}} {
 		t.Run(local.IP.String(), func(t *testing.T) {
@@ -27,8 +29,8 @@ func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 				setOption(t, in, unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1)
 				setOption(t, out, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, ect0)
 			}
-			// One datagram; 40 of a size and a shorter one; more than quic-go's buffer
-			// has room for; none; one again.
+			// One datagram; 40 of one size and a shorter one; one that is too long for
+			// quic-go's buffer; an empty one; a short one.
 			var want [][]byte
 			send := func(datagrams ...[]byte) {
 				t.Helper()
@@ -66,7 +68,7 @@ func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 				}
 				for _, d := range datagrams[:n] {
 					if len(want) == 0 {
-						t.Fatalf("%d bytes more than were sent", d.N)
+						t.Fatalf("%d bytes arrived that were not sent", d.N)
 					}
 					if got, want := d.Buffers[0][:d.N], want[0][:min(len(want[0]), 1452)]; !bytes.Equal(got, want) {
 						t.Fatalf("got %d bytes, %.8q…, want %d, %.8q…", len(got), got, len(want), want)
@@ -81,7 +83,7 @@ func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 				}
 			}
 			if !coalesced {
-				t.Error("each datagram came by itself: nothing was tested")
+				t.Error("each datagram arrived by itself, so nothing was tested")
 			}
 		})
 	}
@@ -111,7 +113,7 @@ func setOption(t *testing.T, conn *net.UDPConn, level, option, value int) {
 	}
 }
 
-// ecn is the ECN bits that control tells, -1 if it does not.
+// ecn returns the ECN bits in a control message, or -1 if it has none.
 func ecn(control []byte) int {
 	for len(control) > 0 {
 		header, value, rest, err := unix.ParseOneSocketControlMessage(control)

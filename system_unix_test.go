@@ -2,6 +2,8 @@
 
 package main
 
+// SIGUSR1, and what the summary in the log says.
+
 import (
 	"strings"
 	"syscall"
@@ -10,7 +12,7 @@ import (
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 )
 
-// An operator asks a running relay how it is.
+// An operator asks a running relay how it is doing.
 func TestProcessSumsUpOnSIGUSR1(t *testing.T) {
 	p := start(t)
 	c := newClient(t)
@@ -19,7 +21,7 @@ func TestProcessSumsUpOnSIGUSR1(t *testing.T) {
 	}
 	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, []byte("/elsewhere/x"), 0)
 	if _, err := tryAsk(testContext(t), c, testRelay{info: p.bootstrap}, req); err == nil {
-		t.Fatal("a record elsewhere was taken")
+		t.Fatal("a record outside /privstack/ was accepted")
 	}
 	p.Process.Signal(syscall.SIGUSR1)
 	eventually(t, "a summary is logged", func() bool { return p.stderr.line("summary") != "" })

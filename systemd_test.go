@@ -1,6 +1,6 @@
 package main
 
-// What a service manager hears from the relay, over a real socket.
+// What the relay tells a service manager, over a real socket.
 
 import (
 	"errors"
@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// listenNotify is a service manager's socket, and next what it receives.
+// listenNotify opens a service manager's socket. next returns one message from it.
 func listenNotify(t *testing.T, name string) (next func() string) {
 	t.Helper()
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
@@ -36,8 +36,8 @@ func listenNotify(t *testing.T, name string) (next func() string) {
 	}
 }
 
-// With Type=notify, systemd takes a relay that never says READY=1 for one that
-// did not start, and ends one that stops saying WATCHDOG=1.
+// With Type=notify, systemd waits for READY=1 before it calls the relay started, and kills
+// one that stops sending WATCHDOG=1.
 func TestServiceManagerIsTold(t *testing.T) {
 	skipOnWindows(t)
 	sockets := []string{filepath.Join(t.TempDir(), "notify")}
@@ -55,7 +55,7 @@ func TestServiceManagerIsTold(t *testing.T) {
 			}
 			for range 3 {
 				if got := next(); got != "WATCHDOG=1" {
-					t.Errorf("message while it serves is %q, want WATCHDOG=1", got)
+					t.Errorf("message while the relay serves is %q, want WATCHDOG=1", got)
 				}
 			}
 			p.Process.Signal(syscall.SIGTERM)
@@ -67,13 +67,13 @@ func TestServiceManagerIsTold(t *testing.T) {
 				t.Errorf("message after SIGTERM is %q, want STOPPING=1", got)
 			}
 			if code := p.wait(t); code != 0 || strings.Contains(p.stderr.String(), "level=WARN msg=\"service manager") {
-				t.Errorf("exit status %d, want 0 and no complaint:\n%s", code, p.stderr)
+				t.Errorf("exit status %d, want 0 and no warning:\n%s", code, p.stderr)
 			}
 		})
 	}
 }
 
-// A service manager that is not there is a line in the log, not the end.
+// A service manager that cannot be reached costs a line in the log, not the relay.
 func TestServeGoesOnWithoutServiceManager(t *testing.T) {
 	skipOnWindows(t)
 	t.Setenv("NOTIFY_SOCKET", filepath.Join(t.TempDir(), "nobody"))
@@ -111,7 +111,7 @@ func TestFindServiceManager(t *testing.T) {
 	}
 }
 
-// A watchdog that is satisfied whatever happens would keep a hung relay up.
+// A watchdog that is always satisfied would keep a hung relay running.
 func TestNoSignOfLifeWhileALockIsHeld(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	for name, mu := range map[string]interface {
