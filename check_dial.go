@@ -194,7 +194,7 @@ func (c *checker) addrsToDial(ctx context.Context) (dials []dialled) {
 		if err == nil {
 			addr, _ = peer.SplitAddr(addr)
 		}
-		if err != nil || len(addr) != 3 || !(manet.IsThinWaist(addr) || isDNS(addr)) || addr[1].Protocol().Code != ma.P_UDP || addr[2].Protocol().Code != ma.P_QUIC_V1 {
+		if err != nil || !isQUICAddr(addr) {
 			continue // other relays may have other transports
 		}
 		switch ip, err := manet.ToIP(addr); {
