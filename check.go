@@ -252,7 +252,6 @@ func checkRelay(ctx context.Context, target checkTarget, report func(checkStep))
 		{"addresses", checkAskTime, c.addresses},
 		{"identify", checkAskTime, c.identify},
 		{"observed", checkAskTime, c.observed},
-		{"nat", checkAskTime, c.nat},
 		{"clients", checkDialTime, c.clients},
 		{"dht", checkAskTime, c.dht},
 		{"record", checkAskTime, c.record},

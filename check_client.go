@@ -179,10 +179,9 @@ type probe struct {
 	addr ma.Multiaddr
 
 	// err is why there was no handshake. The rest is set if there was one.
-	err   error
-	took  time.Duration // also of the attempt that failed
-	id    peer.ID       // whose key it has
-	local ma.Multiaddr  // our end, where the IP address may be unspecified
+	err  error
+	took time.Duration // also of the attempt that failed
+	id   peer.ID       // whose key it has
 
 	// identity is what identify said; nil if identifyErr.
 	identity     *identifypb.Identify
@@ -220,7 +219,6 @@ func probeOver(ctx context.Context, direct transport.Transport, addr ma.Multiadd
 		return p
 	}
 	defer conn.Close()
-	p.local = conn.LocalMultiaddr()
 	if p.id, p.err = peer.IDFromPublicKey(conn.RemotePublicKey()); p.err != nil {
 		return p
 	}

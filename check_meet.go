@@ -9,9 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
-	"slices"
 	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
@@ -208,10 +206,6 @@ func (p probe) seenAs() (netip.AddrPort, error) {
 	if err != nil {
 		return netip.AddrPort{}, err
 	}
-	return udpAddr(addr)
-}
-
-func udpAddr(addr ma.Multiaddr) (netip.AddrPort, error) {
 	udp, _, err := quicreuse.FromQuicMultiaddr(addr)
 	if err != nil {
 		return netip.AddrPort{}, err
@@ -231,68 +225,4 @@ func (c *checker) observed(context.Context) checkStep {
 			"the relay sees us at the private %s", seen).with(values)
 	}
 	return passed("the relay sees us at %s", seen).with(values)
-}
-
-// nat says what our own NAT does to the socket that was probed from. That is no
-// fault of the relay's, so it never fails. One relay at one address can't tell
-// whether another destination would see the same port.
-func (c *checker) nat(ctx context.Context) checkStep {
-	seen, err := c.used.seenAs()
-	if err != nil {
-		return skipped("needs the observed address")
-	}
-	at, err := udpAddr(c.used.local)
-	if err != nil {
-		return skipped("our own address is unknown: %v", err)
-	}
-	values := map[string]any{"local_port": at.Port(), "port_kept": at.Port() == seen.Port()}
-	if at.Port() == seen.Port() && isOurs(seen.Addr()) {
-		values["nat"] = false
-		return passed("none: that is this machine's own address").with(values)
-	}
-	values["nat"] = true
-	kept := "our NAT keeps the port"
-	if at.Port() != seen.Port() {
-		kept = fmt.Sprintf("our NAT does not keep the port (%d became %d)", at.Port(), seen.Port())
-	}
-
-	// Other addresses of the relay, asked from the same socket, are other destinations.
-	for _, d := range c.dials {
-		other, err := d.seenAs()
-		local, localErr := udpAddr(d.local)
-		if !d.works() || err != nil || localErr != nil || local != at || d.addr.Equal(c.used.addr) {
-			continue
-		}
-		if other != seen {
-			values["same_for_destinations"] = "no"
-			return skipped("our NAT shows each destination another address (%s and %s): from here, most connections will need the relay's circuits", seen, other).with(values)
-		}
-		values["same_for_destinations"] = "yes"
-	}
-	if values["same_for_destinations"] == "yes" {
-		return passed("%s, and shows two of the relay's addresses the same: %s", kept, seen).with(values)
-	}
-	values["same_for_destinations"] = "unknown"
-	second := ""
-	if p := c.b.probe(ctx, c.used.addr, c.id); p.err == nil {
-		if other, err := p.seenAs(); err == nil {
-			if other.Addr() != seen.Addr() {
-				second = "; a second socket is seen at another address, " + other.Addr().String()
-			} else if local, err := udpAddr(p.local); err == nil && (local.Port() == other.Port()) != (at.Port() == seen.Port()) {
-				second = "; for a second socket it is the other way round"
-			} else {
-				second = "; a second socket, likewise"
-			}
-		}
-	}
-	return passed("%s%s. Whether another destination would see the same, one relay address can't tell", kept, second).with(values)
-}
-
-// isOurs tells whether an interface of this machine has ip.
-func isOurs(ip netip.Addr) bool {
-	addrs, err := net.InterfaceAddrs()
-	return err == nil && slices.ContainsFunc(addrs, func(a net.Addr) bool {
-		prefix, err := netip.ParsePrefix(a.String())
-		return err == nil && prefix.Addr().Unmap() == ip
-	})
 }

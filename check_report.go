@@ -18,7 +18,8 @@ const (
 	checkSkipped = "skipped" // does not apply here, or needs a step that failed
 )
 
-// checkReport is the JSON document. Monitoring relies on its names.
+// checkReport is the JSON document. Monitoring relies on its names. Each step is
+// about the relay; none is about the network in which the check runs.
 type checkReport struct {
 	Target  string      `json:"target"`  // as it was given
 	PeerID  string      `json:"peer_id"` // promised, or else found; "" if neither

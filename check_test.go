@@ -154,10 +154,11 @@ func (r checkReport) text() (s string) {
 	return s
 }
 
-// checkSteps are the names that monitoring knows, in their order.
+// checkSteps are the names that monitoring knows, in their order. Each is about
+// the relay: what NAT the checker itself is behind is no step.
 var checkSteps = []string{
 	"name", "identity-ipv4", "identity-ipv6", "quic-ipv4", "quic-ipv6", "addresses", "identify",
-	"observed", "nat", "clients", "dht", "record", "reservation", "circuit",
+	"observed", "clients", "dht", "record", "reservation", "circuit",
 }
 
 // Whatever form the operator uses, a relay that is well is found to be.
@@ -638,43 +639,30 @@ func (l *lab) check(ns, target string) (r checkReport) {
 	return r
 }
 
-// From a home behind a NAT: what is said of the NAT is true, and no more is said
-// than a relay can tell.
+// An operator may check from home. What kind of NAT that home has is not the
+// relay's fault, so no step fails or is skipped for it.
 func TestCheckBehindNAT(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name      string
-		kind      natKind
-		addresses []string // of the relay, announced
-		result    string
-		values    map[string]any
+		name string
+		kind natKind
 	}{
-		{"kept, one address", endpointIndependent, []string{"11.0.0.1"}, checkPassed, map[string]any{"nat": true, "port_kept": true, "same_for_destinations": "unknown"}},
-		{"kept, two addresses", endpointIndependent, []string{"11.0.0.1", "11.0.0.2"}, checkPassed, map[string]any{"nat": true, "port_kept": true, "same_for_destinations": "yes"}},
-		{"not kept, one address", endpointDependent, []string{"11.0.0.1"}, checkPassed, map[string]any{"nat": true, "port_kept": false, "same_for_destinations": "unknown"}},
-		{"not kept, two addresses", endpointDependent, []string{"11.0.0.1", "11.0.0.2"}, checkSkipped, map[string]any{"nat": true, "port_kept": false, "same_for_destinations": "no"}},
+		{"port kept", endpointIndependent},
+		{"another port for each destination", endpointDependent},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			var args []string
-			for _, a := range tt.addresses {
-				args = append(args, "--announce="+a)
-			}
-			cloud := l.public("relay", "11.0.0.1/8", "11.0.0.2/8")
-			l.relay(cloud, nil, args...)
-			home := l.home("home", l.router("router", "11.2.0.1/8", tt.kind), 10)
-			got := l.check(home, "11.0.0.1")
+			l.relay(l.public("relay", "11.0.0.1/8"), nil, "--announce=11.0.0.1")
+			got := l.check(l.home("home", l.router("router", "11.2.0.1/8", tt.kind), 10), "11.0.0.1")
 			if !got.OK {
 				t.Errorf("failed:\n%s", got.text())
 			}
 			if s := got.step(t, "observed"); !strings.HasPrefix(fmt.Sprint(s.Values["address"]), "11.2.0.1:") {
 				t.Errorf("observed %+v, want the router's address", s)
 			}
-			s := got.step(t, "nat")
-			delete(s.Values, "local_port")
-			if s.Result != tt.result || fmt.Sprint(s.Values) != fmt.Sprint(tt.values) {
-				t.Errorf("nat = %+v, want %s, %v", s, tt.result, tt.values)
+			if s := got.step(t, "circuit"); s.Result != checkPassed {
+				t.Errorf("circuit = %+v, want it passed", s)
 			}
 		})
 	}
