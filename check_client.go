@@ -1,8 +1,8 @@
 package main
 
-// A throw-away client for check.go: a libp2p host with a key that is never
-// stored, which speaks QUIC, identify and the client side of the circuit relay,
-// listens on no socket and dials what it was told to, nothing else.
+// The throw-away clients of `check`: libp2p hosts with keys that are never stored.
+// They speak QUIC, identify and the client side of the circuit relay, listen on
+// no socket, and dial only what they are told to.
 
 import (
 	"bufio"
@@ -12,6 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -47,6 +49,12 @@ import (
 )
 
 const (
+	// What each kind of step may take at most. checkDialTime is go-libp2p's own
+	// timeout of a QUIC handshake.
+	checkAskTime     = 3 * time.Second
+	checkDialTime    = 5 * time.Second
+	checkCircuitTime = 12 * time.Second
+
 	// checkProtocol is what the throw-away clients say they speak, and their
 	// protocol on the circuit: whatever comes is sent back.
 	checkProtocol = "/privstack/check/1.0.0"
@@ -57,6 +65,9 @@ const (
 
 	// checkRoundTrips are made where latency is measured; the shortest counts.
 	checkRoundTrips = 5
+
+	// checkEchoBytes go through the circuit and back.
+	checkEchoBytes = 1 << 20
 )
 
 // checkHost is one throw-away client. Make it with newCheckHost, end it with Close.
@@ -112,25 +123,27 @@ func newCheckHost() (*checkHost, error) {
 	}
 	basic.Start()
 	h.Host = basic
+	return h, h.speakCircuits(key)
+}
 
+// speakCircuits lets h open and accept circuits, and send back what comes over
+// checkProtocol.
+func (h *checkHost) speakCircuits(key crypto.PrivKey) error {
 	// On the circuit both ends are ours: TLS, which QUIC has brought along.
 	muxers := []upgrader.StreamMuxer{{ID: yamux.ID, Muxer: yamux.DefaultTransport}}
 	security, err := libp2ptls.New(libp2ptls.ID, key, muxers)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	upgrade, err := upgrader.New([]sec.SecureTransport{security}, muxers, nil, nil, h.dials)
 	if err != nil {
-		return nil, err
-	}
-	if err := circuitclient.AddTransport(h, upgrade); err != nil {
-		return nil, err
+		return err
 	}
 	h.SetStreamHandler(checkProtocol, func(s network.Stream) {
 		defer s.Close()
 		io.Copy(s, io.LimitReader(s, 2*checkEchoBytes))
 	})
-	return h, nil
+	return circuitclient.AddTransport(h, upgrade)
 }
 
 // Close ends the network first: a host waits for what it is telling its peers, and
@@ -189,28 +202,21 @@ type probe struct {
 	identifyTook time.Duration
 }
 
-// probe dials addr from the host's socket of that family, for one identify, and
-// hangs up. An empty id takes whoever answers.
-func (h *checkHost) probe(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
-	return probeOver(ctx, h.direct, addr, id)
-}
-
-// probeAsAnother is probe with the same socket and another identity. A relay
-// bounds the connections of one, and counts each as a peer served.
-func (h *checkHost) probeAsAnother(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
-	key, _, err := crypto.GenerateEd25519Key(rand.Reader)
-	if err != nil {
-		return probe{addr: addr, err: err}
+// probe dials addr, for one identify, and hangs up. An empty id takes whoever
+// answers. asAnother dials with a new identity: a relay bounds the connections of
+// one, and counts each as a peer served.
+func (h *checkHost) probe(ctx context.Context, addr ma.Multiaddr, id peer.ID, asAnother bool) probe {
+	p := probe{addr: addr}
+	direct := h.direct
+	if asAnother {
+		var key crypto.PrivKey
+		if key, _, p.err = crypto.GenerateEd25519Key(rand.Reader); p.err != nil {
+			return p
+		}
+		if direct, p.err = libp2pquic.NewTransport(key, h.sockets, nil, nil, nil); p.err != nil {
+			return p
+		}
 	}
-	direct, err := libp2pquic.NewTransport(key, h.sockets, nil, nil, nil)
-	if err != nil {
-		return probe{addr: addr, err: err}
-	}
-	return probeOver(ctx, direct, addr, id)
-}
-
-func probeOver(ctx context.Context, direct transport.Transport, addr ma.Multiaddr, id peer.ID) (p probe) {
-	p.addr = addr
 	begun := time.Now()
 	conn, err := direct.Dial(ctx, addr, id)
 	p.took = time.Since(begun)
@@ -222,11 +228,26 @@ func probeOver(ctx context.Context, direct transport.Transport, addr ma.Multiadd
 	if p.id, p.err = peer.IDFromPublicKey(conn.RemotePublicKey()); p.err != nil {
 		return p
 	}
-
 	begun = time.Now()
 	p.identity, p.identifyErr = readIdentify(ctx, conn)
 	p.identifyTook = time.Since(begun)
 	return p
+}
+
+// seenAs is the IP address and port under which the relay saw the probe.
+func (p probe) seenAs() (netip.AddrPort, error) {
+	if p.identity == nil {
+		return netip.AddrPort{}, errors.New("identify gave no answer")
+	}
+	addr, err := ma.NewMultiaddrBytes(p.identity.GetObservedAddr())
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	udp, _, err := quicreuse.FromQuicMultiaddr(addr)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	return netip.AddrPortFrom(udp.AddrPort().Addr().Unmap(), udp.AddrPort().Port()), nil
 }
 
 // readIdentify asks the peer at the other end of conn who it is and under which
@@ -360,4 +381,35 @@ func (h *checkHost) echo(ctx context.Context, mate peer.ID) (e echoed, err error
 		}
 	}
 	return e, nil
+}
+
+// errText is the part of a QUIC error that a reader can use.
+func errText(err error) string {
+	mismatch := sec.ErrPeerIDMismatch{}
+	switch {
+	case errors.As(err, &mismatch):
+		return fmt.Sprintf("is %s, and was promised to be %s", mismatch.Actual, mismatch.Expected)
+	case isTimeout(err):
+		return "no answer"
+	case isRefusal(err):
+		return "the relay refuses the connection"
+	case errors.Is(err, network.ErrReset):
+		return "the stream was reset"
+	}
+	return err.Error()
+}
+
+func isTimeout(err error) bool {
+	timeout := net.Error(nil) // which quic-go's timeouts are
+	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
+}
+
+// isRefusal reports whether the relay, at a limit, hung up: before the handshake,
+// or with one of libp2p's codes after it.
+func isRefusal(err error) bool {
+	if e := (*quic.TransportError)(nil); errors.As(err, &e) && e.ErrorCode == quic.ConnectionRefused {
+		return true
+	}
+	e := (*quic.ApplicationError)(nil)
+	return errors.As(err, &e) && (e.ErrorCode == quic.ApplicationErrorCode(network.ConnResourceLimitExceeded) || e.ErrorCode == quic.ApplicationErrorCode(network.ConnRateLimited))
 }

@@ -9,13 +9,11 @@ import (
 	"unicode"
 )
 
-// What `check` says: the report, its steps, and how they look on a terminal.
-
 // The results of a step, as they are in JSON.
 const (
 	checkPassed  = "ok"
 	checkFailed  = "failed"
-	checkSkipped = "skipped" // does not apply here, or needs a step that failed
+	checkSkipped = "skipped" // it does not apply here, or needs a step that failed
 )
 
 // checkReport is the JSON document. Monitoring relies on its names. Each step is
@@ -29,41 +27,49 @@ type checkReport struct {
 	Steps   []checkStep `json:"steps"`   // all of them, always in the same order
 }
 
-func (r checkReport) count(result string) (n int) {
+func (r checkReport) failures() (n int) {
 	for _, s := range r.Steps {
-		if s.Result == result {
+		if s.Result == checkFailed {
 			n++
 		}
 	}
 	return n
 }
 
-// checkStep is what came of one step.
+// checkStep says how one step ended.
 type checkStep struct {
 	Name   string         `json:"name"`
 	Result string         `json:"result"`
 	Millis float64        `json:"ms"` // 0 if skipped
 	Detail string         `json:"detail"`
 	Lines  []string       `json:"lines,omitempty"`  // more details, one line each
-	Cause  string         `json:"cause,omitempty"`  // the likely one of a failure
-	Try    []string       `json:"try,omitempty"`    // commands, to be run on the relay's machine
-	Values map[string]any `json:"values,omitempty"` // numbers and addresses in Detail, for machines
+	Cause  string         `json:"cause,omitempty"`  // the likely cause of a failure
+	Try    []string       `json:"try,omitempty"`    // commands to run on the relay's machine
+	Values map[string]any `json:"values,omitempty"` // the numbers and addresses in Detail, for machines
+
+	// blocks is why the steps that follow make no sense. Empty: they do.
+	blocks string
 }
 
-func passed(format string, args ...any) checkStep {
+func stepPassed(format string, args ...any) checkStep {
 	return checkStep{Result: checkPassed, Detail: fmt.Sprintf(format, args...)}
 }
 
-func skipped(format string, args ...any) checkStep {
+func stepSkipped(format string, args ...any) checkStep {
 	return checkStep{Result: checkSkipped, Detail: fmt.Sprintf(format, args...)}
 }
 
-func failed(why diagnosis, format string, args ...any) checkStep {
+func stepFailed(why diagnosis, format string, args ...any) checkStep {
 	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), Cause: why.cause, Try: why.try}
 }
 
 func (s checkStep) with(values map[string]any) checkStep {
 	s.Values = values
+	return s
+}
+
+func (s checkStep) blocking(why string) checkStep {
+	s.blocks = why
 	return s
 }
 
@@ -88,8 +94,6 @@ func (s checkStep) text() string {
 	if s.Result != checkSkipped {
 		took = fmt.Sprintf("%.0f ms", s.Millis)
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s %-13s %8s  ", mark, s.Name, took)
 	paragraphs := append([]string{s.Detail}, s.Lines...)
 	if s.Cause != "" {
 		paragraphs = append(paragraphs, "likely: "+s.Cause)
@@ -97,18 +101,15 @@ func (s checkStep) text() string {
 	for _, command := range s.Try {
 		paragraphs = append(paragraphs, "try: "+command)
 	}
-	for i, p := range paragraphs {
-		for j, line := range wrap(p, width-indent) {
-			if i+j > 0 {
-				b.WriteString(strings.Repeat(" ", indent))
-			}
-			b.WriteString(line + "\n")
-		}
+	var lines []string
+	for _, p := range paragraphs {
+		lines = append(lines, wrapText(p, width-indent)...)
 	}
-	return b.String()
+	return fmt.Sprintf("%s %-13s %8s  ", mark, s.Name, took) +
+		strings.Join(lines, "\n"+strings.Repeat(" ", indent)) + "\n"
 }
 
-// clean makes text of the other side's harmless to a terminal, and short.
+// clean makes text from the other side harmless to a terminal, and short.
 func clean(s string) string {
 	const most = 600
 	runes := []rune(strings.ToValidUTF8(s, "?"))
@@ -123,8 +124,8 @@ func clean(s string) string {
 	return string(runes)
 }
 
-// wrap breaks s into lines of at most width characters, between words where it can.
-func wrap(s string, width int) (lines []string) {
+// wrapText breaks s into lines of at most width characters, between words where it can.
+func wrapText(s string, width int) (lines []string) {
 	line := []rune(s)
 	for len(line) > width {
 		cut := width
@@ -143,21 +144,15 @@ func wrap(s string, width int) (lines []string) {
 // millis is d in milliseconds, to the microsecond.
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// inUnit is how to add flags to the relay's command line.
-func inUnit(flags string) string {
-	return "systemctl edit --full privstack-relay  # add " + flags
-}
-
-func limit(v any, none bool) string {
-	if none {
-		return "without limit"
-	}
-	return fmt.Sprint(v)
-}
-
+// sizeText is n bytes for a reader.
 func sizeText(n uint64) string {
 	if n >= 1<<30 {
 		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
 	}
 	return fmt.Sprintf("%.0f KiB", float64(n)/(1<<10))
+}
+
+// inUnit says how to add flags to the relay's command line.
+func inUnit(flags string) string {
+	return "systemctl edit --full privstack-relay  # add " + flags
 }

@@ -514,10 +514,11 @@ func TestCheckDialsFewAddresses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c := &checker{target: target, listed: tt.listed, ips: map[family][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}}
+			host := &hostCheck{checkTarget: target, ips: map[family][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}}
+			c := &dialCheck{endpoint: &endpointCheck{host: host, listed: tt.listed}}
 			var dialled []string
-			for _, d := range c.addrsToDial(testContext(t)) {
-				if d.not == "" {
+			for _, d := range c.addrs(testContext(t)) {
+				if d.notTried == "" {
 					dialled = append(dialled, d.addr.String())
 				}
 			}
@@ -731,7 +732,7 @@ func FuzzCheckText(f *testing.F) {
 	f.Add("/ip4/203.0.113.7/udp/1/quic-v1/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV", "\xff\xfe 世界")
 	f.Add("http://[::1]/a/../b", "")
 	f.Fuzz(func(t *testing.T, target, said string) {
-		s := failed(likely("a cause"), "%s", clean(said))
+		s := stepFailed(likely("a cause"), "%s", clean(said))
 		wantReadable(t, s.text())
 		if got, err := parseCheckTarget(target); err == nil {
 			if got.host == "" || (got.url == nil) == (got.addr == nil) || got.addr != nil && (got.id == "" || len(got.addr) != 3) {
