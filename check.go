@@ -110,14 +110,14 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) (
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	report := checkReport{Target: target.given, Version: buildVersion()}
-	var clients [2]*checkHost
+	var clients [2]*checkClient
 	for i := range clients {
-		h, err := newCheckHost()
+		c, err := newCheckClient()
 		if err != nil {
 			return report, fmt.Errorf("start a client: %w", err)
 		}
-		defer h.Close()
-		clients[i] = h
+		defer c.Close()
+		clients[i] = c
 	}
 
 	// Each phase reads what the one before it has found.

@@ -33,7 +33,7 @@ const (
 // dialCheck shakes hands with the relay at each of its addresses.
 type dialCheck struct {
 	endpoint *endpointCheck
-	client   *checkHost
+	client   *checkClient
 
 	dials []dialled
 	used  *probe  // the address over which the rest is checked; nil if none answers
@@ -63,9 +63,12 @@ func (c *dialCheck) dial(ctx context.Context) {
 	tried := 0
 	for i := range c.dials {
 		if d := &c.dials[i]; d.notTried == "" {
-			asAnother := tried >= maxCheckOwn
+			probe := c.client.probe
+			if tried >= maxCheckOwn {
+				probe = probeAsAnother
+			}
 			tried++
-			dialling.Go(func() { d.probe = c.client.probe(ctx, d.addr, c.endpoint.id, asAnother) })
+			dialling.Go(func() { d.probe = probe(ctx, d.addr, c.endpoint.id) })
 		}
 	}
 	dialling.Wait()

@@ -13,9 +13,7 @@ import (
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
-	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -29,9 +27,10 @@ const checkRecordTTL = 60
 // meetCheck has two clients meet through the relay.
 type meetCheck struct {
 	dials         *dialCheck
-	first, second *checkHost
+	first, second *checkClient
 
-	reservation *circuitclient.Reservation // the second client's; nil if it has none
+	reserved bool  // by the second client
+	dataMost int64 // bytes that a circuit carries each way; 0 is unlimited, or unknown
 }
 
 // identify compares what the relay says about itself with what it should be.
@@ -68,8 +67,8 @@ func (c *meetCheck) observed() checkStep {
 
 // clients connects the two clients.
 func (c *meetCheck) clients(ctx context.Context) checkStep {
-	for _, h := range []*checkHost{c.first, c.second} {
-		if err := h.dial(ctx, c.dials.id, c.dials.used.addr); err != nil {
+	for _, client := range []*checkClient{c.first, c.second} {
+		if err := client.connect(ctx, c.dials.used.addr, c.dials.id); err != nil {
 			why := likely("the relay hangs, or the path to it loses packets", "systemctl status privstack-relay")
 			if isRefusal(err) {
 				why = whyFull()
@@ -82,13 +81,11 @@ func (c *meetCheck) clients(ctx context.Context) checkStep {
 
 // whyNoAnswer explains a request that got no answer; what is what it was for.
 func (c *meetCheck) whyNoAnswer(ctx context.Context, what string) diagnosis {
-	if ctx.Err() != nil {
+	switch {
+	case ctx.Err() != nil:
 		return likely("the relay hangs or is overloaded", "systemctl restart privstack-relay")
-	}
-	for _, h := range []*checkHost{c.first, c.second} {
-		if h.Network().Connectedness(c.dials.id) != network.Connected {
-			return whyFull()
-		}
+	case c.first.conn.IsClosed() || c.second.conn.IsClosed():
+		return whyFull()
 	}
 	return likely("no PrivStack relay, or one of another version: it does not serve "+what, "privstack-relay --version")
 }
@@ -99,14 +96,14 @@ func (c *meetCheck) dht(ctx context.Context) checkStep {
 	var resp *kadpb.Message
 	// Each asks for itself: a client is in only when it has been answered, because a
 	// handshake is done before the relay has taken the connection.
-	for _, q := range []struct{ asks, wants *checkHost }{{c.second, c.second}, {c.first, c.first}, {c.first, c.second}} {
+	for _, q := range []struct{ asks, wants *checkClient }{{c.second, c.second}, {c.first, c.first}, {c.first, c.second}} {
 		var err error
-		if resp, err = q.asks.ask(ctx, c.dials.id, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.ID()), 0)); err != nil {
+		if resp, err = q.asks.ask(ctx, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)); err != nil {
 			return stepFailed(c.whyNoAnswer(ctx, string(kadProtocol)), "FIND_NODE: %s", errText(err))
 		}
 	}
 	for _, p := range resp.CloserPeers {
-		if addrs := p.Addresses(); peer.ID(p.Id) == c.second.ID() && len(addrs) > 0 {
+		if addrs := p.Addresses(); peer.ID(p.Id) == c.second.id && len(addrs) > 0 {
 			return stepPassed("names one client to the other, at %s", addrs[0]).with(map[string]any{"address": addrs[0].String()})
 		}
 	}
@@ -116,13 +113,13 @@ func (c *meetCheck) dht(ctx context.Context) checkStep {
 
 // record has one client put a record, as clients do, and the other get it.
 func (c *meetCheck) record(ctx context.Context) checkStep {
-	put, extra := newCheckRecord(c.first.ID())
+	put, extra := newCheckRecord(c.first.id)
 	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, put.Key, 0)
 	req.Record = put
-	if _, err := c.first.ask(ctx, c.dials.id, req); err != nil {
+	if _, err := c.first.ask(ctx, req); err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
 	}
-	resp, err := c.second.ask(ctx, c.dials.id, kadpb.NewMessage(kadpb.Message_GET_VALUE, put.Key, 0))
+	resp, err := c.second.ask(ctx, kadpb.NewMessage(kadpb.Message_GET_VALUE, put.Key, 0))
 	if err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
 	}
@@ -157,78 +154,80 @@ func newCheckRecord(publisher peer.ID) (rec *recpb.Record, extra []byte) {
 
 // reserve takes a place at the relay for the second client.
 func (c *meetCheck) reserve(ctx context.Context) checkStep {
-	got, err := c.second.reserve(ctx, c.dials.id)
-	if err != nil {
-		return c.notReserved(ctx, err)
+	resp, stream, err := c.second.hop(ctx, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()})
+	if errors.As(err, new(hopStatus)) {
+		return stepFailed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "%v", err)
 	}
-	c.reservation = got
+	if err != nil {
+		return stepFailed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", errText(err))
+	}
+	stream.Reset()
+	c.reserved, c.dataMost = true, int64(resp.GetLimit().GetData())
 	var addrs []string
 	private := true
-	for _, a := range got.Addrs[:min(len(got.Addrs), maxOfferedAddrs)] {
-		a, _ = peer.SplitAddr(a)
-		if len(a) > 0 {
+	for _, b := range resp.GetReservation().GetAddrs() {
+		a, err := ma.NewMultiaddrBytes(b)
+		if err != nil {
+			continue
+		}
+		if a, _ = peer.SplitAddr(a); len(a) > 0 && len(addrs) < maxOfferedAddrs {
 			addrs = append(addrs, a.String())
 			private = private && manet.IsPrivateAddr(a)
 		}
 	}
+	duration := time.Duration(resp.GetLimit().GetDuration()) * time.Second
 	lasts, carries := "without limit", "without limit"
-	if got.LimitDuration > 0 {
-		lasts = got.LimitDuration.String()
+	if duration > 0 {
+		lasts = duration.String()
 	}
-	if got.LimitData > 0 {
-		carries = sizeText(got.LimitData)
+	if c.dataMost > 0 {
+		carries = sizeText(c.dataMost)
 	}
 	s := stepPassed("accepted; one circuit may last %s and carry %s", lasts, carries)
 	announce := inUnit("--announce " + c.dials.endpoint.host.host)
 	switch {
+	case time.Until(time.Unix(int64(resp.GetReservation().GetExpire()), 0)) < 0:
+		s = stepFailed(likely("the clock of this machine or of the relay's is wrong", "timedatectl"), "accepted, but it has already expired")
 	case len(addrs) == 0:
 		s = stepFailed(likely("the relay does not know its address: deployed clients refuse such a reservation", announce), "accepted, but without an address")
 	case private && !manet.IsPrivateAddr(c.dials.used.addr):
 		s = stepFailed(likely("the relay is behind a NAT and knows its private address only: nobody outside can use these", announce), "accepted, but its addresses are all private")
 	}
 	s.Lines = addrs
-	return s.with(map[string]any{"addresses": addrs, "duration_s": int(got.LimitDuration.Seconds()), "data_bytes": got.LimitData})
-}
-
-// notReserved explains why a reservation failed with err.
-func (c *meetCheck) notReserved(ctx context.Context, err error) checkStep {
-	e := circuitclient.ReservationError{Status: circuitpb.Status_CONNECTION_FAILED}
-	cause := err
-	if errors.As(err, &e) && e.Unwrap() != nil {
-		cause = e.Unwrap()
-	}
-	switch {
-	case ctx.Err() != nil:
-		return stepFailed(c.whyNoAnswer(ctx, ""), "no answer")
-	case e.Status != circuitpb.Status_CONNECTION_FAILED:
-		return stepFailed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "the relay says %v: %s", e.Status, e.Reason)
-	}
-	return stepFailed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", errText(cause))
+	return s.with(map[string]any{"addresses": addrs, "duration_s": int(duration.Seconds()), "data_bytes": c.dataMost})
 }
 
 // circuit has the clients meet through the relay.
 func (c *meetCheck) circuit(ctx context.Context) checkStep {
-	if c.reservation == nil {
+	if !c.reserved {
 		return stepSkipped("needs a reservation")
 	}
-	direct, err := c.first.ping(ctx, c.dials.id)
+	direct, err := c.first.ping(ctx)
 	if err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "ping"), "ping: %s", errText(err))
 	}
-	via := c.dials.used.addr.Encapsulate(ma.StringCast("/p2p/" + c.dials.id.String() + "/p2p-circuit"))
-	if err := c.first.dial(ctx, c.second.ID(), via); err != nil {
+	_, circuit, err := c.first.hop(ctx, &circuitpb.HopMessage{
+		Type: circuitpb.HopMessage_CONNECT.Enum(),
+		Peer: &circuitpb.Peer{Id: []byte(c.second.id)},
+	})
+	if err != nil {
 		return stepFailed(likely("the relay is at its limit of circuits, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "no circuit: %s", errText(err))
 	}
-	e, err := c.first.echo(ctx, c.second.ID())
+	defer circuit.Reset()
+	rtt, err := pingOver(circuit)
+	n, took := 0, time.Duration(0)
+	if err == nil {
+		n, took, err = echoOver(circuit)
+	}
 	if err != nil {
 		why := likely("the path to the relay is slow or loses packets")
-		if data := c.reservation.LimitData; data > 0 && data < 2*checkEchoBytes {
-			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", data), inUnit("--circuit-bytes 1GiB"))
+		if c.dataMost > 0 && c.dataMost < 2*checkEchoBytes {
+			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), inUnit("--circuit-bytes 1GiB"))
 		}
-		return stepFailed(why, "cut after %d of %d bytes: %s", e.bytes, checkEchoBytes, errText(err))
+		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(err))
 	}
-	rate := float64(checkEchoBytes) / (1 << 20) / e.took.Seconds()
-	added := max(0, e.rtt-direct) // on a fast path the difference is noise
-	return stepPassed("1 MiB echoed at %.1f MiB/s; round trip %.1f ms, %.1f more than to the relay", rate, millis(e.rtt), millis(added)).
-		with(map[string]any{"mib_per_s": rate, "circuit_rtt_ms": millis(e.rtt), "relay_rtt_ms": millis(direct), "added_ms": millis(added)})
+	rate := float64(checkEchoBytes) / (1 << 20) / took.Seconds()
+	added := max(0, rtt-direct) // on a fast path the difference is noise
+	return stepPassed("1 MiB echoed at %.1f MiB/s; round trip %.1f ms, %.1f more than to the relay", rate, millis(rtt), millis(added)).
+		with(map[string]any{"mib_per_s": rate, "circuit_rtt_ms": millis(rtt), "relay_rtt_ms": millis(direct), "added_ms": millis(added)})
 }

@@ -145,7 +145,7 @@ func wrapText(s string, width int) (lines []string) {
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // sizeText is n bytes for a reader.
-func sizeText(n uint64) string {
+func sizeText(n int64) string {
 	if n >= 1<<30 {
 		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
 	}
