@@ -196,57 +196,41 @@ func parseCheckTarget(s string) (t checkTarget, err error) {
 		return t, nil
 	}
 
-	t.url = &url.URL{Scheme: "http", Path: identityRoute}
-	port := checkHTTPPort
-	if strings.Contains(s, "://") {
-		u, err := parseEndpointURL(s)
-		if err != nil {
-			return t, err
-		}
-		t.url, t.host, port = u, u.Hostname(), u.Port()
-	} else if host, p, err := net.SplitHostPort(s); err == nil {
-		t.host, port = host, p
-	} else {
-		t.host = s
-		if rest, ok := strings.CutPrefix(s, "["); ok {
-			if t.host, ok = strings.CutSuffix(rest, "]"); !ok {
-				return t, errors.New("the bracket is not closed")
-			}
-		}
+	isURL := strings.Contains(s, "://")
+	if net.ParseIP(s) != nil {
+		s = net.JoinHostPort(s, checkHTTPPort) // which puts brackets around IPv6
+	}
+	if !isURL {
+		s = "http://" + s
+	}
+	u, err := url.Parse(s)
+	switch {
+	case err != nil:
+		return t, errors.New("not a host name, IP address or URL")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return t, fmt.Errorf("a URL begins with http:// or https://, not %s://", clean(u.Scheme))
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path != "" && !isURL:
+		return t, errors.New("the identity endpoint has no user, query or fragment")
+	}
+	port := u.Port()
+	switch {
+	case port != "":
+	case !isURL:
+		port = checkHTTPPort
+	case u.Scheme == "https":
+		port = "443"
+	default:
+		port = "80"
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 		return t, fmt.Errorf("port %q is not between 1 and 65535", clean(port))
 	}
+	t.host = u.Hostname()
 	// Any name or IP address that a relay can announce can be checked.
-	if strings.HasPrefix(t.host, "/") {
-		return t, errors.New("not a host name or IP address")
-	}
 	if _, err := parseAnnounce(t.host, checkPort); err != nil {
 		return t, err
 	}
-	t.url.Host = net.JoinHostPort(t.host, port)
+	path := strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), identityRoute) + identityRoute
+	t.url = &url.URL{Scheme: u.Scheme, Host: net.JoinHostPort(t.host, port), Path: path}
 	return t, nil
-}
-
-// parseEndpointURL reads a URL of the identity endpoint, with or without its
-// route, and completes it with port and route.
-func parseEndpointURL(s string) (*url.URL, error) {
-	u, err := url.Parse(s)
-	switch {
-	case err != nil:
-		return nil, errors.New("not a URL")
-	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, fmt.Errorf("a URL begins with http:// or https://, not %s://", clean(u.Scheme))
-	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
-		return nil, errors.New("the identity endpoint has no user, query or fragment")
-	}
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
-	}
-	return &url.URL{
-		Scheme: u.Scheme,
-		Host:   net.JoinHostPort(u.Hostname(), port),
-		Path:   strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), identityRoute) + identityRoute,
-	}, nil
 }

@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -161,6 +160,20 @@ func openStream(ctx context.Context, conn network.MuxedConn, speaking protocol.I
 	return s, nil
 }
 
+// exchange sends req, unless it is nil, over a stream of its own, and reads the answer
+// into resp.
+func exchange(ctx context.Context, conn network.MuxedConn, speaking protocol.ID, req, resp protobuf.Message) error {
+	s, err := openStream(ctx, conn, speaking)
+	if err != nil {
+		return err
+	}
+	defer s.Reset()
+	if req != nil {
+		protodelim.MarshalTo(s, req) // what fails shows when we read: it may have answered unasked
+	}
+	return readMessage(s, resp)
+}
+
 // readMessage reads one message behind its varint length. It may read beyond it: in
 // every protocol here, the other side then waits for us.
 func readMessage(r io.Reader, msg protobuf.Message) error {
@@ -198,7 +211,12 @@ func (c *checkClient) probe(ctx context.Context, addr ma.Multiaddr, id peer.ID) 
 		return p
 	}
 	begun = time.Now()
-	p.identity, p.identifyErr = readIdentify(ctx, conn)
+	// The first message has all but a signed copy of the addresses.
+	// https://github.com/libp2p/specs/tree/master/identify
+	p.identity = new(identifypb.Identify)
+	if p.identifyErr = exchange(ctx, conn, identify.ID, nil, p.identity); p.identifyErr != nil {
+		p.identity = nil
+	}
 	p.identifyTook = time.Since(begun)
 	return p
 }
@@ -214,48 +232,10 @@ func probeAsAnother(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
 	return c.probe(ctx, addr, id)
 }
 
-// seenAs is the IP address and port under which the relay saw the probe.
-func (p probe) seenAs() (netip.AddrPort, error) {
-	if p.identity == nil {
-		return netip.AddrPort{}, errors.New("identify gave no answer")
-	}
-	addr, err := ma.NewMultiaddrBytes(p.identity.GetObservedAddr())
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	udp, _, err := quicreuse.FromQuicMultiaddr(addr)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	return netip.AddrPortFrom(udp.AddrPort().Addr().Unmap(), udp.AddrPort().Port()), nil
-}
-
-// readIdentify asks the peer at the other end of conn who it is and under which
-// address it sees us. https://github.com/libp2p/specs/tree/master/identify
-func readIdentify(ctx context.Context, conn network.MuxedConn) (*identifypb.Identify, error) {
-	s, err := openStream(ctx, conn, identify.ID)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Reset()
-	// The first message has all but a signed copy of the addresses.
-	msg := new(identifypb.Identify)
-	if err := readMessage(s, msg); err != nil {
-		return nil, err
-	}
-	return msg, nil
-}
-
 // ask sends one DHT request to the relay and returns its answer.
 func (c *checkClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Message, error) {
-	s, err := openStream(ctx, c.conn, kadProtocol)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Reset()
-	protodelim.MarshalTo(s, req) // what fails shows when we read: it may have answered unasked
 	resp := new(kadpb.Message)
-	if err := readMessage(s, resp); err != nil {
+	if err := exchange(ctx, c.conn, kadProtocol, req, resp); err != nil {
 		return nil, err
 	}
 	return resp, nil
@@ -274,7 +254,7 @@ func (c *checkClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*circ
 	if err != nil {
 		return nil, nil, err
 	}
-	protodelim.MarshalTo(s, req) // as in ask
+	protodelim.MarshalTo(s, req) // as in exchange
 	resp := new(circuitpb.HopMessage)
 	if err = readMessage(s, resp); err == nil && resp.GetStatus() != circuitpb.Status_OK {
 		err = hopStatus(resp.GetStatus())

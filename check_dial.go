@@ -177,7 +177,7 @@ func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
 	case isRefusal(d.err):
 		return whyFull()
 	case isTimeout(d.err) && runs:
-		return likely("UDP "+port+" is closed over "+d.family.String()+" in the firewall of the machine or of its provider", "ufw allow "+port+"/udp", "systemctl status privstack-relay")
+		return likely("UDP "+port+" is closed over "+string(d.family)+" in the firewall of the machine or of its provider", "ufw allow "+port+"/udp", "systemctl status privstack-relay")
 	case isTimeout(d.err):
 		return likely("the relay is not running, or UDP "+port+" is closed in a firewall", "systemctl status privstack-relay", "ufw allow "+port+"/udp")
 	}
@@ -220,47 +220,40 @@ func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 // skips what is no QUIC address: other relays may have other transports.
 func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
 	addr, err := ma.NewMultiaddr(s)
-	if err != nil {
+	if err == nil {
+		addr, _ = peer.SplitAddr(addr)
+	}
+	if err != nil || !isQUICAddr(addr) {
 		return nil
 	}
-	if addr, _ = peer.SplitAddr(addr); !isQUICAddr(addr) {
-		return nil
-	}
-	host := c.endpoint.host
-	switch ip, err := manet.ToIP(addr); {
-	case err != nil: // a name
-		ips, _ := lookupIPs(ctx, addr[0].Value())
-		ips = slices.DeleteFunc(ips, func(ip netip.Addr) bool { return !standsFor(addr, ip) })
+	host, ip := c.endpoint.host, ipOf(addr)
+	switch {
+	case !ip.IsValid(): // a name
+		ips, _ := lookupIPs(ctx, addr[0].Protocol().Code, addr[0].Value())
 		if len(ips) == 0 {
 			return []dialled{{probe: probe{addr: addr}, announced: true, notTried: "the name has no address", useless: true}}
 		}
 		return c.atIPs(ips[:min(len(ips), 2*maxCheckIPs)], addr[1:], true)
 	case ip.IsUnspecified():
-		f := ipv6
-		if ip.To4() != nil {
-			f = ipv4
-		}
+		f := familyOf(ip)
 		if len(host.ips[f]) == 0 {
 			return []dialled{{probe: probe{addr: addr}, family: f, notTried: fmt.Sprintf("%s has no %v address", host.host, f)}}
 		}
 		return c.atIPs(host.ips[f], addr[1:], false)
-	default:
-		ip, _ := netip.AddrFromSlice(ip)
-		return c.atIPs([]netip.Addr{ip}, addr[1:], true)
 	}
+	return c.atIPs([]netip.Addr{ip}, addr[1:], true)
 }
 
 // atIPs returns the addresses that begin with each of ips and end in rest.
 func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (found []dialled) {
 	for _, ip := range ips {
-		ip = ip.Unmap()
 		d := dialled{probe: probe{addr: ipAddr(ip).Encapsulate(rest)}, family: familyOf(ip), announced: announced}
 		switch {
 		case announced && c.isForeign(ip):
 			// Nor is it our business to dial what is local to us.
 			d.notTried, d.useless = "a private address, which only its own network can dial", true
 		case routeTo(ip) != nil:
-			d.notTried = "this machine has no " + d.family.String()
+			d.notTried = fmt.Sprintf("this machine has no %v", d.family)
 		}
 		found = append(found, d)
 	}
@@ -282,5 +275,6 @@ func (c *dialCheck) isForeign(ip netip.Addr) bool {
 func isPrivate(ip netip.Addr) bool { return manet.IsPrivateAddr(ipAddr(ip)) }
 
 func ipAddr(ip netip.Addr) ma.Multiaddr {
-	return ma.StringCast(fmt.Sprintf("/ip%d/%s", familyOf(ip), ip))
+	addr, _ := manet.FromIP(ip.AsSlice()) // which fails for other lengths than an Addr has
+	return addr
 }

@@ -4,6 +4,7 @@ package main
 // endpoint says.
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -47,34 +48,28 @@ type checkTarget struct {
 type hostCheck struct {
 	checkTarget
 
-	ips     map[family][]netip.Addr // the host's, at most maxCheckIPs each
-	noRoute map[family]error        // why this machine can't send to them
+	ips     map[family][]netip.Addr // at most maxCheckIPs in each family
+	noRoute map[family]error        // why this machine can't send to that family
 }
 
 // resolve finds the host's addresses, and which of them this machine can send to.
 func (c *hostCheck) resolve(ctx context.Context) checkStep {
-	needsAddress := "needs an address of " + c.host
-	ip, err := netip.ParseAddr(c.host)
-	found := []netip.Addr{ip.Unmap()}
-	isName := err != nil
-	if isName {
-		if found, err = lookupIPs(ctx, c.host); err != nil {
-			return stepFailed(likely("the name is mistyped, or its DNS record is missing or not yet known everywhere", "getent ahosts "+c.host),
-				"%s has no address: %v", c.host, err).blocking(needsAddress)
-		}
+	kind := ma.P_DNS
+	if c.addr != nil {
+		kind = c.addr[0].Protocol().Code
+	}
+	found, err := lookupIPs(ctx, kind, c.host)
+	if err != nil {
+		return stepFailed(likely("the name is mistyped, or its DNS record is missing or not yet known everywhere", "getent ahosts "+c.host),
+			"%s has no address: %v", c.host, err).blocking("needs an address of " + c.host)
 	}
 	c.ips, c.noRoute = make(map[family][]netip.Addr), make(map[family]error)
 	var all []string
 	for _, ip := range found {
-		f := familyOf(ip)
-		if len(c.ips[f]) < maxCheckIPs && (c.addr == nil || standsFor(c.addr, ip)) {
+		if f := familyOf(ip); len(c.ips[f]) < maxCheckIPs {
 			c.ips[f] = append(c.ips[f], ip)
 			all = append(all, ip.String())
 		}
-	}
-	if len(all) == 0 { // /dns4 or /dns6 before a name that has the other
-		return stepFailed(likely("the DNS record for this family is missing", "getent ahosts "+c.host),
-			"%s has no such address", c.addr).blocking(needsAddress)
 	}
 	for f, ips := range c.ips {
 		if err := routeTo(ips[0]); err != nil {
@@ -86,7 +81,7 @@ func (c *hostCheck) resolve(ctx context.Context) checkStep {
 	case len(c.noRoute) == len(c.ips):
 		s = stepFailed(likely("this machine has no network, or not of this family", "ip route"),
 			"no route to %s", strings.Join(all, ", ")).blocking("needs a way to " + c.host)
-	case !isName:
+	case net.ParseIP(c.host) != nil:
 		s = stepSkipped("%s is an address", c.host)
 	}
 	return s.with(map[string]any{"addresses": all})
@@ -107,14 +102,12 @@ func (c *hostCheck) missing(f family) (checkStep, bool) {
 }
 
 // family is IPv4 or IPv6.
-type family int
+type family string
 
 const (
-	ipv4 family = 4
-	ipv6 family = 6
+	ipv4 family = "IPv4"
+	ipv6 family = "IPv6"
 )
-
-func (f family) String() string { return fmt.Sprintf("IPv%d", int(f)) }
 
 func familyOf(ip netip.Addr) family {
 	if ip.Is4() {
@@ -123,20 +116,11 @@ func familyOf(ip netip.Addr) family {
 	return ipv6
 }
 
-// standsFor reports whether ip is of the family that addr, which has a name, wants.
-func standsFor(addr ma.Multiaddr, ip netip.Addr) bool {
-	switch addr[0].Protocol().Code {
-	case ma.P_DNS4:
-		return ip.Is4()
-	case ma.P_DNS6:
-		return ip.Is6()
-	}
-	return true
-}
-
-// lookupIPs returns the addresses of host without zones, which multiaddrs don't have.
-func lookupIPs(ctx context.Context, host string) ([]netip.Addr, error) {
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+// lookupIPs returns the addresses of host, which is an IP address or a name of the
+// multiaddr protocol kind, without zones: multiaddrs have none.
+func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error) {
+	network := map[int]string{ma.P_DNS4: "ip4", ma.P_DNS6: "ip6"}[kind]
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, cmp.Or(network, "ip"), host)
 	for i, ip := range ips {
 		ips[i] = ip.Unmap().WithZone("")
 	}
@@ -165,37 +149,30 @@ func withoutAddrs(err error) error {
 // endpointCheck asks the identity endpoint, as clients do.
 type endpointCheck struct {
 	host    *hostCheck
-	answers map[family]endpointAnswer
+	answers map[family]*endpointAnswer
 
-	// id is the relay's by the endpoint that answered, IPv4 before IPv6, or by the
-	// target. "" if there is neither.
-	id     peer.ID
-	listed []string // addresses in that answer; nil if there was none
+	id     peer.ID  // the target's, else by the answer, IPv4's before IPv6's; "" if there is none
+	listed []string // addresses in that answer; nil if there is none
 }
 
 // ask asks over both families at once.
 func (c *endpointCheck) ask(ctx context.Context) {
-	c.id, c.answers = c.host.id, make(map[family]endpointAnswer)
+	c.id, c.answers = c.host.id, make(map[family]*endpointAnswer)
 	if c.host.url == nil {
 		return
 	}
-	var mu sync.Mutex
 	var asking sync.WaitGroup
 	for f, ips := range c.host.ips {
 		if c.host.noRoute[f] == nil {
-			asking.Go(func() {
-				a := askEndpoint(ctx, c.host.url, ips[0])
-				mu.Lock()
-				defer mu.Unlock()
-				c.answers[f] = a
-			})
+			a := new(endpointAnswer)
+			c.answers[f] = a
+			asking.Go(func() { a.ask(ctx, c.host.url, ips[0]) })
 		}
 	}
 	asking.Wait()
-	for _, f := range []family{ipv4, ipv6} {
-		if a, asked := c.answers[f]; asked && a.err == nil {
+	for _, f := range []family{ipv6, ipv4} {
+		if a := c.answers[f]; a != nil && a.err == nil {
 			c.id, c.listed = a.id, append([]string{}, a.addrs...)
-			return
 		}
 	}
 }
@@ -224,21 +201,20 @@ func (c *endpointCheck) over(f family) checkStep {
 
 // endpointAnswer is what the identity endpoint says over one family.
 type endpointAnswer struct {
-	took  time.Duration
 	id    peer.ID
 	addrs []string
+	took  time.Duration
 
-	// err is why there is no answer, and why what is likely wrong.
-	err error
-	why diagnosis
+	err error     // why there is no answer
+	why diagnosis // what is then likely wrong
 }
 
 func (a *endpointAnswer) fail(err error, cause string, try ...string) {
 	a.err, a.why = err, likely(cause, try...)
 }
 
-// askEndpoint gets u from ip, whatever address its host name has.
-func askEndpoint(ctx context.Context, u *url.URL, ip netip.Addr) (a endpointAnswer) {
+// ask gets u from ip, whatever address its host name has.
+func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 	begun := time.Now()
 	defer func() { a.took = time.Since(begun) }()
 	var connected atomic.Bool
@@ -255,31 +231,28 @@ func askEndpoint(ctx context.Context, u *url.URL, ip netip.Addr) (a endpointAnsw
 		MaxResponseHeaderBytes: 16 << 10,
 		DisableKeepAlives:      true,
 	}
-	defer transport.CloseIdleConnections()
 	client := http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
 		if len(via) > 3 || req.URL.Hostname() != u.Hostname() {
 			return fmt.Errorf("redirected to %s", req.URL)
 		}
 		return nil
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		a.err = err
-		return a
-	}
-	req.Header.Set("User-Agent", "privstack-relay-check/"+buildVersion())
+	req := (&http.Request{
+		Method: http.MethodGet,
+		URL:    u,
+		Header: http.Header{"User-Agent": {"privstack-relay-check/" + buildVersion()}},
+	}).WithContext(ctx)
 	resp, err := client.Do(req)
 	if err != nil {
 		a.failNoResponse(ctx, err, u, connected.Load())
-		return a
+		return
 	}
 	defer resp.Body.Close()
 	a.read(ctx, resp, u)
-	return a
 }
 
-// failNoResponse says why a request to u got no response but err; connected, whether
-// TCP was.
+// failNoResponse says why a request to u got no response but err; connected says
+// whether TCP was.
 func (a *endpointAnswer) failNoResponse(ctx context.Context, err error, u *url.URL, connected bool) {
 	port := u.Port()
 	if e := (*url.Error)(nil); errors.As(err, &e) {
@@ -309,6 +282,7 @@ func (a *endpointAnswer) failHung(err error, port string) {
 // read takes the identity from the response to a request for u.
 func (a *endpointAnswer) read(ctx context.Context, resp *http.Response, u *url.URL) {
 	see := "curl -i " + u.String()
+	fail := func(err error) { a.fail(err, "another program answers there", see) }
 	if resp.StatusCode != http.StatusOK {
 		a.fail(fmt.Errorf("HTTP status %d", resp.StatusCode), "another program answers on this port, or the reverse proxy does not pass "+identityRoute+" on", see)
 		return
@@ -321,20 +295,17 @@ func (a *endpointAnswer) read(ctx context.Context, resp *http.Response, u *url.U
 	if err == nil && len(body) > maxIdentityBody {
 		err = fmt.Errorf("the answer is longer than %d bytes", maxIdentityBody)
 	}
-	var answer identityResponse
-	if err == nil {
-		if err = json.Unmarshal(body, &answer); err != nil {
-			err = fmt.Errorf("the answer is not a relay's identity: %w", err)
-		}
-	}
-	if err == nil {
-		if a.id, err = peer.Decode(answer.PeerID); err != nil {
-			err = fmt.Errorf("peer_id %q: %w", answer.PeerID, err)
-		}
-	}
 	if err != nil {
-		a.fail(err, "another program answers there", see)
+		fail(err)
 		return
+	}
+	var answer identityResponse
+	if err := json.Unmarshal(body, &answer); err != nil {
+		fail(fmt.Errorf("the answer is not a relay's identity: %w", err))
+		return
+	}
+	if a.id, err = peer.Decode(answer.PeerID); err != nil {
+		fail(fmt.Errorf("peer_id %q: %w", answer.PeerID, err))
 	}
 	a.addrs = answer.Addresses
 }

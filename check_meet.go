@@ -53,16 +53,20 @@ func (c *meetCheck) identify() (s checkStep) {
 
 // observed says at which address the relay sees us, which is what it tells others.
 func (c *meetCheck) observed() checkStep {
-	seen, err := c.dials.used.seenAs()
+	addr, err := ma.NewMultiaddrBytes(c.dials.used.identity.GetObservedAddr())
+	seen := ""
+	if err == nil {
+		_, seen, err = manet.DialArgs(addr) // IP address and port
+	}
 	if err != nil {
 		return stepFailed(likely("no PrivStack relay: devices in two homes will not find each other"), "the relay tells no address: %v", err)
 	}
 	s := stepPassed("the relay sees us at %s", seen)
-	if isPrivate(seen.Addr()) && !manet.IsPrivateAddr(c.dials.used.addr) {
+	if manet.IsPrivateAddr(addr) && !manet.IsPrivateAddr(c.dials.used.addr) {
 		s = stepFailed(likely("a proxy or NAT before the relay, such as a container's port forwarding, hides its clients: homes behind NATs will not meet", "docker run --network host ..."),
 			"the relay sees us at the private %s", seen)
 	}
-	return s.with(map[string]any{"address": seen.String()})
+	return s.with(map[string]any{"address": clean(seen)})
 }
 
 // clients connects the two clients.

@@ -38,18 +38,26 @@ func (r checkReport) failures() (n int) {
 
 // checkStep says how one step ended.
 type checkStep struct {
-	Name   string         `json:"name"`
-	Result string         `json:"result"`
-	Millis float64        `json:"ms"` // 0 if skipped
-	Detail string         `json:"detail"`
-	Lines  []string       `json:"lines,omitempty"`  // more details, one line each
-	Cause  string         `json:"cause,omitempty"`  // the likely cause of a failure
-	Try    []string       `json:"try,omitempty"`    // commands to run on the relay's machine
+	Name   string   `json:"name"`
+	Result string   `json:"result"`
+	Millis float64  `json:"ms"` // 0 if skipped
+	Detail string   `json:"detail"`
+	Lines  []string `json:"lines,omitempty"` // more details, one line each
+	diagnosis
 	Values map[string]any `json:"values,omitempty"` // the numbers and addresses in Detail, for machines
 
 	// blocks is why the steps that follow make no sense. Empty: they do.
 	blocks string
 }
+
+// diagnosis is the likely cause of a failure, and commands to run on the relay's
+// machine.
+type diagnosis struct {
+	Cause string   `json:"cause,omitempty"`
+	Try   []string `json:"try,omitempty"`
+}
+
+func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
 
 func stepPassed(format string, args ...any) checkStep {
 	return checkStep{Result: checkPassed, Detail: fmt.Sprintf(format, args...)}
@@ -60,7 +68,7 @@ func stepSkipped(format string, args ...any) checkStep {
 }
 
 func stepFailed(why diagnosis, format string, args ...any) checkStep {
-	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), Cause: why.cause, Try: why.try}
+	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), diagnosis: why}
 }
 
 func (s checkStep) with(values map[string]any) checkStep {
@@ -73,24 +81,11 @@ func (s checkStep) blocking(why string) checkStep {
 	return s
 }
 
-// diagnosis is the likely cause of a failure and the commands to run.
-type diagnosis struct {
-	cause string
-	try   []string
-}
-
-func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
-
 // text is the step for a terminal of 100 columns.
 func (s checkStep) text() string {
 	const indent, width = 26, 100
-	mark, took := "–", ""
-	switch s.Result {
-	case checkPassed:
-		mark = "✓"
-	case checkFailed:
-		mark = "✗"
-	}
+	mark := map[string]string{checkPassed: "✓", checkFailed: "✗", checkSkipped: "–"}[s.Result]
+	took := ""
 	if s.Result != checkSkipped {
 		took = fmt.Sprintf("%.0f ms", s.Millis)
 	}
@@ -112,7 +107,7 @@ func (s checkStep) text() string {
 // clean makes text from the other side harmless to a terminal, and short.
 func clean(s string) string {
 	const most = 600
-	runes := []rune(strings.ToValidUTF8(s, "?"))
+	runes := []rune(s)
 	for i, r := range runes {
 		if !unicode.IsPrint(r) {
 			runes[i] = '?'
@@ -129,11 +124,11 @@ func wrapText(s string, width int) (lines []string) {
 	line := []rune(s)
 	for len(line) > width {
 		cut := width
-		for i := width; i > 0; i-- {
-			if line[i] == ' ' {
-				cut = i
-				break
-			}
+		for cut > 0 && line[cut] != ' ' {
+			cut--
+		}
+		if cut == 0 {
+			cut = width
 		}
 		lines = append(lines, string(line[:cut]))
 		line = []rune(strings.TrimLeft(string(line[cut:]), " "))

@@ -405,9 +405,10 @@ func TestCheckSurvivesHostileEndpoints(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), limit)
 			defer cancel()
-			a := askEndpoint(ctx, target.url, netip.MustParseAddr("127.0.0.1"))
-			if a.err == nil || !strings.Contains(a.err.Error(), tt.says) || a.why.cause == "" {
-				t.Errorf("error = %v (likely %q), want %q", a.err, a.why.cause, tt.says)
+			var a endpointAnswer
+			a.ask(ctx, target.url, netip.MustParseAddr("127.0.0.1"))
+			if a.err == nil || !strings.Contains(a.err.Error(), tt.says) || a.why.Cause == "" {
+				t.Errorf("error = %v (likely %q), want %q", a.err, a.why.Cause, tt.says)
 			}
 		})
 	}
@@ -445,9 +446,10 @@ func TestCheckFindsBadCertificate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := askEndpoint(testContext(t), target.url, netip.MustParseAddr("127.0.0.1"))
-	if a.err == nil || !strings.Contains(a.why.cause, "certificate") {
-		t.Errorf("error = %v (likely %q), want the certificate named", a.err, a.why.cause)
+	var a endpointAnswer
+	a.ask(testContext(t), target.url, netip.MustParseAddr("127.0.0.1"))
+	if a.err == nil || !strings.Contains(a.why.Cause, "certificate") {
+		t.Errorf("error = %v (likely %q), want the certificate named", a.err, a.why.Cause)
 	}
 }
 
