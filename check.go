@@ -86,10 +86,7 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	} else {
 		fmt.Fprintf(stdout, "Checking %s\n\n", clean(target.given))
 	}
-	report, err := checkRelay(ctx, target, tell)
-	if err != nil {
-		return fmt.Errorf("check: %w", err)
-	}
+	report := checkRelay(ctx, target, tell)
 	if *asJSON {
 		enc := json.NewEncoder(stdout)
 		enc.SetIndent("", "  ")
@@ -103,29 +100,20 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	return err
 }
 
-// checkRelay takes all the steps and hands each to tell as it ends. Its error is
-// a fault of this machine; the steps say what is wrong with the relay.
-func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) (checkReport, error) {
+// checkRelay takes all the steps and hands each to tell as it ends.
+func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) checkReport {
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	report := checkReport{Target: target.given, Version: buildVersion()}
-	var clients [2]*checkClient
-	for i := range clients {
-		c, err := newCheckClient()
-		if err != nil {
-			return report, fmt.Errorf("start a client: %w", err)
-		}
-		defer c.Close()
-		clients[i] = c
-	}
-
 	// Each phase reads what the one before it has found.
 	host := &hostCheck{checkTarget: target}
 	endpoint := &endpointCheck{host: host}
-	dials := &dialCheck{endpoint: endpoint, client: clients[0]}
-	meet := &meetCheck{dials: dials, first: clients[0], second: clients[1]}
-	blocked := ""
+	dials := &dialCheck{endpoint: endpoint}
+	defer dials.close()
+	meet := &meetCheck{dials: dials}
+	defer meet.close()
+	blocked := "" // why the steps that are left make no sense
 	for _, step := range []struct {
 		name string
 		most time.Duration
@@ -136,48 +124,34 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) (
 		{"identity-ipv6", checkDialTime, func(context.Context) checkStep { return endpoint.over(ipv6) }},
 		{"quic-ipv4", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { dials.dial(ctx); return dials.over(ipv4) }},
 		{"quic-ipv6", checkDialTime, func(context.Context) checkStep { return dials.over(ipv6) }},
-		{"addresses", checkAskTime, func(context.Context) checkStep { return dials.addresses() }},
-		{"identify", checkAskTime, func(context.Context) checkStep { return meet.identify() }},
-		{"observed", checkAskTime, func(context.Context) checkStep { return meet.observed() }},
+		{"addresses", checkAskTime, dials.addresses},
+		{"identify", checkAskTime, meet.identify},
+		{"observed", checkAskTime, meet.observed},
 		{"clients", checkDialTime, meet.clients},
 		{"dht", checkAskTime, meet.dht},
 		{"record", checkAskTime, meet.record},
 		{"reservation", checkAskTime, meet.reserve},
 		{"circuit", checkCircuitTime, meet.circuit},
 	} {
-		s := takeCheckStep(ctx, step.most, blocked, step.take)
-		s.Name = step.name
-		blocked = cmp.Or(blocked, s.blocks)
+		begun, s := time.Now(), stepSkipped("%s", blocked)
+		if ctx.Err() != nil {
+			s = stepFailed(diagnosis{}, "not reached: %v", ctx.Err())
+		} else if blocked == "" {
+			ctx, cancel := context.WithTimeout(ctx, step.most)
+			s = step.take(ctx)
+			cancel()
+		}
+		if s.Millis == 0 && s.Result != checkSkipped {
+			s.Millis = millis(time.Since(begun))
+		}
+		s.Name, blocked = step.name, cmp.Or(blocked, s.blocks)
 		report.Steps = append(report.Steps, s)
 		tell(s)
 	}
 	report.PeerID = cmp.Or(dials.id, endpoint.id, target.id).String()
 	report.OK = report.failures() == 0
 	report.Millis = millis(time.Since(begun))
-	return report, nil
-}
-
-// takeCheckStep takes one step, in the time of most, unless there is a reason in
-// blocked why it makes no sense, or ctx is over.
-func takeCheckStep(ctx context.Context, most time.Duration, blocked string, take func(context.Context) checkStep) checkStep {
-	if ctx.Err() != nil {
-		return stepFailed(diagnosis{}, "not reached: %v", ctx.Err())
-	}
-	if blocked != "" {
-		return stepSkipped("%s", blocked)
-	}
-	ctx, cancel := context.WithTimeout(ctx, most)
-	defer cancel()
-	begun := time.Now()
-	s := take(ctx)
-	if s.Millis == 0 && s.Result != checkSkipped {
-		s.Millis = millis(time.Since(begun))
-	}
-	s.Detail = clean(s.Detail)
-	for i, line := range s.Lines {
-		s.Lines[i] = clean(line)
-	}
-	return s
+	return report
 }
 
 // parseCheckTarget reads what the operator gave: a bootstrap address, or where

@@ -3,8 +3,8 @@ package main
 // The throw-away clients of `check`: a key that is never stored and one QUIC
 // connection to the relay. They speak identify, ping, the DHT and the circuit
 // relay by themselves rather than through a libp2p host: a host would dial what a
-// relay tells it, and a hostile relay could point it at others. These dial only
-// the addresses that they are given, and listen on nothing.
+// relay tells it, and a hostile relay could point it at others. These dial one
+// address, and listen on nothing.
 
 import (
 	"bufio"
@@ -18,7 +18,6 @@ import (
 	"sync"
 	"time"
 
-	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -57,48 +56,47 @@ const (
 	checkEchoBytes = 1 << 20
 )
 
-// checkClient is one throw-away client. Make it with newCheckClient, end it with
-// Close.
+// checkClient is one throw-away client, connected to a relay. dialCheckClient makes
+// it; end it with Close.
 type checkClient struct {
 	id      peer.ID
+	relay   peer.ID // the one that answered
 	sockets *quicreuse.ConnManager
-	dialer  transport.Transport // QUIC from these sockets, as id
-	answers *multistream.MultistreamMuxer[protocol.ID]
-
-	conn    transport.CapableConn // to the relay, after connect
-	serving sync.WaitGroup        // the streams that the relay opens
+	conn    transport.CapableConn
+	serving sync.WaitGroup // the streams that the relay opens
 }
 
-func newCheckClient() (*checkClient, error) {
+// dialCheckClient makes a client and connects it to the relay at addr. An empty id
+// takes whoever answers.
+func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (_ *checkClient, err error) {
 	key, pub, err := crypto.GenerateEd25519Key(rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	c := &checkClient{answers: multistream.NewMultistreamMuxer[protocol.ID]()}
-	if c.id, err = peer.IDFromPublicKey(pub); err != nil {
-		return nil, err
-	}
-	pubBytes, err := crypto.MarshalPublicKey(pub)
-	if err != nil {
-		return nil, err
-	}
+	c := new(checkClient)
 	// It listens on nothing, so nobody will see a token or a reset of these keys.
 	if c.sockets, err = quicreuse.NewConnManager(quic.StatelessResetKey{}, quic.TokenGeneratorKey{}); err != nil {
 		return nil, err
 	}
-	if c.dialer, err = libp2pquic.NewTransport(key, c.sockets, nil, nil, nil); err != nil {
-		return nil, errors.Join(err, c.sockets.Close())
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.Close())
+		}
+	}()
+	if c.id, err = peer.IDFromPublicKey(pub); err != nil {
+		return nil, err
 	}
-	c.answers.AddHandler(identify.ID, func(_ protocol.ID, s io.ReadWriteCloser) error {
-		_, err := protodelim.MarshalTo(s, &identifypb.Identify{
-			PublicKey:       pubBytes,
-			ProtocolVersion: new("/privstack/check/1.0.0"),
-			AgentVersion:    new("privstack-relay-check/" + buildVersion()),
-			Protocols:       protocol.ConvertToStrings(c.answers.Protocols()),
-		})
-		return err
-	})
-	c.answers.AddHandler(proto.ProtoIDv2Stop, func(_ protocol.ID, s io.ReadWriteCloser) error { return sendBack(s) })
+	dialer, err := libp2pquic.NewTransport(key, c.sockets, nil, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	if c.conn, err = dialer.Dial(ctx, addr, id); err != nil {
+		return nil, err
+	}
+	if c.relay, err = peer.IDFromPublicKey(c.conn.RemotePublicKey()); err != nil {
+		return nil, err
+	}
+	c.serving.Go(func() { c.serve(pub) })
 	return c, nil
 }
 
@@ -112,24 +110,31 @@ func (c *checkClient) Close() error {
 	return errors.Join(err, c.sockets.Close())
 }
 
-// connect connects to the relay id at addr, and answers it until Close.
-func (c *checkClient) connect(ctx context.Context, addr ma.Multiaddr, id peer.ID) (err error) {
-	if c.conn, err = c.dialer.Dial(ctx, addr, id); err != nil {
+// serve answers the relay, which asks who we are and brings circuits, until the
+// connection ends.
+func (c *checkClient) serve(pub crypto.PubKey) {
+	mux := multistream.NewMultistreamMuxer[protocol.ID]()
+	mux.AddHandler(proto.ProtoIDv2Stop, func(_ protocol.ID, s io.ReadWriteCloser) error { return sendBack(s) })
+	mux.AddHandler(identify.ID, func(_ protocol.ID, s io.ReadWriteCloser) error {
+		key, _ := crypto.MarshalPublicKey(pub)
+		_, err := protodelim.MarshalTo(s, &identifypb.Identify{
+			PublicKey:       key,
+			ProtocolVersion: new("/privstack/check/1.0.0"),
+			AgentVersion:    new("privstack-relay-check/" + buildVersion()),
+			Protocols:       protocol.ConvertToStrings(mux.Protocols()),
+		})
 		return err
-	}
-	c.serving.Go(func() {
-		for {
-			s, err := c.conn.AcceptStream()
-			if err != nil {
-				return
-			}
-			c.serving.Go(func() {
-				defer s.Close()
-				c.answers.Handle(s) // what fails shows in the steps
-			})
-		}
 	})
-	return nil
+	for {
+		s, err := c.conn.AcceptStream()
+		if err != nil {
+			return
+		}
+		c.serving.Go(func() {
+			defer s.Close()
+			mux.Handle(s) // what fails shows in the steps
+		})
+	}
 }
 
 // sendBack takes a circuit and sends back what comes over it.
@@ -146,9 +151,9 @@ func sendBack(s io.ReadWriter) error {
 	return err
 }
 
-// openStream opens a stream that ends with ctx at the latest.
-func openStream(ctx context.Context, conn network.MuxedConn, speaking protocol.ID) (network.MuxedStream, error) {
-	s, err := conn.OpenStream(ctx)
+// open opens a stream that ends with ctx at the latest.
+func (c *checkClient) open(ctx context.Context, speaking protocol.ID) (network.MuxedStream, error) {
+	s, err := c.conn.OpenStream(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -161,9 +166,9 @@ func openStream(ctx context.Context, conn network.MuxedConn, speaking protocol.I
 }
 
 // exchange sends req, unless it is nil, over a stream of its own, and reads the answer
-// into resp.
-func exchange(ctx context.Context, conn network.MuxedConn, speaking protocol.ID, req, resp protobuf.Message) error {
-	s, err := openStream(ctx, conn, speaking)
+// into resp. After an error, resp holds nothing of use.
+func (c *checkClient) exchange(ctx context.Context, speaking protocol.ID, req, resp protobuf.Message) error {
+	s, err := c.open(ctx, speaking)
 	if err != nil {
 		return err
 	}
@@ -180,100 +185,24 @@ func readMessage(r io.Reader, msg protobuf.Message) error {
 	return protodelim.UnmarshalOptions{MaxSize: maxCheckMessage}.UnmarshalFrom(bufio.NewReader(r), msg)
 }
 
-// probe is what one address answered.
-type probe struct {
-	addr ma.Multiaddr
-
-	// err is why there was no handshake. The rest is set if there was one.
-	err  error
-	took time.Duration // also of the attempt that failed
-	id   peer.ID       // whose key it has
-
-	// identity is what identify said; nil if identifyErr.
-	identity     *identifypb.Identify
-	identifyErr  error
-	identifyTook time.Duration
-}
-
-// probe dials addr, for one identify, and hangs up. An empty id takes whoever
-// answers.
-func (c *checkClient) probe(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
-	p := probe{addr: addr}
-	begun := time.Now()
-	conn, err := c.dialer.Dial(ctx, addr, id)
-	p.took = time.Since(begun)
+// openCircuit opens a circuit through the relay to mate, for the caller to reset.
+// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
+func (c *checkClient) openCircuit(ctx context.Context, mate peer.ID) (network.MuxedStream, error) {
+	s, err := c.open(ctx, proto.ProtoIDv2Hop)
 	if err != nil {
-		p.err = err
-		return p
-	}
-	defer conn.Close()
-	if p.id, p.err = peer.IDFromPublicKey(conn.RemotePublicKey()); p.err != nil {
-		return p
-	}
-	begun = time.Now()
-	// The first message has all but a signed copy of the addresses.
-	// https://github.com/libp2p/specs/tree/master/identify
-	p.identity = new(identifypb.Identify)
-	if p.identifyErr = exchange(ctx, conn, identify.ID, nil, p.identity); p.identifyErr != nil {
-		p.identity = nil
-	}
-	p.identifyTook = time.Since(begun)
-	return p
-}
-
-// probeAsAnother is probe by a client of its own. A relay bounds the connections of
-// one, and counts each as a peer served.
-func probeAsAnother(ctx context.Context, addr ma.Multiaddr, id peer.ID) probe {
-	c, err := newCheckClient()
-	if err != nil {
-		return probe{addr: addr, err: err}
-	}
-	defer c.Close()
-	return c.probe(ctx, addr, id)
-}
-
-// ask sends one DHT request to the relay and returns its answer.
-func (c *checkClient) ask(ctx context.Context, req *kadpb.Message) (*kadpb.Message, error) {
-	resp := new(kadpb.Message)
-	if err := exchange(ctx, c.conn, kadProtocol, req, resp); err != nil {
 		return nil, err
 	}
-	return resp, nil
-}
-
-// hopStatus is a relay's refusal of a reservation or circuit.
-type hopStatus circuitpb.Status
-
-func (s hopStatus) Error() string { return "the relay says " + circuitpb.Status(s).String() }
-
-// hop asks the relay for a reservation or a circuit. It returns the answer and the
-// stream, which is the circuit from then on and the caller's to reset.
-// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
-func (c *checkClient) hop(ctx context.Context, req *circuitpb.HopMessage) (*circuitpb.HopMessage, network.MuxedStream, error) {
-	s, err := openStream(ctx, c.conn, proto.ProtoIDv2Hop)
-	if err != nil {
-		return nil, nil, err
-	}
+	req := &circuitpb.HopMessage{Type: circuitpb.HopMessage_CONNECT.Enum(), Peer: &circuitpb.Peer{Id: []byte(mate)}}
 	protodelim.MarshalTo(s, req) // as in exchange
 	resp := new(circuitpb.HopMessage)
 	if err = readMessage(s, resp); err == nil && resp.GetStatus() != circuitpb.Status_OK {
-		err = hopStatus(resp.GetStatus())
+		err = fmt.Errorf("the relay says %v", resp.GetStatus())
 	}
 	if err != nil {
 		s.Reset()
-		return nil, nil, err
+		return nil, err
 	}
-	return resp, s, nil
-}
-
-// ping measures the round trip to the relay.
-func (c *checkClient) ping(ctx context.Context) (time.Duration, error) {
-	s, err := openStream(ctx, c.conn, ping.ID)
-	if err != nil {
-		return 0, err
-	}
-	defer s.Reset()
-	return pingOver(s)
+	return s, nil
 }
 
 // pingOver is the shortest of checkRoundTrips of a ping over s, which sends back what
@@ -294,25 +223,18 @@ func pingOver(s io.ReadWriter) (best time.Duration, err error) {
 	return best, nil
 }
 
-// echoOver sends checkEchoBytes over a circuit. It returns how many came back as they
-// were sent, also if not all did, and how long they took from the first byte sent.
-func echoOver(circuit io.ReadWriter) (n int, took time.Duration, err error) {
-	sent := make([]byte, checkEchoBytes)
+// echoOver sends checkEchoBytes over s, which sends them back. It returns how many
+// came back, also if not all did, and how long they took from the first byte sent.
+func echoOver(s io.ReadWriter) (n int, took time.Duration, err error) {
+	sent, got := make([]byte, checkEchoBytes), make([]byte, checkEchoBytes)
 	rand.Read(sent)
 	begun := time.Now()
-	go circuit.Write(sent) // until the stream is reset; what fails shows in what comes back
-	got := make([]byte, 16<<10)
-	for n < len(sent) {
-		m, err := circuit.Read(got)
-		if !bytes.Equal(got[:m], sent[n:min(n+m, len(sent))]) {
-			return n, 0, errors.New("what came back is not what was sent")
-		}
-		n += m
-		if err != nil && n < len(sent) {
-			return n, 0, err
-		}
+	go s.Write(sent) // until the stream is reset; what fails shows in what comes back
+	n, err = io.ReadFull(s, got)
+	if !bytes.Equal(got[:n], sent[:n]) {
+		err = errors.New("what came back is not what was sent")
 	}
-	return n, time.Since(begun), nil
+	return n, time.Since(begun), err
 }
 
 // errText is the part of a QUIC error that a reader can use.

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/sec"
@@ -19,12 +20,9 @@ import (
 
 const (
 	// maxCheckDials bounds the addresses that are dialled, and maxCheckListed those
-	// in the endpoint's list that are looked at. maxCheckOwn of the dials are made
-	// with the identity that is used later: with that connection they stay within
-	// connsPerPeer.
+	// in the endpoint's list that are looked at.
 	maxCheckDials  = 8
 	maxCheckListed = maxAnnounce + 2
-	maxCheckOwn    = connsPerPeer - 2
 
 	// checkPort is the relay's UDP port if nothing says another.
 	checkPort = 4001
@@ -33,26 +31,27 @@ const (
 // dialCheck shakes hands with the relay at each of its addresses.
 type dialCheck struct {
 	endpoint *endpointCheck
-	client   *checkClient
 
 	dials []dialled
-	used  *probe  // the address over which the rest is checked; nil if none answers
-	id    peer.ID // the relay's: promised, or else that of used
+	used  *dialled // the address over which the rest is checked; nil if none answers
+	id    peer.ID  // the relay's: promised, or else that of used
 }
 
 // dialled is an address of the relay and what came of it.
 type dialled struct {
-	probe
+	addr      ma.Multiaddr
 	family    family
 	announced bool   // by the operator, rather than the host that was asked
 	notTried  string // why it was not dialled; empty if it was
 	useless   bool   // not dialled, and clients can't dial it either
+
+	client *checkClient // connected; nil if there is none
+	err    error        // why not
+	took   time.Duration
 }
 
-// works reports whether the relay answers at this address.
-func (d dialled) works() bool { return d.notTried == "" && d.err == nil }
-
-// dial dials all addresses at once, and chooses the one to use.
+// dial dials all addresses at once, each with a client of its own, and chooses the one
+// to use.
 func (c *dialCheck) dial(ctx context.Context) {
 	naming, cancel := context.WithTimeout(ctx, checkAskTime)
 	defer cancel()
@@ -60,21 +59,28 @@ func (c *dialCheck) dial(ctx context.Context) {
 	ctx, cancel = context.WithTimeout(ctx, checkDialTime)
 	defer cancel()
 	var dialling sync.WaitGroup
-	tried := 0
 	for i := range c.dials {
 		if d := &c.dials[i]; d.notTried == "" {
-			probe := c.client.probe
-			if tried >= maxCheckOwn {
-				probe = probeAsAnother
-			}
-			tried++
-			dialling.Go(func() { d.probe = probe(ctx, d.addr, c.endpoint.id) })
+			dialling.Go(func() {
+				begun := time.Now()
+				d.client, d.err = dialCheckClient(ctx, d.addr, c.endpoint.id)
+				d.took = time.Since(begun)
+			})
 		}
 	}
 	dialling.Wait()
 	for _, f := range []family{ipv4, ipv6} {
-		if best := c.best(f); c.used == nil && best != nil && best.works() {
-			c.used, c.id = &best.probe, best.id
+		if best := c.best(f); c.used == nil && best != nil && best.client != nil {
+			c.used, c.id = best, best.client.relay
+		}
+	}
+}
+
+// close ends the clients that dial has connected.
+func (c *dialCheck) close() {
+	for _, d := range c.dials {
+		if d.client != nil {
+			d.client.Close()
 		}
 	}
 }
@@ -83,7 +89,7 @@ func (c *dialCheck) dial(ctx context.Context) {
 // nil if none was dialled.
 func (c *dialCheck) best(f family) (best *dialled) {
 	for i, d := range c.dials {
-		if d.family == f && d.notTried == "" && (best == nil || !best.works() && d.works()) {
+		if d.family == f && d.notTried == "" && (best == nil || best.client == nil && d.client != nil) {
 			best = &c.dials[i]
 		}
 	}
@@ -101,14 +107,14 @@ func (c *dialCheck) over(f family) checkStep {
 	}
 	s := stepPassed("%s answers with the promised peer ID", best.addr)
 	switch {
-	case !best.works() && c.elsewhere(*best):
+	case best.client == nil && c.elsewhere(*best):
 		return stepSkipped("%s: %s, and others are announced", best.addr, errText(best.err))
-	case !best.works():
+	case best.client == nil:
 		s = stepFailed(c.whyNoQUIC(best), "%s: %s", best.addr, errText(best.err))
-	case best.id != c.id: // nothing was promised, and the other family's is another
-		s = stepFailed(likely("the name's addresses belong to two different relays", "getent ahosts "+c.endpoint.host.host), "%s is %s, not %s", best.addr, best.id, c.id)
+	case best.client.relay != c.id: // nothing was promised, and the other family's is another
+		s = stepFailed(likely("the name's addresses belong to two different relays", "getent ahosts "+c.endpoint.host.host), "%s is %s, not %s", best.addr, best.client.relay, c.id)
 	case c.endpoint.id == "":
-		s = stepPassed("%s is %s, which nothing promised", best.addr, best.id)
+		s = stepPassed("%s is %s, which nothing promised", best.addr, c.id)
 	}
 	s.Millis = millis(best.took)
 	return s.with(map[string]any{"address": best.addr.String()})
@@ -121,7 +127,7 @@ func (c *dialCheck) elsewhere(d dialled) bool {
 }
 
 // addresses sums up what came of each address that the endpoint lists.
-func (c *dialCheck) addresses() (s checkStep) {
+func (c *dialCheck) addresses(context.Context) (s checkStep) {
 	if c.used == nil {
 		defer func() { s = s.blocking("needs QUIC") }()
 	}
@@ -134,7 +140,7 @@ func (c *dialCheck) addresses() (s checkStep) {
 	for _, d := range c.dials {
 		mark, says := "–", d.notTried
 		switch {
-		case d.works():
+		case d.client != nil:
 			mark, says = "✓", fmt.Sprintf("%.0f ms", millis(d.took))
 			good++
 		case d.notTried == "" && c.elsewhere(d):
@@ -146,7 +152,7 @@ func (c *dialCheck) addresses() (s checkStep) {
 			mark = "✗"
 			bad++
 		}
-		lines = append(lines, fmt.Sprintf("%s %s  %s", mark, d.addr, says))
+		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", mark, d.addr, says)))
 	}
 	detail := fmt.Sprintf("%d listed, %d answer", listed, good)
 	if listed > maxCheckListed {
@@ -231,13 +237,13 @@ func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
 	case !ip.IsValid(): // a name
 		ips, _ := lookupIPs(ctx, addr[0].Protocol().Code, addr[0].Value())
 		if len(ips) == 0 {
-			return []dialled{{probe: probe{addr: addr}, announced: true, notTried: "the name has no address", useless: true}}
+			return []dialled{{addr: addr, announced: true, notTried: "the name has no address", useless: true}}
 		}
 		return c.atIPs(ips[:min(len(ips), 2*maxCheckIPs)], addr[1:], true)
 	case ip.IsUnspecified():
 		f := familyOf(ip)
 		if len(host.ips[f]) == 0 {
-			return []dialled{{probe: probe{addr: addr}, family: f, notTried: fmt.Sprintf("%s has no %v address", host.host, f)}}
+			return []dialled{{addr: addr, family: f, notTried: fmt.Sprintf("%s has no %v address", host.host, f)}}
 		}
 		return c.atIPs(host.ips[f], addr[1:], false)
 	}
@@ -247,7 +253,7 @@ func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
 // atIPs returns the addresses that begin with each of ips and end in rest.
 func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (found []dialled) {
 	for _, ip := range ips {
-		d := dialled{probe: probe{addr: ipAddr(ip).Encapsulate(rest)}, family: familyOf(ip), announced: announced}
+		d := dialled{addr: ipAddr(ip).Encapsulate(rest), family: familyOf(ip), announced: announced}
 		switch {
 		case announced && c.isForeign(ip):
 			// Nor is it our business to dial what is local to us.

@@ -209,14 +209,9 @@ type endpointAnswer struct {
 	why diagnosis // what is then likely wrong
 }
 
-func (a *endpointAnswer) fail(err error, cause string, try ...string) {
-	a.err, a.why = err, likely(cause, try...)
-}
-
-// ask gets u from ip, whatever address its host name has.
+// ask gets the identity at u from ip, whatever address its host name has.
 func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 	begun := time.Now()
-	defer func() { a.took = time.Since(begun) }()
 	var connected atomic.Bool
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -231,81 +226,73 @@ func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 		MaxResponseHeaderBytes: 16 << 10,
 		DisableKeepAlives:      true,
 	}
-	client := http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+	client := &http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
 		if len(via) > 3 || req.URL.Hostname() != u.Hostname() {
 			return fmt.Errorf("redirected to %s", req.URL)
 		}
 		return nil
 	}}
-	req := (&http.Request{
-		Method: http.MethodGet,
-		URL:    u,
-		Header: http.Header{"User-Agent": {"privstack-relay-check/" + buildVersion()}},
-	}).WithContext(ctx)
+	if a.err = a.get(ctx, client, u); a.err != nil {
+		a.explain(ctx, u, connected.Load())
+	}
+	a.took = time.Since(begun)
+}
+
+// get fills a with the answer at u.
+func (a *endpointAnswer) get(ctx context.Context, client *http.Client, u *url.URL) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("User-Agent", "privstack-relay-check/"+buildVersion())
 	resp, err := client.Do(req)
 	if err != nil {
-		a.failNoResponse(ctx, err, u, connected.Load())
-		return
+		return err
 	}
 	defer resp.Body.Close()
-	a.read(ctx, resp, u)
-}
-
-// failNoResponse says why a request to u got no response but err; connected says
-// whether TCP was.
-func (a *endpointAnswer) failNoResponse(ctx context.Context, err error, u *url.URL, connected bool) {
-	port := u.Port()
-	if e := (*url.Error)(nil); errors.As(err, &e) {
-		err = e.Err // without the URL, which is known
-	}
-	err = withoutAddrs(err)
-	switch timedOut := ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded); {
-	case timedOut && !connected:
-		a.fail(errors.New("no answer"), "TCP "+port+" is closed in the firewall of the machine or of its provider", "ufw allow "+port+"/tcp", "systemctl status privstack-relay")
-	case timedOut:
-		a.failHung(errors.New("takes the connection and does not answer in time"), port)
-	case strings.Contains(err.Error(), "refused"):
-		a.fail(err, "nothing listens on TCP "+port+": the relay is not running, or has another --http-port", "systemctl status privstack-relay")
-	case !connected:
-		a.fail(err, "the machine is not reached: it is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
-	case strings.Contains(err.Error(), "x509") || strings.Contains(err.Error(), "tls:"):
-		a.fail(err, "the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String())
-	default:
-		a.fail(err, "something else than a relay answers on TCP "+port, "curl -v "+u.String())
-	}
-}
-
-func (a *endpointAnswer) failHung(err error, port string) {
-	a.fail(err, "the program on TCP "+port+" hangs, or is none that speaks HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
-}
-
-// read takes the identity from the response to a request for u.
-func (a *endpointAnswer) read(ctx context.Context, resp *http.Response, u *url.URL) {
-	see := "curl -i " + u.String()
-	fail := func(err error) { a.fail(err, "another program answers there", see) }
 	if resp.StatusCode != http.StatusOK {
-		a.fail(fmt.Errorf("HTTP status %d", resp.StatusCode), "another program answers on this port, or the reverse proxy does not pass "+identityRoute+" on", see)
-		return
+		return fmt.Errorf("HTTP status %d", resp.StatusCode)
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxIdentityBody+1))
-	if err != nil && ctx.Err() != nil {
-		a.failHung(errors.New("begins to answer and does not end in time"), u.Port())
-		return
-	}
-	if err == nil && len(body) > maxIdentityBody {
-		err = fmt.Errorf("the answer is longer than %d bytes", maxIdentityBody)
-	}
 	if err != nil {
-		fail(err)
-		return
+		return err
+	}
+	if len(body) > maxIdentityBody {
+		return fmt.Errorf("the answer is longer than %d bytes", maxIdentityBody)
 	}
 	var answer identityResponse
 	if err := json.Unmarshal(body, &answer); err != nil {
-		fail(fmt.Errorf("the answer is not a relay's identity: %w", err))
-		return
+		return fmt.Errorf("the answer is not a relay's identity: %w", err)
 	}
 	if a.id, err = peer.Decode(answer.PeerID); err != nil {
-		fail(fmt.Errorf("peer_id %q: %w", answer.PeerID, err))
+		return fmt.Errorf("peer_id %q: %w", answer.PeerID, err)
 	}
 	a.addrs = answer.Addresses
+	return nil
+}
+
+// explain makes a.err fit to print, and says what is likely wrong; connected says
+// whether TCP was.
+func (a *endpointAnswer) explain(ctx context.Context, u *url.URL, connected bool) {
+	port := u.Port()
+	if e := (*url.Error)(nil); errors.As(a.err, &e) {
+		a.err = e.Err // without the URL, which is known
+	}
+	a.err = withoutAddrs(a.err)
+	switch timedOut := ctx.Err() != nil || errors.Is(a.err, context.DeadlineExceeded); {
+	case timedOut && !connected:
+		a.err = errors.New("no answer")
+		a.why = likely("TCP "+port+" is closed in the firewall of the machine or of its provider", "ufw allow "+port+"/tcp", "systemctl status privstack-relay")
+	case timedOut:
+		a.err = errors.New("takes the connection and does not answer in time")
+		a.why = likely("the program on TCP "+port+" hangs, or is none that speaks HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
+	case strings.Contains(a.err.Error(), "refused"):
+		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or has another --http-port", "systemctl status privstack-relay")
+	case !connected:
+		a.why = likely("the machine is not reached: it is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
+	case strings.Contains(a.err.Error(), "x509") || strings.Contains(a.err.Error(), "tls:"):
+		a.why = likely("the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String())
+	default:
+		a.why = likely("something else than a relay answers on TCP "+port+", or the reverse proxy does not pass "+identityRoute+" on", "curl -v "+u.String())
+	}
 }

@@ -7,7 +7,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"time"
 
@@ -15,6 +14,10 @@ import (
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/peer"
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -26,34 +29,43 @@ const checkRecordTTL = 60
 
 // meetCheck has two clients meet through the relay.
 type meetCheck struct {
-	dials         *dialCheck
-	first, second *checkClient
+	dials  *dialCheck // the first client is the one that it uses
+	second *checkClient
 
-	reserved bool  // by the second client
-	dataMost int64 // bytes that a circuit carries each way; 0 is unlimited, or unknown
+	identity identifypb.Identify // what the relay says about itself and us
+	reserved bool                // by the second client
+	dataMost int64               // bytes that a circuit carries each way; 0 is unlimited, or unknown
+}
+
+func (c *meetCheck) close() {
+	if c.second != nil {
+		c.second.Close()
+	}
 }
 
 // identify compares what the relay says about itself with what it should be.
-func (c *meetCheck) identify() (s checkStep) {
-	used := c.dials.used
-	says, agent := clean(used.identity.GetProtocolVersion()), clean(used.identity.GetAgentVersion())
-	switch err := used.identifyErr; {
+func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
+	// The first message has all but a signed copy of the addresses.
+	// https://github.com/libp2p/specs/tree/master/identify
+	err := c.dials.used.client.exchange(ctx, identify.ID, nil, &c.identity)
+	says, agent := clean(c.identity.GetProtocolVersion()), clean(c.identity.GetAgentVersion())
+	switch {
 	case isRefusal(err):
 		s = stepFailed(whyFull(), "the relay closes the connection after the handshake").blocking("needs a place at the relay")
 	case err != nil:
+		c.identity.Reset()
 		s = stepFailed(likely("the relay hangs or is overloaded", "systemctl restart privstack-relay"), "%s", errText(err))
 	case says != protocolVersion:
 		s = stepFailed(likely("a libp2p node, but no PrivStack relay"), "speaks %q (agent %q), not %s", says, agent, protocolVersion)
 	default:
 		s = stepPassed("%s, agent %s", says, agent)
 	}
-	s.Millis = millis(used.identifyTook)
 	return s.with(map[string]any{"protocol_version": says, "agent_version": agent})
 }
 
 // observed says at which address the relay sees us, which is what it tells others.
-func (c *meetCheck) observed() checkStep {
-	addr, err := ma.NewMultiaddrBytes(c.dials.used.identity.GetObservedAddr())
+func (c *meetCheck) observed(context.Context) checkStep {
+	addr, err := ma.NewMultiaddrBytes(c.identity.GetObservedAddr())
 	seen := ""
 	if err == nil {
 		_, seen, err = manet.DialArgs(addr) // IP address and port
@@ -69,16 +81,15 @@ func (c *meetCheck) observed() checkStep {
 	return s.with(map[string]any{"address": clean(seen)})
 }
 
-// clients connects the two clients.
+// clients connects the second client.
 func (c *meetCheck) clients(ctx context.Context) checkStep {
-	for _, client := range []*checkClient{c.first, c.second} {
-		if err := client.connect(ctx, c.dials.used.addr, c.dials.id); err != nil {
-			why := likely("the relay hangs, or the path to it loses packets", "systemctl status privstack-relay")
-			if isRefusal(err) {
-				why = whyFull()
-			}
-			return stepFailed(why, "%s", errText(err)).blocking("needs two clients")
+	var err error
+	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.id); err != nil {
+		why := likely("the relay hangs, or the path to it loses packets", "systemctl status privstack-relay")
+		if isRefusal(err) {
+			why = whyFull()
 		}
+		return stepFailed(why, "%s", errText(err)).blocking("needs two clients")
 	}
 	return stepPassed("two throw-away clients are connected")
 }
@@ -88,7 +99,7 @@ func (c *meetCheck) whyNoAnswer(ctx context.Context, what string) diagnosis {
 	switch {
 	case ctx.Err() != nil:
 		return likely("the relay hangs or is overloaded", "systemctl restart privstack-relay")
-	case c.first.conn.IsClosed() || c.second.conn.IsClosed():
+	case c.dials.used.client.conn.IsClosed() || c.second.conn.IsClosed():
 		return whyFull()
 	}
 	return likely("no PrivStack relay, or one of another version: it does not serve "+what, "privstack-relay --version")
@@ -97,17 +108,18 @@ func (c *meetCheck) whyNoAnswer(ctx context.Context, what string) diagnosis {
 // dht has each client ask for its own ID, as all clients do first, and then one ask
 // for the other, which is how two homes meet.
 func (c *meetCheck) dht(ctx context.Context) checkStep {
-	var resp *kadpb.Message
+	first, second := c.dials.used.client, c.second
+	resp := new(kadpb.Message)
 	// Each asks for itself: a client is in only when it has been answered, because a
 	// handshake is done before the relay has taken the connection.
-	for _, q := range []struct{ asks, wants *checkClient }{{c.second, c.second}, {c.first, c.first}, {c.first, c.second}} {
-		var err error
-		if resp, err = q.asks.ask(ctx, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)); err != nil {
+	for _, q := range []struct{ asks, wants *checkClient }{{second, second}, {first, first}, {first, second}} {
+		req := kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)
+		if err := q.asks.exchange(ctx, kadProtocol, req, resp); err != nil {
 			return stepFailed(c.whyNoAnswer(ctx, string(kadProtocol)), "FIND_NODE: %s", errText(err))
 		}
 	}
 	for _, p := range resp.CloserPeers {
-		if addrs := p.Addresses(); peer.ID(p.Id) == c.second.id && len(addrs) > 0 {
+		if addrs := p.Addresses(); peer.ID(p.Id) == second.id && len(addrs) > 0 {
 			return stepPassed("names one client to the other, at %s", addrs[0]).with(map[string]any{"address": addrs[0].String()})
 		}
 	}
@@ -117,14 +129,15 @@ func (c *meetCheck) dht(ctx context.Context) checkStep {
 
 // record has one client put a record, as clients do, and the other get it.
 func (c *meetCheck) record(ctx context.Context) checkStep {
-	put, extra := newCheckRecord(c.first.id)
-	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, put.Key, 0)
+	first := c.dials.used.client
+	put, extra := newCheckRecord(first.id)
+	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, put.Key, 0), new(kadpb.Message)
 	req.Record = put
-	if _, err := c.first.ask(ctx, req); err != nil {
+	if err := first.exchange(ctx, kadProtocol, req, resp); err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
 	}
-	resp, err := c.second.ask(ctx, kadpb.NewMessage(kadpb.Message_GET_VALUE, put.Key, 0))
-	if err != nil {
+	req = kadpb.NewMessage(kadpb.Message_GET_VALUE, put.Key, 0)
+	if err := c.second.exchange(ctx, kadProtocol, req, resp); err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
 	}
 	got := resp.GetRecord()
@@ -158,14 +171,14 @@ func newCheckRecord(publisher peer.ID) (rec *recpb.Record, extra []byte) {
 
 // reserve takes a place at the relay for the second client.
 func (c *meetCheck) reserve(ctx context.Context) checkStep {
-	resp, stream, err := c.second.hop(ctx, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()})
-	if errors.As(err, new(hopStatus)) {
-		return stepFailed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "%v", err)
-	}
-	if err != nil {
+	resp := new(circuitpb.HopMessage)
+	err := c.second.exchange(ctx, proto.ProtoIDv2Hop, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()}, resp)
+	switch {
+	case err != nil:
 		return stepFailed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", errText(err))
+	case resp.GetStatus() != circuitpb.Status_OK:
+		return stepFailed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "the relay says %v", resp.GetStatus())
 	}
-	stream.Reset()
 	c.reserved, c.dataMost = true, int64(resp.GetLimit().GetData())
 	var addrs []string
 	private := true
@@ -175,7 +188,7 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 			continue
 		}
 		if a, _ = peer.SplitAddr(a); len(a) > 0 && len(addrs) < maxOfferedAddrs {
-			addrs = append(addrs, a.String())
+			addrs = append(addrs, clean(a.String()))
 			private = private && manet.IsPrivateAddr(a)
 		}
 	}
@@ -206,21 +219,23 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	if !c.reserved {
 		return stepSkipped("needs a reservation")
 	}
-	direct, err := c.first.ping(ctx)
+	first := c.dials.used.client
+	var direct, rtt, took time.Duration
+	pings, err := first.open(ctx, ping.ID)
+	if err == nil {
+		defer pings.Reset()
+		direct, err = pingOver(pings)
+	}
 	if err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "ping"), "ping: %s", errText(err))
 	}
-	_, circuit, err := c.first.hop(ctx, &circuitpb.HopMessage{
-		Type: circuitpb.HopMessage_CONNECT.Enum(),
-		Peer: &circuitpb.Peer{Id: []byte(c.second.id)},
-	})
+	circuit, err := first.openCircuit(ctx, c.second.id)
 	if err != nil {
 		return stepFailed(likely("the relay is at its limit of circuits, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "no circuit: %s", errText(err))
 	}
 	defer circuit.Reset()
-	rtt, err := pingOver(circuit)
-	n, took := 0, time.Duration(0)
-	if err == nil {
+	n := 0
+	if rtt, err = pingOver(circuit); err == nil {
 		n, took, err = echoOver(circuit)
 	}
 	if err != nil {

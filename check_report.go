@@ -60,15 +60,15 @@ type diagnosis struct {
 func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
 
 func stepPassed(format string, args ...any) checkStep {
-	return checkStep{Result: checkPassed, Detail: fmt.Sprintf(format, args...)}
+	return checkStep{Result: checkPassed, Detail: clean(fmt.Sprintf(format, args...))}
 }
 
 func stepSkipped(format string, args ...any) checkStep {
-	return checkStep{Result: checkSkipped, Detail: fmt.Sprintf(format, args...)}
+	return checkStep{Result: checkSkipped, Detail: clean(fmt.Sprintf(format, args...))}
 }
 
 func stepFailed(why diagnosis, format string, args ...any) checkStep {
-	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), diagnosis: why}
+	return checkStep{Result: checkFailed, Detail: clean(fmt.Sprintf(format, args...)), diagnosis: why}
 }
 
 func (s checkStep) with(values map[string]any) checkStep {
