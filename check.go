@@ -95,7 +95,7 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 		_, err = fmt.Fprintln(stdout, "\nAll is well.")
 	}
 	if !report.OK {
-		return fmt.Errorf("check: %d of %d steps failed", report.failures(), len(report.Steps))
+		return fmt.Errorf("check: %d of %d steps failed", report.failed, len(report.Steps))
 	}
 	return err
 }
@@ -110,7 +110,6 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 	host := &hostCheck{checkTarget: target}
 	endpoint := &endpointCheck{host: host}
 	dials := &dialCheck{endpoint: endpoint}
-	defer dials.close()
 	meet := &meetCheck{dials: dials}
 	defer meet.close()
 	blocked := "" // why the steps that are left make no sense
@@ -144,12 +143,15 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 		if s.Millis == 0 && s.Result != checkSkipped {
 			s.Millis = millis(time.Since(begun))
 		}
+		if s.Result == checkFailed {
+			report.failed++
+		}
 		s.Name, blocked = step.name, cmp.Or(blocked, s.blocks)
 		report.Steps = append(report.Steps, s)
 		tell(s)
 	}
 	report.PeerID = cmp.Or(dials.id, endpoint.id, target.id).String()
-	report.OK = report.failures() == 0
+	report.OK = report.failed == 0
 	report.Millis = millis(time.Since(begun))
 	return report
 }
@@ -171,31 +173,18 @@ func parseCheckTarget(s string) (t checkTarget, err error) {
 	}
 
 	isURL := strings.Contains(s, "://")
+	ports := map[string]string{"http": "80", "https": "443"}
 	if net.ParseIP(s) != nil {
 		s = net.JoinHostPort(s, checkHTTPPort) // which puts brackets around IPv6
 	}
 	if !isURL {
-		s = "http://" + s
+		s, ports["http"] = "http://"+s, checkHTTPPort
 	}
 	u, err := url.Parse(s)
-	switch {
-	case err != nil:
-		return t, errors.New("not a host name, IP address or URL")
-	case u.Scheme != "http" && u.Scheme != "https":
-		return t, fmt.Errorf("a URL begins with http:// or https://, not %s://", clean(u.Scheme))
-	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path != "" && !isURL:
-		return t, errors.New("the identity endpoint has no user, query or fragment")
+	if err != nil || ports[u.Scheme] == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path != "" && !isURL {
+		return t, errors.New("write a host name, an IP address, HOST:PORT, a URL that begins with http:// or https://, or a bootstrap address")
 	}
-	port := u.Port()
-	switch {
-	case port != "":
-	case !isURL:
-		port = checkHTTPPort
-	case u.Scheme == "https":
-		port = "443"
-	default:
-		port = "80"
-	}
+	port := cmp.Or(u.Port(), ports[u.Scheme])
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 		return t, fmt.Errorf("port %q is not between 1 and 65535", clean(port))
 	}

@@ -19,10 +19,8 @@ import (
 )
 
 const (
-	// maxCheckDials bounds the addresses that are dialled, and maxCheckListed those
-	// in the endpoint's list that are looked at.
-	maxCheckDials  = 8
-	maxCheckListed = maxAnnounce + 2
+	// maxCheckDials is how many addresses are dialled.
+	maxCheckDials = 8
 
 	// checkPort is the relay's UDP port if nothing says another.
 	checkPort = 4001
@@ -45,8 +43,8 @@ type dialled struct {
 	notTried  string // why it was not dialled; empty if it was
 	useless   bool   // not dialled, and clients can't dial it either
 
-	client *checkClient // connected; nil if there is none
-	err    error        // why not
+	client *checkClient // the one that has dialled, closed unless this is used
+	err    error        // why there is none
 	took   time.Duration
 }
 
@@ -74,12 +72,8 @@ func (c *dialCheck) dial(ctx context.Context) {
 			c.used, c.id = best, best.client.relay
 		}
 	}
-}
-
-// close ends the clients that dial has connected.
-func (c *dialCheck) close() {
-	for _, d := range c.dials {
-		if d.client != nil {
+	for i := range c.dials {
+		if d := &c.dials[i]; d.client != nil && d != c.used {
 			d.client.Close()
 		}
 	}
@@ -155,9 +149,6 @@ func (c *dialCheck) addresses(context.Context) (s checkStep) {
 		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", mark, d.addr, says)))
 	}
 	detail := fmt.Sprintf("%d listed, %d answer", listed, good)
-	if listed > maxCheckListed {
-		detail += fmt.Sprintf("; only the first %d were looked at", maxCheckListed)
-	}
 	s = stepPassed("%s", detail)
 	switch {
 	case bad > 0:
@@ -203,7 +194,7 @@ func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 	case listed == nil: // the endpoint did not answer
 		found = c.atIPs(all, ma.StringCast(fmt.Sprintf("/udp/%d/quic-v1", checkPort)), false)
 	default:
-		for _, s := range listed[:min(len(listed), maxCheckListed)] {
+		for _, s := range listed {
 			found = append(found, c.atListed(ctx, s)...)
 		}
 	}

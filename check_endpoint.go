@@ -16,7 +16,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -26,6 +25,10 @@ import (
 const (
 	// maxCheckIPs is how many addresses of one name are used, in each family.
 	maxCheckIPs = 2
+
+	// maxCheckListed is how many addresses of the endpoint's list are looked at: a
+	// relay lists what is announced and two sockets.
+	maxCheckListed = maxAnnounce + 2
 
 	// maxIdentityBody bounds the endpoint's answer, in bytes: eight announced
 	// names of 253 characters are 3 KiB.
@@ -132,18 +135,9 @@ func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error)
 func routeTo(ip netip.Addr) error {
 	conn, err := net.Dial("udp", net.JoinHostPort(ip.String(), "9"))
 	if err != nil {
-		return withoutAddrs(err)
+		return cmp.Or(errors.Unwrap(err), err) // without the addresses, which are known
 	}
 	return conn.Close()
-}
-
-// withoutAddrs is err without the addresses that a failed dial names: the reader
-// knows them.
-func withoutAddrs(err error) error {
-	if op := (*net.OpError)(nil); errors.As(err, &op) {
-		return op.Err
-	}
-	return err
 }
 
 // endpointCheck asks the identity endpoint, as clients do.
@@ -212,16 +206,11 @@ type endpointAnswer struct {
 // ask gets the identity at u from ip, whatever address its host name has.
 func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 	begun := time.Now()
-	var connected atomic.Bool
+	dialer := net.Dialer{Timeout: checkAskTime} // less than ask has: ours says that it was the dial
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			_, port, err := net.SplitHostPort(addr)
-			if err != nil {
-				return nil, err
-			}
-			conn, err := new(net.Dialer).DialContext(ctx, network, net.JoinHostPort(ip.String(), port))
-			connected.Store(err == nil)
-			return conn, err
+			_, port, _ := net.SplitHostPort(addr)
+			return dialer.DialContext(ctx, network, net.JoinHostPort(ip.String(), port))
 		},
 		MaxResponseHeaderBytes: 16 << 10,
 		DisableKeepAlives:      true,
@@ -233,7 +222,7 @@ func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 		return nil
 	}}
 	if a.err = a.get(ctx, client, u); a.err != nil {
-		a.explain(ctx, u, connected.Load())
+		a.explain(u)
 	}
 	a.took = time.Since(begun)
 }
@@ -267,19 +256,22 @@ func (a *endpointAnswer) get(ctx context.Context, client *http.Client, u *url.UR
 	if a.id, err = peer.Decode(answer.PeerID); err != nil {
 		return fmt.Errorf("peer_id %q: %w", answer.PeerID, err)
 	}
-	a.addrs = answer.Addresses
+	a.addrs = answer.Addresses[:min(len(answer.Addresses), maxCheckListed)]
 	return nil
 }
 
-// explain makes a.err fit to print, and says what is likely wrong; connected says
-// whether TCP was.
-func (a *endpointAnswer) explain(ctx context.Context, u *url.URL, connected bool) {
+// explain makes a.err fit to print, and says what is likely wrong.
+func (a *endpointAnswer) explain(u *url.URL) {
 	port := u.Port()
 	if e := (*url.Error)(nil); errors.As(a.err, &e) {
 		a.err = e.Err // without the URL, which is known
 	}
-	a.err = withoutAddrs(a.err)
-	switch timedOut := ctx.Err() != nil || errors.Is(a.err, context.DeadlineExceeded); {
+	connected, timedOut := true, isTimeout(a.err)
+	if e := (*net.OpError)(nil); errors.As(a.err, &e) {
+		connected = e.Op != "dial"
+		a.err = e.Err // without the addresses
+	}
+	switch {
 	case timedOut && !connected:
 		a.err = errors.New("no answer")
 		a.why = likely("TCP "+port+" is closed in the firewall of the machine or of its provider", "ufw allow "+port+"/tcp", "systemctl status privstack-relay")

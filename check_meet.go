@@ -37,7 +37,11 @@ type meetCheck struct {
 	dataMost int64               // bytes that a circuit carries each way; 0 is unlimited, or unknown
 }
 
+// close ends both clients.
 func (c *meetCheck) close() {
+	if c.dials.used != nil {
+		c.dials.used.client.Close()
+	}
 	if c.second != nil {
 		c.second.Close()
 	}
@@ -130,7 +134,16 @@ func (c *meetCheck) dht(ctx context.Context) checkStep {
 // record has one client put a record, as clients do, and the other get it.
 func (c *meetCheck) record(ctx context.Context) checkStep {
 	first := c.dials.used.client
-	put, extra := newCheckRecord(first.id)
+	random := make([]byte, 32)
+	rand.Read(random)
+	value, err := json.Marshal(map[string]any{"device_name": "privstack-relay check", "addresses": []string{}, "timestamp": time.Now().Unix()})
+	if err != nil {
+		panic(err) // these types always marshal
+	}
+	extra := newExtras(first.id, checkRecordTTL).encoded
+	put := &recpb.Record{Key: append([]byte("/privstack/syncgroup/"), random...), Value: value}
+	put.ProtoReflect().SetUnknown(extra)
+
 	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, put.Key, 0), new(kadpb.Message)
 	req.Record = put
 	if err := first.exchange(ctx, kadProtocol, req, resp); err != nil {
@@ -152,21 +165,6 @@ func (c *meetCheck) record(ctx context.Context) checkStep {
 		return stepFailed(wrong, "it comes back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
 	}
 	return stepPassed("put by one client, got by the other, byte for byte with publisher and ttl")
-}
-
-// newCheckRecord returns a record under a random key as a client makes it, and the
-// bytes of the two fields that rust-libp2p adds.
-func newCheckRecord(publisher peer.ID) (rec *recpb.Record, extra []byte) {
-	key := make([]byte, 32)
-	rand.Read(key)
-	value, err := json.Marshal(map[string]any{"device_name": "privstack-relay check", "addresses": []string{}, "timestamp": time.Now().Unix()})
-	if err != nil {
-		panic(err) // these types always marshal
-	}
-	extra = newExtras(publisher, checkRecordTTL).encoded
-	rec = &recpb.Record{Key: append([]byte("/privstack/syncgroup/"), key...), Value: value}
-	rec.ProtoReflect().SetUnknown(extra)
-	return rec, extra
 }
 
 // reserve takes a place at the relay for the second client.

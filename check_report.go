@@ -25,15 +25,8 @@ type checkReport struct {
 	Millis  float64     `json:"ms"`
 	Version string      `json:"version"` // of the program that checked
 	Steps   []checkStep `json:"steps"`   // all of them, always in the same order
-}
 
-func (r checkReport) failures() (n int) {
-	for _, s := range r.Steps {
-		if s.Result == checkFailed {
-			n++
-		}
-	}
-	return n
+	failed int // how many
 }
 
 // checkStep says how one step ended.
