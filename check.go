@@ -80,13 +80,12 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	// The steps say what goes wrong; the libraries would say it again.
 	joinLibraryLogs(slog.DiscardHandler, false)
 
-	tell := func(s checkStep) { io.WriteString(stdout, s.text()) }
+	text := stdout
 	if *asJSON {
-		tell = func(checkStep) {}
-	} else {
-		fmt.Fprintf(stdout, "Checking %s\n\n", clean(target.given))
+		text = io.Discard
 	}
-	report := checkRelay(ctx, target, tell)
+	fmt.Fprintf(text, "Checking %s\n\n", clean(target.given))
+	report := checkRelay(ctx, target, func(s checkStep) { io.WriteString(text, s.text()) })
 	if *asJSON {
 		enc := json.NewEncoder(stdout)
 		enc.SetIndent("", "  ")
@@ -107,8 +106,7 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 	defer cancel()
 	report := checkReport{Target: target.given, Version: buildVersion()}
 	// Each phase reads what the one before it has found.
-	host := &hostCheck{checkTarget: target}
-	endpoint := &endpointCheck{host: host}
+	endpoint := &endpointCheck{checkTarget: target}
 	dials := &dialCheck{endpoint: endpoint}
 	meet := &meetCheck{dials: dials}
 	defer meet.close()
@@ -118,7 +116,7 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 		most time.Duration
 		take func(context.Context) checkStep
 	}{
-		{"name", checkAskTime, host.resolve},
+		{"name", checkAskTime, endpoint.resolve},
 		{"identity-ipv4", checkDialTime, func(ctx context.Context) checkStep { endpoint.ask(ctx); return endpoint.over(ipv4) }},
 		{"identity-ipv6", checkDialTime, func(context.Context) checkStep { return endpoint.over(ipv6) }},
 		{"quic-ipv4", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { dials.dial(ctx); return dials.over(ipv4) }},
@@ -150,7 +148,7 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 		report.Steps = append(report.Steps, s)
 		tell(s)
 	}
-	report.PeerID = cmp.Or(dials.id, endpoint.id, target.id).String()
+	report.PeerID = cmp.Or(dials.relay, endpoint.relay, target.id).String()
 	report.OK = report.failed == 0
 	report.Millis = millis(time.Since(begun))
 	return report

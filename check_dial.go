@@ -32,7 +32,7 @@ type dialCheck struct {
 
 	dials []dialled
 	used  *dialled // the address over which the rest is checked; nil if none answers
-	id    peer.ID  // the relay's: promised, or else that of used
+	relay peer.ID  // promised, or else that of used
 }
 
 // dialled is an address of the relay and what came of it.
@@ -40,12 +40,13 @@ type dialled struct {
 	addr      ma.Multiaddr
 	family    family
 	announced bool   // by the operator, rather than the host that was asked
-	notTried  string // why it was not dialled; empty if it was
-	useless   bool   // not dialled, and clients can't dial it either
+	result    string // as a step has it; "" if it is yet to be dialled
+	says      string // the reason, or how long it took
 
-	client *checkClient // the one that has dialled, closed unless this is used
-	err    error        // why there is none
+	// The rest is set if it was dialled.
 	took   time.Duration
+	err    error        // why there is no client
+	client *checkClient // closed unless this address is used
 }
 
 // dial dials all addresses at once, each with a client of its own, and chooses the one
@@ -53,15 +54,15 @@ type dialled struct {
 func (c *dialCheck) dial(ctx context.Context) {
 	naming, cancel := context.WithTimeout(ctx, checkAskTime)
 	defer cancel()
-	c.id, c.dials = c.endpoint.id, c.addrs(naming)
+	c.relay, c.dials = c.endpoint.relay, c.addrs(naming)
 	ctx, cancel = context.WithTimeout(ctx, checkDialTime)
 	defer cancel()
 	var dialling sync.WaitGroup
 	for i := range c.dials {
-		if d := &c.dials[i]; d.notTried == "" {
+		if d := &c.dials[i]; d.result == "" {
 			dialling.Go(func() {
 				begun := time.Now()
-				d.client, d.err = dialCheckClient(ctx, d.addr, c.endpoint.id)
+				d.client, d.err = dialCheckClient(ctx, d.addr, c.endpoint.relay)
 				d.took = time.Since(begun)
 			})
 		}
@@ -69,12 +70,23 @@ func (c *dialCheck) dial(ctx context.Context) {
 	dialling.Wait()
 	for _, f := range []family{ipv4, ipv6} {
 		if best := c.best(f); c.used == nil && best != nil && best.client != nil {
-			c.used, c.id = best, best.client.relay
+			c.used, c.relay = best, best.client.relay
 		}
 	}
+	announced := slices.ContainsFunc(c.dials, func(d dialled) bool { return d.announced })
 	for i := range c.dials {
-		if d := &c.dials[i]; d.client != nil && d != c.used {
-			d.client.Close()
+		switch d := &c.dials[i]; {
+		case d.client != nil:
+			d.result, d.says = checkPassed, fmt.Sprintf("%.0f ms", millis(d.took))
+			if d != c.used {
+				d.client.Close()
+			}
+		case d.err != nil && announced && !d.announced:
+			// The operator says that the relay is elsewhere: the endpoint that was
+			// asked may be behind a proxy.
+			d.result, d.says = checkSkipped, errText(d.err)+", and others are announced"
+		case d.err != nil:
+			d.result, d.says = checkFailed, errText(d.err)
 		}
 	}
 }
@@ -83,7 +95,7 @@ func (c *dialCheck) dial(ctx context.Context) {
 // nil if none was dialled.
 func (c *dialCheck) best(f family) (best *dialled) {
 	for i, d := range c.dials {
-		if d.family == f && d.notTried == "" && (best == nil || best.client == nil && d.client != nil) {
+		if d.family == f && d.took > 0 && (best == nil || best.client == nil && d.client != nil) {
 			best = &c.dials[i]
 		}
 	}
@@ -93,31 +105,25 @@ func (c *dialCheck) best(f family) (best *dialled) {
 // over says whether the relay answers over f.
 func (c *dialCheck) over(f family) checkStep {
 	best := c.best(f)
-	if best == nil {
-		if s, missing := c.endpoint.host.missing(f); missing {
-			return s
-		}
+	switch {
+	case best == nil && c.endpoint.lacks[f] != "":
+		return stepSkipped("%s", c.endpoint.lacks[f])
+	case best == nil:
 		return stepSkipped("the relay lists no %v address", f)
+	case best.result == checkSkipped:
+		return stepSkipped("%s: %s", best.addr, best.says)
 	}
 	s := stepPassed("%s answers with the promised peer ID", best.addr)
 	switch {
-	case best.client == nil && c.elsewhere(*best):
-		return stepSkipped("%s: %s, and others are announced", best.addr, errText(best.err))
-	case best.client == nil:
-		s = stepFailed(c.whyNoQUIC(best), "%s: %s", best.addr, errText(best.err))
-	case best.client.relay != c.id: // nothing was promised, and the other family's is another
-		s = stepFailed(likely("the name's addresses belong to two different relays", "getent ahosts "+c.endpoint.host.host), "%s is %s, not %s", best.addr, best.client.relay, c.id)
-	case c.endpoint.id == "":
-		s = stepPassed("%s is %s, which nothing promised", best.addr, c.id)
+	case best.err != nil:
+		s = stepFailed(c.whyNoQUIC(best), "%s: %s", best.addr, best.says)
+	case best.client.relay != c.relay: // nothing was promised, and the other family's is another
+		s = stepFailed(c.endpoint.whyTwoRelays(), "%s is %s, not %s", best.addr, best.client.relay, c.relay)
+	case c.endpoint.relay == "":
+		s = stepPassed("%s is %s, which nothing promised", best.addr, c.relay)
 	}
 	s.Millis = millis(best.took)
 	return s.with(map[string]any{"address": best.addr.String()})
-}
-
-// elsewhere reports whether the operator says that the relay is elsewhere than at d:
-// the endpoint that was asked may be behind a proxy.
-func (c *dialCheck) elsewhere(d dialled) bool {
-	return !d.announced && slices.ContainsFunc(c.dials, func(o dialled) bool { return o.announced })
 }
 
 // addresses sums up what came of each address that the endpoint lists.
@@ -125,36 +131,21 @@ func (c *dialCheck) addresses(context.Context) (s checkStep) {
 	if c.used == nil {
 		defer func() { s = s.blocking("needs QUIC") }()
 	}
-	listed := len(c.endpoint.listed)
 	if c.endpoint.listed == nil {
 		return stepSkipped("the identity endpoint lists them")
 	}
 	var lines []string
-	bad, good := 0, 0
+	count := make(map[string]int)
 	for _, d := range c.dials {
-		mark, says := "–", d.notTried
-		switch {
-		case d.client != nil:
-			mark, says = "✓", fmt.Sprintf("%.0f ms", millis(d.took))
-			good++
-		case d.notTried == "" && c.elsewhere(d):
-			says = errText(d.err) + ", and others are announced"
-		case d.notTried == "":
-			mark, says = "✗", errText(d.err)
-			bad++
-		case d.useless:
-			mark = "✗"
-			bad++
-		}
-		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", mark, d.addr, says)))
+		count[d.result]++
+		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", checkMarks[d.result], d.addr, d.says)))
 	}
-	detail := fmt.Sprintf("%d listed, %d answer", listed, good)
-	s = stepPassed("%s", detail)
-	switch {
-	case bad > 0:
-		s = stepFailed(likely("clients are told addresses at which the relay does not answer: see --announce, and the firewall for that family"), "%s", detail)
-	case good == 0:
-		s = stepFailed(likely("none of them is a QUIC address that can be dialled from here"), "%s", detail)
+	listed, good, bad := len(c.endpoint.listed), count[checkPassed], count[checkFailed]
+	s = stepPassed("%d listed, %d answer", listed, good)
+	if bad > 0 {
+		s = stepFailed(likely("clients are told addresses at which the relay does not answer: see --announce, and the firewall for that family"), "%s", s.Detail)
+	} else if good == 0 {
+		s = stepFailed(likely("none of them is a QUIC address that can be dialled from here"), "%s", s.Detail)
 	}
 	s.Lines = lines
 	return s.with(map[string]any{"listed": listed, "answer": good, "fail": bad})
@@ -167,7 +158,7 @@ func whyFull() diagnosis {
 
 func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
 	port, _ := d.addr.ValueForProtocol(ma.P_UDP)
-	runs := c.endpoint.listed != nil || c.endpoint.host.url == nil // as far as we know
+	runs := c.endpoint.listed != nil || c.endpoint.url == nil // as far as we know
 	switch {
 	case errors.As(d.err, new(sec.ErrPeerIDMismatch)):
 		return likely("another relay, or one with another key file, answers on UDP "+port+": clients will refuse it", "ss -lunp 'sport = :"+port+"'")
@@ -185,27 +176,25 @@ func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
 // lists, with the host that was asked in the place of 0.0.0.0 and ::. None is there
 // twice, and at most maxCheckDials are to be dialled.
 func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
-	host := c.endpoint.host
-	all := slices.Concat(host.ips[ipv4], host.ips[ipv6])
+	host := slices.Concat(c.endpoint.ips[ipv4], c.endpoint.ips[ipv6])
 	var found []dialled
-	switch listed := c.endpoint.listed; {
-	case host.addr != nil:
-		found = c.atIPs(all, host.addr[1:], false)
-	case listed == nil: // the endpoint did not answer
-		found = c.atIPs(all, ma.StringCast(fmt.Sprintf("/udp/%d/quic-v1", checkPort)), false)
-	default:
-		for _, s := range listed {
-			found = append(found, c.atListed(ctx, s)...)
-		}
+	switch {
+	case c.endpoint.addr != nil:
+		found = c.atIPs(host, c.endpoint.addr[1:], false)
+	case c.endpoint.listed == nil: // the endpoint did not answer
+		found = c.atIPs(host, ma.StringCast(fmt.Sprintf("/udp/%d/quic-v1", checkPort)), false)
+	}
+	for _, s := range c.endpoint.listed {
+		found = append(found, c.atListed(ctx, s)...)
 	}
 	left := maxCheckDials
 	for _, d := range found {
 		if slices.ContainsFunc(dials, func(o dialled) bool { return o.addr.Equal(d.addr) }) {
 			continue
 		}
-		if d.notTried == "" && left == 0 {
-			d.notTried = "not dialled, there are too many"
-		} else if d.notTried == "" {
+		if d.result == "" && left == 0 {
+			d.result, d.says = checkSkipped, "not dialled, there are too many"
+		} else if d.result == "" {
 			left--
 		}
 		dials = append(dials, d)
@@ -223,20 +212,19 @@ func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
 	if err != nil || !isQUICAddr(addr) {
 		return nil
 	}
-	host, ip := c.endpoint.host, ipOf(addr)
-	switch {
-	case !ip.IsValid(): // a name
+	ip := ipOf(addr)
+	if !ip.IsValid() { // a name
 		ips, _ := lookupIPs(ctx, addr[0].Protocol().Code, addr[0].Value())
 		if len(ips) == 0 {
-			return []dialled{{addr: addr, announced: true, notTried: "the name has no address", useless: true}}
+			return []dialled{{addr: addr, announced: true, result: checkFailed, says: "the name has no address"}}
 		}
 		return c.atIPs(ips[:min(len(ips), 2*maxCheckIPs)], addr[1:], true)
-	case ip.IsUnspecified():
-		f := familyOf(ip)
-		if len(host.ips[f]) == 0 {
-			return []dialled{{addr: addr, family: f, notTried: fmt.Sprintf("%s has no %v address", host.host, f)}}
+	}
+	if f := familyOf(ip); ip.IsUnspecified() {
+		if len(c.endpoint.ips[f]) == 0 {
+			return []dialled{{addr: addr, result: checkSkipped, says: c.endpoint.lacks[f]}}
 		}
-		return c.atIPs(host.ips[f], addr[1:], false)
+		return c.atIPs(c.endpoint.ips[f], addr[1:], false)
 	}
 	return c.atIPs([]netip.Addr{ip}, addr[1:], true)
 }
@@ -245,12 +233,11 @@ func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
 func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (found []dialled) {
 	for _, ip := range ips {
 		d := dialled{addr: ipAddr(ip).Encapsulate(rest), family: familyOf(ip), announced: announced}
-		switch {
-		case announced && c.isForeign(ip):
+		if announced && c.isForeign(ip) {
 			// Nor is it our business to dial what is local to us.
-			d.notTried, d.useless = "a private address, which only its own network can dial", true
-		case routeTo(ip) != nil:
-			d.notTried = fmt.Sprintf("this machine has no %v", d.family)
+			d.result, d.says = checkFailed, "a private address, which only its own network can dial"
+		} else if routeTo(ip) != "" {
+			d.result, d.says = checkSkipped, fmt.Sprintf("this machine has no %v", d.family)
 		}
 		found = append(found, d)
 	}
@@ -260,7 +247,7 @@ func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (
 // isForeign reports whether ip is local to a network that the host which was asked
 // is not in.
 func (c *dialCheck) isForeign(ip netip.Addr) bool {
-	host := slices.Concat(c.endpoint.host.ips[ipv4], c.endpoint.host.ips[ipv6])
+	host := slices.Concat(c.endpoint.ips[ipv4], c.endpoint.ips[ipv6])
 	if slices.ContainsFunc(host, netip.Addr.IsLoopback) {
 		return false
 	}

@@ -47,16 +47,21 @@ type checkTarget struct {
 	id   peer.ID
 }
 
-// hostCheck finds the addresses of the target's host.
-type hostCheck struct {
+// endpointCheck finds the target's IP addresses and asks its identity endpoint, as
+// clients do.
+type endpointCheck struct {
 	checkTarget
 
 	ips     map[family][]netip.Addr // at most maxCheckIPs in each family
-	noRoute map[family]error        // why this machine can't send to that family
+	lacks   map[family]string       // why that family can't be checked; "" if it can
+	answers map[family]*endpointAnswer
+
+	relay  peer.ID  // the target's ID, else the answer's, IPv4's before IPv6's; "" if there is none
+	listed []string // the addresses in that answer; nil if there is none
 }
 
 // resolve finds the host's addresses, and which of them this machine can send to.
-func (c *hostCheck) resolve(ctx context.Context) checkStep {
+func (c *endpointCheck) resolve(ctx context.Context) checkStep {
 	kind := ma.P_DNS
 	if c.addr != nil {
 		kind = c.addr[0].Protocol().Code
@@ -66,7 +71,7 @@ func (c *hostCheck) resolve(ctx context.Context) checkStep {
 		return stepFailed(likely("the name is mistyped, or its DNS record is missing or not yet known everywhere", "getent ahosts "+c.host),
 			"%s has no address: %v", c.host, err).blocking("needs an address of " + c.host)
 	}
-	c.ips, c.noRoute = make(map[family][]netip.Addr), make(map[family]error)
+	c.ips, c.lacks = make(map[family][]netip.Addr), make(map[family]string)
 	var all []string
 	for _, ip := range found {
 		if f := familyOf(ip); len(c.ips[f]) < maxCheckIPs {
@@ -74,34 +79,70 @@ func (c *hostCheck) resolve(ctx context.Context) checkStep {
 			all = append(all, ip.String())
 		}
 	}
-	for f, ips := range c.ips {
-		if err := routeTo(ips[0]); err != nil {
-			c.noRoute[f] = err
+	isName := net.ParseIP(c.host) == nil
+	for _, f := range []family{ipv4, ipv6} {
+		if len(c.ips[f]) > 0 {
+			c.lacks[f] = routeTo(c.ips[f][0])
+		} else if isName {
+			c.lacks[f] = fmt.Sprintf("%s has no %v address", c.host, f)
+		} else {
+			c.lacks[f] = c.host + " was asked for"
 		}
 	}
 	s := stepPassed("%s", strings.Join(all, ", "))
-	switch {
-	case len(c.noRoute) == len(c.ips):
+	if c.lacks[ipv4] != "" && c.lacks[ipv6] != "" {
 		s = stepFailed(likely("this machine has no network, or not of this family", "ip route"),
 			"no route to %s", strings.Join(all, ", ")).blocking("needs a way to " + c.host)
-	case net.ParseIP(c.host) != nil:
+	} else if !isName {
 		s = stepSkipped("%s is an address", c.host)
 	}
 	return s.with(map[string]any{"addresses": all})
 }
 
-// missing reports whether f can't be checked, because the host or this machine
-// lacks it. If so, the step says which.
-func (c *hostCheck) missing(f family) (checkStep, bool) {
-	switch {
-	case len(c.ips[f]) == 0 && net.ParseIP(c.host) != nil:
-		return stepSkipped("%s was asked for", c.host), true
-	case len(c.ips[f]) == 0:
-		return stepSkipped("%s has no %v address", c.host, f), true
-	case c.noRoute[f] != nil:
-		return stepSkipped("this machine has no %v: %v", f, c.noRoute[f]), true
+// ask asks over both families at once.
+func (c *endpointCheck) ask(ctx context.Context) {
+	c.relay, c.answers = c.id, make(map[family]*endpointAnswer)
+	if c.url == nil {
+		return
 	}
-	return checkStep{}, false
+	var asking sync.WaitGroup
+	for f, ips := range c.ips {
+		if c.lacks[f] == "" {
+			a := new(endpointAnswer)
+			c.answers[f] = a
+			asking.Go(func() { a.ask(ctx, c.url, ips[0]) })
+		}
+	}
+	asking.Wait()
+	for _, f := range []family{ipv6, ipv4} {
+		if a := c.answers[f]; a != nil && a.err == nil {
+			c.relay, c.listed = a.id, a.addrs
+		}
+	}
+}
+
+// over says how the endpoint answered over f.
+func (c *endpointCheck) over(f family) checkStep {
+	if c.url == nil {
+		return stepSkipped("not needed: the address names the peer ID")
+	}
+	if why := c.lacks[f]; why != "" {
+		return stepSkipped("%s", why)
+	}
+	a := c.answers[f]
+	at := net.JoinHostPort(c.ips[f][0].String(), c.url.Port())
+	s := stepPassed("%s: %s", at, a.id)
+	if a.err != nil {
+		s = stepFailed(a.why, "%s: %v", at, a.err)
+	} else if a.id != c.relay {
+		s = stepFailed(c.whyTwoRelays(), "%s names %s, but over IPv4 it is %s", at, a.id, c.relay)
+	}
+	s.Millis = millis(a.took)
+	return s
+}
+
+func (c *endpointCheck) whyTwoRelays() diagnosis {
+	return likely("the name's addresses belong to two different relays", "getent ahosts "+c.host)
 }
 
 // family is IPv4 or IPv6.
@@ -130,73 +171,22 @@ func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error)
 	return ips, err
 }
 
-// routeTo says why this machine can't send to ip, or nil. Nothing is sent:
-// connecting a UDP socket only looks up the way.
-func routeTo(ip netip.Addr) error {
+// routeTo says why this machine can't send to ip, or "". Nothing is sent: connecting
+// a UDP socket only looks up the way.
+func routeTo(ip netip.Addr) string {
 	conn, err := net.Dial("udp", net.JoinHostPort(ip.String(), "9"))
-	if err != nil {
-		return cmp.Or(errors.Unwrap(err), err) // without the addresses, which are known
+	if err == nil {
+		conn.Close()
+		return ""
 	}
-	return conn.Close()
-}
-
-// endpointCheck asks the identity endpoint, as clients do.
-type endpointCheck struct {
-	host    *hostCheck
-	answers map[family]*endpointAnswer
-
-	id     peer.ID  // the target's, else by the answer, IPv4's before IPv6's; "" if there is none
-	listed []string // addresses in that answer; nil if there is none
-}
-
-// ask asks over both families at once.
-func (c *endpointCheck) ask(ctx context.Context) {
-	c.id, c.answers = c.host.id, make(map[family]*endpointAnswer)
-	if c.host.url == nil {
-		return
-	}
-	var asking sync.WaitGroup
-	for f, ips := range c.host.ips {
-		if c.host.noRoute[f] == nil {
-			a := new(endpointAnswer)
-			c.answers[f] = a
-			asking.Go(func() { a.ask(ctx, c.host.url, ips[0]) })
-		}
-	}
-	asking.Wait()
-	for _, f := range []family{ipv6, ipv4} {
-		if a := c.answers[f]; a != nil && a.err == nil {
-			c.id, c.listed = a.id, append([]string{}, a.addrs...)
-		}
-	}
-}
-
-// over says how the endpoint answered over f.
-func (c *endpointCheck) over(f family) checkStep {
-	if c.host.url == nil {
-		return stepSkipped("not needed: the address names the peer ID")
-	}
-	if s, missing := c.host.missing(f); missing {
-		return s
-	}
-	a := c.answers[f]
-	at := net.JoinHostPort(c.host.ips[f][0].String(), c.host.url.Port())
-	s := stepPassed("%s: %s", at, a.id)
-	switch {
-	case a.err != nil:
-		s = stepFailed(a.why, "%s: %v", at, a.err)
-	case a.id != c.id:
-		s = stepFailed(likely("the name's addresses belong to two different relays", "getent ahosts "+c.host.host),
-			"%s names %s, but over IPv4 it is %s", at, a.id, c.id)
-	}
-	s.Millis = millis(a.took)
-	return s
+	err = cmp.Or(errors.Unwrap(err), err) // without the addresses, which are known
+	return fmt.Sprintf("this machine has no %v: %v", familyOf(ip), err)
 }
 
 // endpointAnswer is what the identity endpoint says over one family.
 type endpointAnswer struct {
 	id    peer.ID
-	addrs []string
+	addrs []string // not nil if there is an answer
 	took  time.Duration
 
 	err error     // why there is no answer
@@ -256,7 +246,7 @@ func (a *endpointAnswer) get(ctx context.Context, client *http.Client, u *url.UR
 	if a.id, err = peer.Decode(answer.PeerID); err != nil {
 		return fmt.Errorf("peer_id %q: %w", answer.PeerID, err)
 	}
-	a.addrs = answer.Addresses[:min(len(answer.Addresses), maxCheckListed)]
+	a.addrs = append([]string{}, answer.Addresses[:min(len(answer.Addresses), maxCheckListed)]...)
 	return nil
 }
 

@@ -52,12 +52,14 @@ func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
 	// The first message has all but a signed copy of the addresses.
 	// https://github.com/libp2p/specs/tree/master/identify
 	err := c.dials.used.client.exchange(ctx, identify.ID, nil, &c.identity)
+	if err != nil {
+		c.identity.Reset()
+	}
 	says, agent := clean(c.identity.GetProtocolVersion()), clean(c.identity.GetAgentVersion())
 	switch {
 	case isRefusal(err):
 		s = stepFailed(whyFull(), "the relay closes the connection after the handshake").blocking("needs a place at the relay")
 	case err != nil:
-		c.identity.Reset()
 		s = stepFailed(likely("the relay hangs or is overloaded", "systemctl restart privstack-relay"), "%s", errText(err))
 	case says != protocolVersion:
 		s = stepFailed(likely("a libp2p node, but no PrivStack relay"), "speaks %q (agent %q), not %s", says, agent, protocolVersion)
@@ -88,7 +90,7 @@ func (c *meetCheck) observed(context.Context) checkStep {
 // clients connects the second client.
 func (c *meetCheck) clients(ctx context.Context) checkStep {
 	var err error
-	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.id); err != nil {
+	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.relay); err != nil {
 		why := likely("the relay hangs, or the path to it loses packets", "systemctl status privstack-relay")
 		if isRefusal(err) {
 			why = whyFull()
@@ -199,7 +201,7 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 		carries = sizeText(c.dataMost)
 	}
 	s := stepPassed("accepted; one circuit may last %s and carry %s", lasts, carries)
-	announce := inUnit("--announce " + c.dials.endpoint.host.host)
+	announce := inUnit("--announce " + c.dials.endpoint.host)
 	switch {
 	case time.Until(time.Unix(int64(resp.GetReservation().GetExpire()), 0)) < 0:
 		s = stepFailed(likely("the clock of this machine or of the relay's is wrong", "timedatectl"), "accepted, but it has already expired")

@@ -16,6 +16,9 @@ const (
 	checkSkipped = "skipped" // it does not apply here, or needs a step that failed
 )
 
+// checkMarks stand for the results on a terminal.
+var checkMarks = map[string]string{checkPassed: "✓", checkFailed: "✗", checkSkipped: "–"}
+
 // checkReport is the JSON document. Monitoring relies on its names. Each step is
 // about the relay; none is about the network in which the check runs.
 type checkReport struct {
@@ -77,7 +80,6 @@ func (s checkStep) blocking(why string) checkStep {
 // text is the step for a terminal of 100 columns.
 func (s checkStep) text() string {
 	const indent, width = 26, 100
-	mark := map[string]string{checkPassed: "✓", checkFailed: "✗", checkSkipped: "–"}[s.Result]
 	took := ""
 	if s.Result != checkSkipped {
 		took = fmt.Sprintf("%.0f ms", s.Millis)
@@ -93,7 +95,7 @@ func (s checkStep) text() string {
 	for _, p := range paragraphs {
 		lines = append(lines, wrapText(p, width-indent)...)
 	}
-	return fmt.Sprintf("%s %-13s %8s  ", mark, s.Name, took) +
+	return fmt.Sprintf("%s %-13s %8s  ", checkMarks[s.Result], s.Name, took) +
 		strings.Join(lines, "\n"+strings.Repeat(" ", indent)) + "\n"
 }
 

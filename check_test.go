@@ -173,7 +173,7 @@ func TestCheckPassesOnAGoodRelay(t *testing.T) {
 		{p.bootstrap.Addrs[0].String() + "/p2p/" + p.peerID, "name identity-ipv4 identity-ipv6 quic-ipv6 addresses"},
 	} {
 		t.Run(tt.target, func(t *testing.T) {
-			if strings.Contains(tt.target, "::1") && routeTo(netip.IPv6Loopback()) != nil {
+			if strings.Contains(tt.target, "::1") && routeTo(netip.IPv6Loopback()) != "" {
 				t.Skip("no IPv6 on this machine")
 			}
 			got := runCheckJSON(t, tt.target)
@@ -509,18 +509,18 @@ func TestCheckDialsFewAddresses(t *testing.T) {
 		{"not too many", "203.0.113.7", many, fmt.Sprint(many[:maxCheckDials])},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if routeTo(netip.MustParseAddr(tt.asked)) != nil {
+			if routeTo(netip.MustParseAddr(tt.asked)) != "" {
 				t.Skip("no network on this machine, not even one that leads nowhere")
 			}
 			target, err := parseCheckTarget(tt.asked)
 			if err != nil {
 				t.Fatal(err)
 			}
-			host := &hostCheck{checkTarget: target, ips: map[family][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}}
-			c := &dialCheck{endpoint: &endpointCheck{host: host, listed: tt.listed}}
+			ips := map[family][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}
+			c := &dialCheck{endpoint: &endpointCheck{checkTarget: target, ips: ips, listed: tt.listed}}
 			var dialled []string
 			for _, d := range c.addrs(testContext(t)) {
-				if d.notTried == "" {
+				if d.result == "" {
 					dialled = append(dialled, d.addr.String())
 				}
 			}
