@@ -9,6 +9,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -49,11 +50,10 @@ const (
 	// what identify (8 KiB) and the DHT (16 KiB) of an honest one need.
 	maxCheckMessage = 64 << 10
 
-	// checkRoundTrips are made to measure latency; the shortest counts.
+	// Latency is the shortest of checkRoundTrips; checkEchoBytes go through the circuit
+	// and back.
 	checkRoundTrips = 5
-
-	// checkEchoBytes go through the circuit and back.
-	checkEchoBytes = 1 << 20
+	checkEchoBytes  = 1 << 20
 )
 
 // checkClient is one throw-away client, connected to a relay. dialCheckClient makes
@@ -83,9 +83,6 @@ func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (_ *che
 			err = errors.Join(err, c.Close())
 		}
 	}()
-	if c.id, err = peer.IDFromPublicKey(pub); err != nil {
-		return nil, err
-	}
 	dialer, err := libp2pquic.NewTransport(key, c.sockets, nil, nil, nil)
 	if err != nil {
 		return nil, err
@@ -93,6 +90,7 @@ func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (_ *che
 	if c.conn, err = dialer.Dial(ctx, addr, id); err != nil {
 		return nil, err
 	}
+	c.id = c.conn.LocalPeer()
 	if c.relay, err = peer.IDFromPublicKey(c.conn.RemotePublicKey()); err != nil {
 		return nil, err
 	}
@@ -151,58 +149,32 @@ func sendBack(s io.ReadWriter) error {
 	return err
 }
 
-// open opens a stream that ends with ctx at the latest.
-func (c *checkClient) open(ctx context.Context, speaking protocol.ID) (network.MuxedStream, error) {
+// request opens a stream, sends req over it and reads the answer into resp; either may
+// be nil. The stream is reset when ctx ends. After an error, resp holds nothing of use.
+func (c *checkClient) request(ctx context.Context, speaking protocol.ID, req, resp protobuf.Message) (network.MuxedStream, error) {
 	s, err := c.conn.OpenStream(ctx)
 	if err != nil {
 		return nil, err
 	}
-	context.AfterFunc(ctx, func() { s.SetDeadline(time.Now()) })
-	if err := multistream.SelectProtoOrFail(speaking, s); err != nil {
-		s.Reset()
-		return nil, err
-	}
-	return s, nil
-}
-
-// exchange sends req, unless it is nil, over a stream of its own, and reads the answer
-// into resp. After an error, resp holds nothing of use.
-func (c *checkClient) exchange(ctx context.Context, speaking protocol.ID, req, resp protobuf.Message) error {
-	s, err := c.open(ctx, speaking)
-	if err != nil {
-		return err
-	}
-	defer s.Reset()
-	if req != nil {
+	context.AfterFunc(ctx, func() { s.Reset() })
+	err = multistream.SelectProtoOrFail(speaking, s)
+	if err == nil && req != nil {
 		protodelim.MarshalTo(s, req) // what fails shows when we read: it may have answered unasked
 	}
-	return readMessage(s, resp)
+	if err == nil && resp != nil {
+		err = readMessage(s, resp)
+	}
+	if err != nil {
+		s.Reset()
+		return nil, cmp.Or(ctx.Err(), err)
+	}
+	return s, nil
 }
 
 // readMessage reads one message behind its varint length. It may read beyond it: in
 // every protocol here, the other side then waits for us.
 func readMessage(r io.Reader, msg protobuf.Message) error {
 	return protodelim.UnmarshalOptions{MaxSize: maxCheckMessage}.UnmarshalFrom(bufio.NewReader(r), msg)
-}
-
-// openCircuit opens a circuit through the relay to mate, for the caller to reset.
-// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
-func (c *checkClient) openCircuit(ctx context.Context, mate peer.ID) (network.MuxedStream, error) {
-	s, err := c.open(ctx, proto.ProtoIDv2Hop)
-	if err != nil {
-		return nil, err
-	}
-	req := &circuitpb.HopMessage{Type: circuitpb.HopMessage_CONNECT.Enum(), Peer: &circuitpb.Peer{Id: []byte(mate)}}
-	protodelim.MarshalTo(s, req) // as in exchange
-	resp := new(circuitpb.HopMessage)
-	if err = readMessage(s, resp); err == nil && resp.GetStatus() != circuitpb.Status_OK {
-		err = fmt.Errorf("the relay says %v", resp.GetStatus())
-	}
-	if err != nil {
-		s.Reset()
-		return nil, err
-	}
-	return s, nil
 }
 
 // pingOver is the shortest of checkRoundTrips of a ping over s, which sends back what

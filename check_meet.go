@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -51,7 +52,7 @@ func (c *meetCheck) close() {
 func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
 	// The first message has all but a signed copy of the addresses.
 	// https://github.com/libp2p/specs/tree/master/identify
-	err := c.dials.used.client.exchange(ctx, identify.ID, nil, &c.identity)
+	_, err := c.dials.used.client.request(ctx, identify.ID, nil, &c.identity)
 	if err != nil {
 		c.identity.Reset()
 	}
@@ -120,7 +121,7 @@ func (c *meetCheck) dht(ctx context.Context) checkStep {
 	// handshake is done before the relay has taken the connection.
 	for _, q := range []struct{ asks, wants *checkClient }{{second, second}, {first, first}, {first, second}} {
 		req := kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)
-		if err := q.asks.exchange(ctx, kadProtocol, req, resp); err != nil {
+		if _, err := q.asks.request(ctx, kadProtocol, req, resp); err != nil {
 			return stepFailed(c.whyNoAnswer(ctx, string(kadProtocol)), "FIND_NODE: %s", errText(err))
 		}
 	}
@@ -148,11 +149,11 @@ func (c *meetCheck) record(ctx context.Context) checkStep {
 
 	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, put.Key, 0), new(kadpb.Message)
 	req.Record = put
-	if err := first.exchange(ctx, kadProtocol, req, resp); err != nil {
+	if _, err := first.request(ctx, kadProtocol, req, resp); err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
 	}
 	req = kadpb.NewMessage(kadpb.Message_GET_VALUE, put.Key, 0)
-	if err := c.second.exchange(ctx, kadProtocol, req, resp); err != nil {
+	if _, err := c.second.request(ctx, kadProtocol, req, resp); err != nil {
 		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
 	}
 	got := resp.GetRecord()
@@ -172,7 +173,7 @@ func (c *meetCheck) record(ctx context.Context) checkStep {
 // reserve takes a place at the relay for the second client.
 func (c *meetCheck) reserve(ctx context.Context) checkStep {
 	resp := new(circuitpb.HopMessage)
-	err := c.second.exchange(ctx, proto.ProtoIDv2Hop, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()}, resp)
+	_, err := c.second.request(ctx, proto.ProtoIDv2Hop, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()}, resp)
 	switch {
 	case err != nil:
 		return stepFailed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", errText(err))
@@ -221,19 +222,23 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	}
 	first := c.dials.used.client
 	var direct, rtt, took time.Duration
-	pings, err := first.open(ctx, ping.ID)
+	pings, err := first.request(ctx, ping.ID, nil, nil)
 	if err == nil {
-		defer pings.Reset()
 		direct, err = pingOver(pings)
 	}
 	if err != nil {
-		return stepFailed(c.whyNoAnswer(ctx, "ping"), "ping: %s", errText(err))
+		return stepFailed(c.whyNoAnswer(ctx, "ping"), "ping: %s", errText(cmp.Or(ctx.Err(), err)))
 	}
-	circuit, err := first.openCircuit(ctx, c.second.id)
+	// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
+	req := &circuitpb.HopMessage{Type: circuitpb.HopMessage_CONNECT.Enum(), Peer: &circuitpb.Peer{Id: []byte(c.second.id)}}
+	resp := new(circuitpb.HopMessage)
+	circuit, err := first.request(ctx, proto.ProtoIDv2Hop, req, resp)
+	if err == nil && resp.GetStatus() != circuitpb.Status_OK {
+		err = fmt.Errorf("the relay says %v", resp.GetStatus())
+	}
 	if err != nil {
 		return stepFailed(likely("the relay is at its limit of circuits, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "no circuit: %s", errText(err))
 	}
-	defer circuit.Reset()
 	n := 0
 	if rtt, err = pingOver(circuit); err == nil {
 		n, took, err = echoOver(circuit)
@@ -243,7 +248,7 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 		if c.dataMost > 0 && c.dataMost < 2*checkEchoBytes {
 			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), inUnit("--circuit-bytes 1GiB"))
 		}
-		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(err))
+		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(cmp.Or(ctx.Err(), err)))
 	}
 	rate := float64(checkEchoBytes) / (1 << 20) / took.Seconds()
 	added := max(0, rtt-direct) // on a fast path the difference is noise
