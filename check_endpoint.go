@@ -6,6 +6,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -183,6 +185,10 @@ func routeTo(ip netip.Addr) string {
 	return fmt.Sprintf("this machine has no %v: %v", familyOf(ip), err)
 }
 
+// wsaConnRefused is what Windows says for ECONNREFUSED, which Go made up there.
+// https://learn.microsoft.com/windows/win32/winsock/windows-sockets-error-codes-2
+const wsaConnRefused = syscall.Errno(10061)
+
 // endpointAnswer is what the identity endpoint says over one family.
 type endpointAnswer struct {
 	id    peer.ID
@@ -256,10 +262,11 @@ func (a *endpointAnswer) explain(u *url.URL) {
 	if e := (*url.Error)(nil); errors.As(a.err, &e) {
 		a.err = e.Err // without the URL, which is known
 	}
-	connected, timedOut := true, isTimeout(a.err)
+	connected, timedOut, badTLS := true, isTimeout(a.err), errors.As(a.err, new(*tls.CertificateVerificationError))
 	if e := (*net.OpError)(nil); errors.As(a.err, &e) {
 		connected = e.Op != "dial"
-		a.err = e.Err // without the addresses
+		badTLS = e.Op == "remote error" // crypto/tls: an alert, as from a proxy without this name
+		a.err = e.Err                   // without the addresses
 	}
 	switch {
 	case timedOut && !connected:
@@ -268,11 +275,13 @@ func (a *endpointAnswer) explain(u *url.URL) {
 	case timedOut:
 		a.err = errors.New("takes the connection and does not answer in time")
 		a.why = likely("the program on TCP "+port+" hangs, or is none that speaks HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
-	case strings.Contains(a.err.Error(), "refused"):
+	case errors.Is(a.err, syscall.ECONNREFUSED) || errors.Is(a.err, wsaConnRefused):
 		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or has another --http-port", "systemctl status privstack-relay")
 	case !connected:
 		a.why = likely("the machine is not reached: it is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
-	case strings.Contains(a.err.Error(), "x509") || strings.Contains(a.err.Error(), "tls:"):
+	case errors.Is(a.err, http.ErrSchemeMismatch):
+		a.why = likely("TCP "+port+" speaks HTTP without TLS: write http:// in place of https://", "curl -v "+u.String())
+	case badTLS:
 		a.why = likely("the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String())
 	default:
 		a.why = likely("something else than a relay answers on TCP "+port+", or the reverse proxy does not pass "+identityRoute+" on", "curl -v "+u.String())

@@ -436,20 +436,39 @@ func TestCheckThroughReverseProxy(t *testing.T) {
 	}
 }
 
-// A reverse proxy with a certificate that clients refuse.
-func TestCheckFindsBadCertificate(t *testing.T) {
-	srv := httptest.NewUnstartedServer(http.NotFoundHandler())
-	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	srv.StartTLS()
-	defer srv.Close()
-	target, err := parseCheckTarget(srv.URL)
+// What is wrong between an operator and the identity endpoint is told by the kind of
+// the error: its text is another one on each system.
+func TestCheckExplainsEndpointErrors(t *testing.T) {
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var a endpointAnswer
-	a.ask(testContext(t), target.url, netip.MustParseAddr("127.0.0.1"))
-	if a.err == nil || !strings.Contains(a.why.Cause, "certificate") {
-		t.Errorf("error = %v (likely %q), want the certificate named", a.err, a.why.Cause)
+	closed.Close()
+	badCertificate := httptest.NewUnstartedServer(http.NotFoundHandler())
+	badCertificate.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	badCertificate.StartTLS()
+	t.Cleanup(badCertificate.Close)
+	noSuchName := rawEndpoint(t, func(c net.Conn) {
+		c.Write([]byte{21, 3, 3, 0, 2, 2, 112}) // a TLS alert: fatal, unrecognized_name
+	})
+	for _, tt := range []struct{ name, target, cause string }{
+		{"nothing listens", closed.Addr().String(), "nothing listens on TCP"},
+		{"certificate that clients refuse", badCertificate.URL, "certificate"},
+		{"proxy that does not know the name", "https://" + noSuchName, "certificate"},
+		{"HTTP where HTTPS was asked for", "https://" + fakeEndpoint(t, "{}"), "write http://"},
+		{"another program", fakeEndpoint(t, "{}"), "something else than a relay"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			target, err := parseCheckTarget(tt.target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var a endpointAnswer
+			a.ask(testContext(t), target.url, netip.MustParseAddr("127.0.0.1"))
+			if a.err == nil || !strings.Contains(a.why.Cause, tt.cause) {
+				t.Errorf("error = %v (likely %q), want the cause to say %q", a.err, a.why.Cause, tt.cause)
+			}
+		})
 	}
 }
 
@@ -599,6 +618,24 @@ func TestCheckSurvivesNonsense(t *testing.T) {
 	got := runCheckJSON(t, h.Addrs()[0].String()+"/p2p/"+h.ID().String())
 	got.wantFailed(t, "no PrivStack relay", "identify", "dht", "record", "circuit")
 	wantReadable(t, got.text())
+}
+
+// A message of which half can be read is none: what it would fill in is not the
+// relay's word.
+func TestCheckDropsHalfMessages(t *testing.T) {
+	half := []byte{4, 0x32, 1, 'x', 0xff} // length, agent_version of identify = "x", and a broken tag
+	h := newClient(t)
+	for _, id := range []protocol.ID{"/ipfs/id/1.0.0", kadProtocol, proto.ProtoIDv2Hop} {
+		h.SetStreamHandler(id, func(s network.Stream) {
+			defer s.Close()
+			s.Write(half)
+		})
+	}
+	got := runCheckJSON(t, h.Addrs()[0].String()+"/p2p/"+h.ID().String())
+	got.wantFailed(t, "", "identify", "observed", "dht", "record", "reservation")
+	if s := got.step(t, "identify"); fmt.Sprint(s.Values) != "map[agent_version: protocol_version:]" {
+		t.Errorf("identify = %+v, want nothing of the half message", s)
+	}
 }
 
 // What a circuit carries is the operator's to choose; a sync that is cut is not
