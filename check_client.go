@@ -40,24 +40,16 @@ import (
 )
 
 const (
-	// What each kind of step may take at most. checkDialTime is go-libp2p's own
-	// timeout of a QUIC handshake.
-	checkAskTime     = 3 * time.Second
-	checkDialTime    = 5 * time.Second
+	checkAskTime     = 3 * time.Second // for a question and its answer
+	checkDialTime    = 5 * time.Second // for a handshake, as go-libp2p has it
 	checkCircuitTime = 12 * time.Second
 
-	// maxCheckMessage bounds one message of the relay's, in bytes: several times
-	// what identify (8 KiB) and the DHT (16 KiB) of an honest one need.
-	maxCheckMessage = 64 << 10
-
-	// Latency is the shortest of checkRoundTrips; checkEchoBytes go through the circuit
-	// and back.
-	checkRoundTrips = 5
-	checkEchoBytes  = 1 << 20
+	maxCheckMessage = 64 << 10 // bytes of an answer; an honest relay sends 16 KiB at most
+	checkRoundTrips = 5        // the shortest is the latency
+	checkEchoBytes  = 1 << 20  // through the circuit and back
 )
 
-// checkClient is one throw-away client, connected to a relay. dialCheckClient makes
-// it; end it with Close.
+// checkClient is one throw-away client. Make it with dialCheckClient, end it with close.
 type checkClient struct {
 	id      peer.ID
 	relay   peer.ID // the one that answered
@@ -68,7 +60,7 @@ type checkClient struct {
 
 // dialCheckClient makes a client and connects it to the relay at addr. An empty id
 // takes whoever answers.
-func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (_ *checkClient, err error) {
+func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (*checkClient, error) {
 	key, pub, err := crypto.GenerateEd25519Key(rand.Reader)
 	if err != nil {
 		return nil, err
@@ -78,38 +70,27 @@ func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (_ *che
 	if c.sockets, err = quicreuse.NewConnManager(quic.StatelessResetKey{}, quic.TokenGeneratorKey{}); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.Close())
-		}
-	}()
 	dialer, err := libp2pquic.NewTransport(key, c.sockets, nil, nil, nil)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		c.conn, err = dialer.Dial(ctx, addr, id)
 	}
-	if c.conn, err = dialer.Dial(ctx, addr, id); err != nil {
-		return nil, err
+	if err != nil {
+		return nil, errors.Join(err, c.sockets.Close())
 	}
 	c.id = c.conn.LocalPeer()
-	if c.relay, err = peer.IDFromPublicKey(c.conn.RemotePublicKey()); err != nil {
-		return nil, err
-	}
+	c.relay, _ = peer.IDFromPublicKey(c.conn.RemotePublicKey()) // the handshake has read it
 	c.serving.Go(func() { c.serve(pub) })
 	return c, nil
 }
 
-// Close hangs up and waits until no stream is served any more.
-func (c *checkClient) Close() error {
-	var err error
-	if c.conn != nil {
-		err = c.conn.Close()
-	}
+// close hangs up and waits until no stream is served any more.
+func (c *checkClient) close() {
+	c.conn.Close()
 	c.serving.Wait()
-	return errors.Join(err, c.sockets.Close())
+	c.sockets.Close()
 }
 
-// serve answers the relay, which asks who we are and brings circuits, until the
-// connection ends.
+// serve answers identify and takes circuits until the connection ends.
 func (c *checkClient) serve(pub crypto.PubKey) {
 	mux := multistream.NewMultistreamMuxer[protocol.ID]()
 	mux.AddHandler(proto.ProtoIDv2Stop, func(_ protocol.ID, s io.ReadWriteCloser) error { return sendBack(s) })
@@ -142,10 +123,10 @@ func sendBack(s io.ReadWriter) error {
 		return err
 	}
 	ok := &circuitpb.StopMessage{Type: circuitpb.StopMessage_STATUS.Enum(), Status: circuitpb.Status_OK.Enum()}
-	if _, err := protodelim.MarshalTo(s, ok); err != nil {
-		return err
+	_, err := protodelim.MarshalTo(s, ok)
+	if err == nil {
+		_, err = io.Copy(s, io.LimitReader(s, 2*checkEchoBytes))
 	}
-	_, err := io.Copy(s, io.LimitReader(s, 2*checkEchoBytes))
 	return err
 }
 
@@ -177,8 +158,7 @@ func readMessage(r io.Reader, msg protobuf.Message) error {
 	return protodelim.UnmarshalOptions{MaxSize: maxCheckMessage}.UnmarshalFrom(bufio.NewReader(r), msg)
 }
 
-// pingOver is the shortest of checkRoundTrips of a ping over s, which sends back what
-// comes.
+// pingOver returns the shortest of checkRoundTrips over s, which sends back what comes.
 func pingOver(s io.ReadWriter) (best time.Duration, err error) {
 	for range checkRoundTrips {
 		begun := time.Now()
@@ -195,8 +175,8 @@ func pingOver(s io.ReadWriter) (best time.Duration, err error) {
 	return best, nil
 }
 
-// echoOver sends checkEchoBytes over s, which sends them back. It returns how many
-// came back, also if not all did, and how long they took from the first byte sent.
+// echoOver sends checkEchoBytes over s and returns how many came back, even after an
+// error, and how long that took.
 func echoOver(s io.ReadWriter) (n int, took time.Duration, err error) {
 	sent, got := make([]byte, checkEchoBytes), make([]byte, checkEchoBytes)
 	rand.Read(sent)
@@ -209,18 +189,18 @@ func echoOver(s io.ReadWriter) (n int, took time.Duration, err error) {
 	return n, time.Since(begun), err
 }
 
-// errText is the part of a QUIC error that a reader can use.
+// errText says in plain words what a QUIC error means.
 func errText(err error) string {
 	mismatch := sec.ErrPeerIDMismatch{}
 	switch {
 	case errors.As(err, &mismatch):
-		return fmt.Sprintf("is %s, and was promised to be %s", mismatch.Actual, mismatch.Expected)
+		return fmt.Sprintf("answers with peer ID %s, but %s was promised", mismatch.Actual, mismatch.Expected)
 	case isTimeout(err):
 		return "no answer"
 	case isRefusal(err):
-		return "the relay refuses the connection"
+		return "the relay refused the connection"
 	case errors.Is(err, network.ErrReset):
-		return "the stream was reset"
+		return "the relay reset the stream"
 	}
 	return err.Error()
 }
@@ -230,12 +210,9 @@ func isTimeout(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
 }
 
-// isRefusal reports whether the relay, at a limit, hung up: before the handshake,
-// or with one of libp2p's codes after it.
+// isRefusal reports whether the relay hung up, before the handshake or after it. It does
+// so at a limit.
 func isRefusal(err error) bool {
-	if e := (*quic.TransportError)(nil); errors.As(err, &e) && e.ErrorCode == quic.ConnectionRefused {
-		return true
-	}
-	e := (*quic.ApplicationError)(nil)
-	return errors.As(err, &e) && (e.ErrorCode == quic.ApplicationErrorCode(network.ConnResourceLimitExceeded) || e.ErrorCode == quic.ApplicationErrorCode(network.ConnRateLimited))
+	e := (*quic.TransportError)(nil)
+	return errors.As(err, &e) && e.ErrorCode == quic.ConnectionRefused || errors.As(err, new(*quic.ApplicationError))
 }

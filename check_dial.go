@@ -19,38 +19,31 @@ import (
 )
 
 const (
-	// maxCheckDials is how many addresses are dialled.
-	maxCheckDials = 8
-
-	// checkPort is the relay's UDP port if nothing says another.
-	checkPort = 4001
+	maxCheckDials = 8    // addresses that are dialled
+	checkPort     = 4001 // the relay's UDP port if nothing says another
 )
 
 // dialCheck shakes hands with the relay at each of its addresses.
 type dialCheck struct {
 	endpoint *endpointCheck
-
-	dials []dialled
-	used  *dialled // the address over which the rest is checked; nil if none answers
-	relay peer.ID  // promised, or else that of used
+	dials    []dialled
+	used     *dialled // the address over which the rest is checked; nil if none answers
+	relay    peer.ID  // promised, or else that of used
 }
 
 // dialled is an address of the relay and what came of it.
 type dialled struct {
 	addr      ma.Multiaddr
-	family    family
+	family    string
 	announced bool   // by the operator, rather than the host that was asked
 	result    string // as a step has it; "" if it is yet to be dialled
 	says      string // the reason, or how long it took
-
-	// The rest is set if it was dialled.
-	took   time.Duration
-	err    error        // why there is no client
-	client *checkClient // closed unless this address is used
+	took      time.Duration
+	client    *checkClient // nil if it was not dialled, or failed; closed unless it is used
+	err       error        // nil if it was not dialled, or works
 }
 
-// dial dials all addresses at once, each with a client of its own, and chooses the one
-// to use.
+// dial dials all addresses at once, each with its own client, and chooses one to use.
 func (c *dialCheck) dial(ctx context.Context) {
 	naming, cancel := context.WithTimeout(ctx, checkAskTime)
 	defer cancel()
@@ -68,7 +61,7 @@ func (c *dialCheck) dial(ctx context.Context) {
 		}
 	}
 	dialling.Wait()
-	for _, f := range []family{ipv4, ipv6} {
+	for _, f := range []string{ipv4, ipv6} {
 		if best := c.best(f); c.used == nil && best != nil && best.client != nil {
 			c.used, c.relay = best, best.client.relay
 		}
@@ -79,23 +72,22 @@ func (c *dialCheck) dial(ctx context.Context) {
 		case d.client != nil:
 			d.result, d.says = checkPassed, fmt.Sprintf("%.0f ms", millis(d.took))
 			if d != c.used {
-				d.client.Close()
+				d.client.close()
 			}
 		case d.err != nil && announced && !d.announced:
-			// The operator says that the relay is elsewhere: the endpoint that was
-			// asked may be behind a proxy.
-			d.result, d.says = checkSkipped, errText(d.err)+", and others are announced"
+			// The endpoint that was asked may be behind a proxy.
+			d.result, d.says = checkSkipped, errText(d.err)+"; the relay announces other addresses"
 		case d.err != nil:
 			d.result, d.says = checkFailed, errText(d.err)
 		}
 	}
 }
 
-// best is an address of f that was dialled: one that works if there is one, and
-// nil if none was dialled.
-func (c *dialCheck) best(f family) (best *dialled) {
+// best returns an address of f that was dialled, if possible one that works. It is nil
+// if none was dialled.
+func (c *dialCheck) best(f string) (best *dialled) {
 	for i, d := range c.dials {
-		if d.family == f && d.took > 0 && (best == nil || best.client == nil && d.client != nil) {
+		if d.family == f && (d.client != nil || d.err != nil) && (best == nil || best.client == nil && d.client != nil) {
 			best = &c.dials[i]
 		}
 	}
@@ -103,13 +95,13 @@ func (c *dialCheck) best(f family) (best *dialled) {
 }
 
 // over says whether the relay answers over f.
-func (c *dialCheck) over(f family) checkStep {
+func (c *dialCheck) over(f string) checkStep {
 	best := c.best(f)
 	switch {
 	case best == nil && c.endpoint.lacks[f] != "":
 		return stepSkipped("%s", c.endpoint.lacks[f])
 	case best == nil:
-		return stepSkipped("the relay lists no %v address", f)
+		return stepSkipped("the relay lists no %s address", f)
 	case best.result == checkSkipped:
 		return stepSkipped("%s: %s", best.addr, best.says)
 	}
@@ -118,21 +110,22 @@ func (c *dialCheck) over(f family) checkStep {
 	case best.err != nil:
 		s = stepFailed(c.whyNoQUIC(best), "%s: %s", best.addr, best.says)
 	case best.client.relay != c.relay: // nothing was promised, and the other family's is another
-		s = stepFailed(c.endpoint.whyTwoRelays(), "%s is %s, not %s", best.addr, best.client.relay, c.relay)
+		s = stepFailed(c.endpoint.whyTwoRelays(), "%s answers with peer ID %s, not %s", best.addr, best.client.relay, c.relay)
 	case c.endpoint.relay == "":
-		s = stepPassed("%s is %s, which nothing promised", best.addr, c.relay)
+		s = stepPassed("%s answers with peer ID %s, which nothing confirms", best.addr, c.relay)
 	}
 	s.Millis = millis(best.took)
 	return s.with(map[string]any{"address": best.addr.String()})
 }
 
 // addresses sums up what came of each address that the endpoint lists.
-func (c *dialCheck) addresses(context.Context) (s checkStep) {
+func (c *dialCheck) addresses(context.Context) checkStep {
+	blocks := ""
 	if c.used == nil {
-		defer func() { s = s.blocking("needs QUIC") }()
+		blocks = "needs an address that answers"
 	}
 	if c.endpoint.listed == nil {
-		return stepSkipped("the identity endpoint lists them")
+		return stepSkipped("needs the list of the identity endpoint").blocking(blocks)
 	}
 	var lines []string
 	count := make(map[string]int)
@@ -141,19 +134,19 @@ func (c *dialCheck) addresses(context.Context) (s checkStep) {
 		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", checkMarks[d.result], d.addr, d.says)))
 	}
 	listed, good, bad := len(c.endpoint.listed), count[checkPassed], count[checkFailed]
-	s = stepPassed("%d listed, %d answer", listed, good)
+	s := stepPassed("%d listed, %d answer", listed, good)
 	if bad > 0 {
-		s = stepFailed(likely("clients are told addresses at which the relay does not answer: see --announce, and the firewall for that family"), "%s", s.Detail)
+		s = stepFailed(likely("the relay gives clients an address at which it does not answer: check --announce, and the firewall for IPv4 and IPv6"), "%s", s.Detail)
 	} else if good == 0 {
-		s = stepFailed(likely("none of them is a QUIC address that can be dialled from here"), "%s", s.Detail)
+		s = stepFailed(likely("this machine can dial none of them"), "%s", s.Detail)
 	}
 	s.Lines = lines
-	return s.with(map[string]any{"listed": listed, "answer": good, "fail": bad})
+	return s.with(map[string]any{"listed": listed, "answer": good, "fail": bad}).blocking(blocks)
 }
 
 // whyFull says why a relay refuses a connection.
 func whyFull() diagnosis {
-	return likely("the relay is at its limit of clients, or of clients from this address: see --max-clients and --max-clients-per-ip", "journalctl -u privstack-relay --since -1h")
+	return likely("the relay has as many clients as it allows, in all or from this address: see --max-clients and --max-clients-per-ip", "journalctl -u privstack-relay --since -1h")
 }
 
 func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
@@ -161,20 +154,19 @@ func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
 	runs := c.endpoint.listed != nil || c.endpoint.url == nil // as far as we know
 	switch {
 	case errors.As(d.err, new(sec.ErrPeerIDMismatch)):
-		return likely("another relay, or one with another key file, answers on UDP "+port+": clients will refuse it", "ss -lunp 'sport = :"+port+"'")
+		return likely("another relay answers on UDP "+port+", or this one has another key file: clients will refuse it", "ss -lunp 'sport = :"+port+"'")
 	case isRefusal(d.err):
 		return whyFull()
 	case isTimeout(d.err) && runs:
-		return likely("UDP "+port+" is closed over "+string(d.family)+" in the firewall of the machine or of its provider", "ufw allow "+port+"/udp", "systemctl status privstack-relay")
+		return likely("a firewall, on the machine or at its provider, blocks UDP "+port+" over "+d.family, "ufw allow "+port+"/udp", "systemctl status privstack-relay")
 	case isTimeout(d.err):
-		return likely("the relay is not running, or UDP "+port+" is closed in a firewall", "systemctl status privstack-relay", "ufw allow "+port+"/udp")
+		return likely("the relay is not running, or a firewall blocks UDP "+port, "systemctl status privstack-relay", "ufw allow "+port+"/udp")
 	}
-	return likely("something else than a relay answers on UDP "+port, "ss -lunp 'sport = :"+port+"'")
+	return likely("another program answers on UDP "+port, "ss -lunp 'sport = :"+port+"'")
 }
 
-// addrs returns the relay's addresses as clients find them: those that the endpoint
-// lists, with the host that was asked in the place of 0.0.0.0 and ::. None is there
-// twice, and at most maxCheckDials are to be dialled.
+// addrs returns the relay's addresses as clients find them, each once: what the endpoint
+// lists, with the host that was asked instead of 0.0.0.0 and ::.
 func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 	host := slices.Concat(c.endpoint.ips[ipv4], c.endpoint.ips[ipv6])
 	var found []dialled
@@ -193,7 +185,7 @@ func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 			continue
 		}
 		if d.result == "" && left == 0 {
-			d.result, d.says = checkSkipped, "not dialled, there are too many"
+			d.result, d.says = checkSkipped, fmt.Sprintf("not dialled: a check dials at most %d addresses", maxCheckDials)
 		} else if d.result == "" {
 			left--
 		}
@@ -202,31 +194,25 @@ func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 	return dials
 }
 
-// atListed returns the addresses that s, in the endpoint's list, stands for. It
-// skips what is no QUIC address: other relays may have other transports.
+// atListed returns the addresses that s, in the endpoint's list, stands for: none if it
+// is not QUIC, since other relays may have other transports.
 func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
-	addr, err := ma.NewMultiaddr(s)
-	if err == nil {
-		addr, _ = peer.SplitAddr(addr)
-	}
-	if err != nil || !isQUICAddr(addr) {
+	addr, _ := ma.NewMultiaddr(s) // empty if it is none
+	if addr, _ = peer.SplitAddr(addr); !isQUICAddr(addr) {
 		return nil
 	}
 	ip := ipOf(addr)
-	if !ip.IsValid() { // a name
-		ips, _ := lookupIPs(ctx, addr[0].Protocol().Code, addr[0].Value())
-		if len(ips) == 0 {
-			return []dialled{{addr: addr, announced: true, result: checkFailed, says: "the name has no address"}}
+	ips := []netip.Addr{ip}
+	if ip.IsUnspecified() { // it stands for the host that was asked
+		if ips = c.endpoint.ips[familyOf(ip)]; len(ips) == 0 {
+			return []dialled{{addr: addr, result: checkSkipped, says: c.endpoint.lacks[familyOf(ip)]}}
 		}
-		return c.atIPs(ips[:min(len(ips), 2*maxCheckIPs)], addr[1:], true)
-	}
-	if f := familyOf(ip); ip.IsUnspecified() {
-		if len(c.endpoint.ips[f]) == 0 {
-			return []dialled{{addr: addr, result: checkSkipped, says: c.endpoint.lacks[f]}}
+	} else if !ip.IsValid() { // a name
+		if ips, _ = lookupIPs(ctx, addr[0].Protocol().Code, addr[0].Value()); len(ips) == 0 {
+			return []dialled{{addr: addr, result: checkFailed, says: "the name has no address", announced: true}}
 		}
-		return c.atIPs(c.endpoint.ips[f], addr[1:], false)
 	}
-	return c.atIPs([]netip.Addr{ip}, addr[1:], true)
+	return c.atIPs(ips[:min(len(ips), 2*maxCheckIPs)], addr[1:], !ip.IsUnspecified())
 }
 
 // atIPs returns the addresses that begin with each of ips and end in rest.
@@ -237,26 +223,24 @@ func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (
 			// Nor is it our business to dial what is local to us.
 			d.result, d.says = checkFailed, "a private address, which only its own network can dial"
 		} else if routeTo(ip) != "" {
-			d.result, d.says = checkSkipped, fmt.Sprintf("this machine has no %v", d.family)
+			d.result, d.says = checkSkipped, "this machine has no "+d.family
 		}
 		found = append(found, d)
 	}
 	return found
 }
 
-// isForeign reports whether ip is local to a network that the host which was asked
-// is not in.
+// isForeign reports whether ip means something only in a network that the host which
+// was asked is not in.
 func (c *dialCheck) isForeign(ip netip.Addr) bool {
 	host := slices.Concat(c.endpoint.ips[ipv4], c.endpoint.ips[ipv6])
 	if slices.ContainsFunc(host, netip.Addr.IsLoopback) {
 		return false
 	}
+	isPrivate := func(ip netip.Addr) bool { return manet.IsPrivateAddr(ipAddr(ip)) }
 	broadcast := netip.AddrFrom4([4]byte{255, 255, 255, 255})
 	return ip.IsLoopback() || ip.IsMulticast() || ip == broadcast || isPrivate(ip) && !slices.ContainsFunc(host, isPrivate)
 }
-
-// isPrivate reports whether ip means something in one network alone.
-func isPrivate(ip netip.Addr) bool { return manet.IsPrivateAddr(ipAddr(ip)) }
 
 func ipAddr(ip netip.Addr) ma.Multiaddr {
 	addr, _ := manet.FromIP(ip.AsSlice()) // which fails for other lengths than an Addr has

@@ -25,38 +25,26 @@ import (
 )
 
 const (
-	// maxCheckIPs is how many addresses of one name are used, in each family.
-	maxCheckIPs = 2
-
-	// maxCheckListed is how many addresses of the endpoint's list are looked at: a
-	// relay lists what is announced and two sockets.
-	maxCheckListed = maxAnnounce + 2
-
-	// maxIdentityBody bounds the endpoint's answer, in bytes: eight announced
-	// names of 253 characters are 3 KiB.
-	maxIdentityBody = 64 << 10
+	maxCheckIPs     = 2               // addresses of one name that are used, in each family
+	maxCheckListed  = maxAnnounce + 2 // addresses that are read: the announced ones and two sockets
+	maxIdentityBody = 64 << 10        // bytes that are read; eight names of 253 characters take 3 KiB
 )
 
 // checkTarget is the relay as the operator named it. parseCheckTarget makes it.
 type checkTarget struct {
-	given string // what the operator wrote
-	host  string // a DNS name, or an IP address without brackets
-
-	// url is the identity endpoint. It is nil if the operator gave a multiaddr,
-	// which is in addr and id.
-	url  *url.URL
-	addr ma.Multiaddr // without /p2p
-	id   peer.ID
+	given string       // what the operator wrote
+	host  string       // a DNS name, or an IP address without brackets
+	url   *url.URL     // the identity endpoint; nil if the operator gave a bootstrap address
+	addr  ma.Multiaddr // that bootstrap address, without /p2p
+	id    peer.ID      // and its peer ID
 }
 
-// endpointCheck finds the target's IP addresses and asks its identity endpoint, as
-// clients do.
+// endpointCheck finds the target's IP addresses and asks its identity endpoint.
 type endpointCheck struct {
 	checkTarget
-
-	ips     map[family][]netip.Addr // at most maxCheckIPs in each family
-	lacks   map[family]string       // why that family can't be checked; "" if it can
-	answers map[family]*endpointAnswer
+	ips     map[string][]netip.Addr // at most maxCheckIPs in each family
+	lacks   map[string]string       // why that family can't be checked; "" if it can
+	answers map[string]*endpointAnswer
 
 	relay  peer.ID  // the target's ID, else the answer's, IPv4's before IPv6's; "" if there is none
 	listed []string // the addresses in that answer; nil if there is none
@@ -70,10 +58,10 @@ func (c *endpointCheck) resolve(ctx context.Context) checkStep {
 	}
 	found, err := lookupIPs(ctx, kind, c.host)
 	if err != nil {
-		return stepFailed(likely("the name is mistyped, or its DNS record is missing or not yet known everywhere", "getent ahosts "+c.host),
+		return stepFailed(likely("the name is mistyped, or its DNS record is missing or has not spread yet", "getent ahosts "+c.host),
 			"%s has no address: %v", c.host, err).blocking("needs an address of " + c.host)
 	}
-	c.ips, c.lacks = make(map[family][]netip.Addr), make(map[family]string)
+	c.ips, c.lacks = make(map[string][]netip.Addr), make(map[string]string)
 	var all []string
 	for _, ip := range found {
 		if f := familyOf(ip); len(c.ips[f]) < maxCheckIPs {
@@ -81,29 +69,25 @@ func (c *endpointCheck) resolve(ctx context.Context) checkStep {
 			all = append(all, ip.String())
 		}
 	}
-	isName := net.ParseIP(c.host) == nil
-	for _, f := range []family{ipv4, ipv6} {
+	for _, f := range []string{ipv4, ipv6} {
+		c.lacks[f] = fmt.Sprintf("%s has no %s address", c.host, f)
 		if len(c.ips[f]) > 0 {
 			c.lacks[f] = routeTo(c.ips[f][0])
-		} else if isName {
-			c.lacks[f] = fmt.Sprintf("%s has no %v address", c.host, f)
-		} else {
-			c.lacks[f] = c.host + " was asked for"
 		}
 	}
 	s := stepPassed("%s", strings.Join(all, ", "))
 	if c.lacks[ipv4] != "" && c.lacks[ipv6] != "" {
-		s = stepFailed(likely("this machine has no network, or not of this family", "ip route"),
-			"no route to %s", strings.Join(all, ", ")).blocking("needs a way to " + c.host)
-	} else if !isName {
-		s = stepSkipped("%s is an address", c.host)
+		s = stepFailed(likely("this machine is offline, or has no address of that family", "ip route"),
+			"no route to %s", strings.Join(all, ", ")).blocking("needs a route to " + c.host)
+	} else if net.ParseIP(c.host) != nil {
+		s = stepSkipped("%s is an IP address: there is nothing to look up", c.host)
 	}
 	return s.with(map[string]any{"addresses": all})
 }
 
 // ask asks over both families at once.
 func (c *endpointCheck) ask(ctx context.Context) {
-	c.relay, c.answers = c.id, make(map[family]*endpointAnswer)
+	c.relay, c.answers = c.id, make(map[string]*endpointAnswer)
 	if c.url == nil {
 		return
 	}
@@ -116,7 +100,7 @@ func (c *endpointCheck) ask(ctx context.Context) {
 		}
 	}
 	asking.Wait()
-	for _, f := range []family{ipv6, ipv4} {
+	for _, f := range []string{ipv6, ipv4} {
 		if a := c.answers[f]; a != nil && a.err == nil {
 			c.relay, c.listed = a.id, a.addrs
 		}
@@ -124,9 +108,9 @@ func (c *endpointCheck) ask(ctx context.Context) {
 }
 
 // over says how the endpoint answered over f.
-func (c *endpointCheck) over(f family) checkStep {
+func (c *endpointCheck) over(f string) checkStep {
 	if c.url == nil {
-		return stepSkipped("not needed: the address names the peer ID")
+		return stepSkipped("not needed: the bootstrap address has the peer ID")
 	}
 	if why := c.lacks[f]; why != "" {
 		return stepSkipped("%s", why)
@@ -137,38 +121,33 @@ func (c *endpointCheck) over(f family) checkStep {
 	if a.err != nil {
 		s = stepFailed(a.why, "%s: %v", at, a.err)
 	} else if a.id != c.relay {
-		s = stepFailed(c.whyTwoRelays(), "%s names %s, but over IPv4 it is %s", at, a.id, c.relay)
+		s = stepFailed(c.whyTwoRelays(), "%s: %s, but over IPv4 it is %s", at, a.id, c.relay)
 	}
 	s.Millis = millis(a.took)
 	return s
 }
 
 func (c *endpointCheck) whyTwoRelays() diagnosis {
-	return likely("the name's addresses belong to two different relays", "getent ahosts "+c.host)
+	return likely("the addresses of this name belong to two different relays", "getent ahosts "+c.host)
 }
 
-// family is IPv4 or IPv6.
-type family string
+// The address families, as a reader knows them.
+const ipv4, ipv6 = "IPv4", "IPv6"
 
-const (
-	ipv4 family = "IPv4"
-	ipv6 family = "IPv6"
-)
-
-func familyOf(ip netip.Addr) family {
+func familyOf(ip netip.Addr) string {
 	if ip.Is4() {
 		return ipv4
 	}
 	return ipv6
 }
 
-// lookupIPs returns the addresses of host, which is an IP address or a name of the
-// multiaddr protocol kind, without zones: multiaddrs have none.
+// lookupIPs returns the addresses of host, which is an IP address or a name of that
+// kind: ma.P_DNS4, ma.P_DNS6 or any other for both families.
 func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error) {
 	network := map[int]string{ma.P_DNS4: "ip4", ma.P_DNS6: "ip6"}[kind]
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, cmp.Or(network, "ip"), host)
 	for i, ip := range ips {
-		ips[i] = ip.Unmap().WithZone("")
+		ips[i] = ip.Unmap().WithZone("") // multiaddrs have no zones
 	}
 	return ips, err
 }
@@ -177,12 +156,11 @@ func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error)
 // a UDP socket only looks up the way.
 func routeTo(ip netip.Addr) string {
 	conn, err := net.Dial("udp", net.JoinHostPort(ip.String(), "9"))
-	if err == nil {
-		conn.Close()
-		return ""
+	if err != nil { // which names addresses: its cause does not
+		return fmt.Sprintf("this machine has no %s: %v", familyOf(ip), cmp.Or(errors.Unwrap(err), err))
 	}
-	err = cmp.Or(errors.Unwrap(err), err) // without the addresses, which are known
-	return fmt.Sprintf("this machine has no %v: %v", familyOf(ip), err)
+	conn.Close()
+	return ""
 }
 
 // wsaConnRefused is what Windows says for ECONNREFUSED, which Go made up there.
@@ -194,15 +172,14 @@ type endpointAnswer struct {
 	id    peer.ID
 	addrs []string // not nil if there is an answer
 	took  time.Duration
-
-	err error     // why there is no answer
-	why diagnosis // what is then likely wrong
+	err   error     // why there is no answer
+	why   diagnosis // what is then likely wrong
 }
 
 // ask gets the identity at u from ip, whatever address its host name has.
 func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 	begun := time.Now()
-	dialer := net.Dialer{Timeout: checkAskTime} // less than ask has: ours says that it was the dial
+	dialer := net.Dialer{Timeout: checkAskTime} // shorter than ctx, so that a timeout shows where it was
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			_, port, _ := net.SplitHostPort(addr)
@@ -271,19 +248,19 @@ func (a *endpointAnswer) explain(u *url.URL) {
 	switch {
 	case timedOut && !connected:
 		a.err = errors.New("no answer")
-		a.why = likely("TCP "+port+" is closed in the firewall of the machine or of its provider", "ufw allow "+port+"/tcp", "systemctl status privstack-relay")
+		a.why = likely("a firewall, on the machine or at its provider, blocks TCP "+port, "ufw allow "+port+"/tcp", "systemctl status privstack-relay")
 	case timedOut:
-		a.err = errors.New("takes the connection and does not answer in time")
-		a.why = likely("the program on TCP "+port+" hangs, or is none that speaks HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
+		a.err = errors.New("accepts the connection but does not answer in time")
+		a.why = likely("the program on TCP "+port+" hangs, or does not speak HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
 	case errors.Is(a.err, syscall.ECONNREFUSED) || errors.Is(a.err, wsaConnRefused):
-		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or has another --http-port", "systemctl status privstack-relay")
+		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or it has another --http-port", "systemctl status privstack-relay")
 	case !connected:
-		a.why = likely("the machine is not reached: it is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
+		a.why = likely("the machine is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
 	case errors.Is(a.err, http.ErrSchemeMismatch):
-		a.why = likely("TCP "+port+" speaks HTTP without TLS: write http:// in place of https://", "curl -v "+u.String())
+		a.why = likely("TCP "+port+" speaks HTTP without TLS: write http:// instead of https://", "curl -v "+u.String())
 	case badTLS:
 		a.why = likely("the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String())
 	default:
-		a.why = likely("something else than a relay answers on TCP "+port+", or the reverse proxy does not pass "+identityRoute+" on", "curl -v "+u.String())
+		a.why = likely("another program answers on TCP "+port+", or the reverse proxy does not forward "+identityRoute, "curl -v "+u.String())
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"fmt"
 	"time"
 
@@ -23,16 +22,14 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// checkRecordTTL is how long the record that is left behind says it lives, in
-// seconds. This relay keeps it for maxRecordAge nonetheless, or until it needs
-// the room; its key is random, so no client asks for it.
+// checkRecordTTL is the ttl of the record that a check leaves at the relay, in seconds.
+// This relay ignores it and keeps a record for maxRecordAge, or until it needs the room.
 const checkRecordTTL = 60
 
 // meetCheck has two clients meet through the relay.
 type meetCheck struct {
-	dials  *dialCheck // the first client is the one that it uses
-	second *checkClient
-
+	dials    *dialCheck // the first client is the one that it uses
+	second   *checkClient
 	identity identifypb.Identify // what the relay says about itself and us
 	reserved bool                // by the second client
 	dataMost int64               // bytes that a circuit carries each way; 0 is unlimited, or unknown
@@ -41,16 +38,15 @@ type meetCheck struct {
 // close ends both clients.
 func (c *meetCheck) close() {
 	if c.dials.used != nil {
-		c.dials.used.client.Close()
+		c.dials.used.client.close()
 	}
 	if c.second != nil {
-		c.second.Close()
+		c.second.close()
 	}
 }
 
 // identify compares what the relay says about itself with what it should be.
 func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
-	// The first message has all but a signed copy of the addresses.
 	// https://github.com/libp2p/specs/tree/master/identify
 	_, err := c.dials.used.client.request(ctx, identify.ID, nil, &c.identity)
 	if err != nil {
@@ -59,11 +55,11 @@ func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
 	says, agent := clean(c.identity.GetProtocolVersion()), clean(c.identity.GetAgentVersion())
 	switch {
 	case isRefusal(err):
-		s = stepFailed(whyFull(), "the relay closes the connection after the handshake").blocking("needs a place at the relay")
+		s = stepFailed(whyFull(), "the relay closed the connection after the handshake").blocking("needs a relay that has room")
 	case err != nil:
-		s = stepFailed(likely("the relay hangs or is overloaded", "systemctl restart privstack-relay"), "%s", errText(err))
+		s = stepFailed(whyNoAnswer(err, "identify"), "%s", errText(err))
 	case says != protocolVersion:
-		s = stepFailed(likely("a libp2p node, but no PrivStack relay"), "speaks %q (agent %q), not %s", says, agent, protocolVersion)
+		s = stepFailed(likely("this is a libp2p node, but not a PrivStack relay"), "its protocol version is %q (agent %q), not %s", says, agent, protocolVersion)
 	default:
 		s = stepPassed("%s, agent %s", says, agent)
 	}
@@ -78,12 +74,12 @@ func (c *meetCheck) observed(context.Context) checkStep {
 		_, seen, err = manet.DialArgs(addr) // IP address and port
 	}
 	if err != nil {
-		return stepFailed(likely("no PrivStack relay: devices in two homes will not find each other"), "the relay tells no address: %v", err)
+		return stepFailed(likely("not a PrivStack relay: devices in two homes will not find each other"), "the relay does not say at which address it sees us: %v", err)
 	}
 	s := stepPassed("the relay sees us at %s", seen)
 	if manet.IsPrivateAddr(addr) && !manet.IsPrivateAddr(c.dials.used.addr) {
-		s = stepFailed(likely("a proxy or NAT before the relay, such as a container's port forwarding, hides its clients: homes behind NATs will not meet", "docker run --network host ..."),
-			"the relay sees us at the private %s", seen)
+		s = stepFailed(likely("a proxy or NAT in front of the relay, such as a container's port forwarding, hides where clients are: homes behind NATs will not meet", "docker run --network host ..."),
+			"the relay sees us at %s, which is private", seen)
 	}
 	return s.with(map[string]any{"address": clean(seen)})
 }
@@ -92,82 +88,72 @@ func (c *meetCheck) observed(context.Context) checkStep {
 func (c *meetCheck) clients(ctx context.Context) checkStep {
 	var err error
 	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.relay); err != nil {
-		why := likely("the relay hangs, or the path to it loses packets", "systemctl status privstack-relay")
-		if isRefusal(err) {
-			why = whyFull()
-		}
-		return stepFailed(why, "%s", errText(err)).blocking("needs two clients")
+		return stepFailed(whyNoAnswer(err, "two clients"), "%s", errText(err)).blocking("needs two clients")
 	}
 	return stepPassed("two throw-away clients are connected")
 }
 
-// whyNoAnswer explains a request that got no answer; what is what it was for.
-func (c *meetCheck) whyNoAnswer(ctx context.Context, what string) diagnosis {
+// whyNoAnswer explains why the relay did not serve what a step asked for.
+func whyNoAnswer(err error, what string) diagnosis {
 	switch {
-	case ctx.Err() != nil:
-		return likely("the relay hangs or is overloaded", "systemctl restart privstack-relay")
-	case c.dials.used.client.conn.IsClosed() || c.second.conn.IsClosed():
+	case isRefusal(err):
 		return whyFull()
+	case isTimeout(err):
+		return likely("the relay hangs or is overloaded, or the path to it loses packets", "systemctl restart privstack-relay")
 	}
-	return likely("no PrivStack relay, or one of another version: it does not serve "+what, "privstack-relay --version")
+	return likely("not a PrivStack relay, or another version: it does not serve "+what, "privstack-relay --version")
 }
 
-// dht has each client ask for its own ID, as all clients do first, and then one ask
-// for the other, which is how two homes meet.
+// dht asks for each client's own ID, as clients do first, and then for the other's.
 func (c *meetCheck) dht(ctx context.Context) checkStep {
 	first, second := c.dials.used.client, c.second
 	resp := new(kadpb.Message)
-	// Each asks for itself: a client is in only when it has been answered, because a
-	// handshake is done before the relay has taken the connection.
+	// A client is in when it has been answered; the handshake alone does not show it.
 	for _, q := range []struct{ asks, wants *checkClient }{{second, second}, {first, first}, {first, second}} {
 		req := kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)
 		if _, err := q.asks.request(ctx, kadProtocol, req, resp); err != nil {
-			return stepFailed(c.whyNoAnswer(ctx, string(kadProtocol)), "FIND_NODE: %s", errText(err))
+			return stepFailed(whyNoAnswer(err, string(kadProtocol)), "FIND_NODE: %s", errText(err))
 		}
 	}
 	for _, p := range resp.CloserPeers {
 		if addrs := p.Addresses(); peer.ID(p.Id) == second.id && len(addrs) > 0 {
-			return stepPassed("names one client to the other, at %s", addrs[0]).with(map[string]any{"address": addrs[0].String()})
+			return stepPassed("tells one client where the other is: %s", addrs[0]).with(map[string]any{"address": addrs[0].String()})
 		}
 	}
-	return stepFailed(likely("no PrivStack relay, or the old one: devices in two homes will not find each other", "privstack-relay --version"),
-		"answers, but does not name a client that is connected")
+	return stepFailed(likely("not a PrivStack relay, or the old one: devices in two homes will not find each other", "privstack-relay --version"),
+		"answers, but does not tell where a connected client is")
 }
 
 // record has one client put a record, as clients do, and the other get it.
 func (c *meetCheck) record(ctx context.Context) checkStep {
 	first := c.dials.used.client
-	random := make([]byte, 32)
-	rand.Read(random)
-	value, err := json.Marshal(map[string]any{"device_name": "privstack-relay check", "addresses": []string{}, "timestamp": time.Now().Unix()})
-	if err != nil {
-		panic(err) // these types always marshal
-	}
+	key := append([]byte("/privstack/syncgroup/"), make([]byte, 32)...)
+	rand.Read(key[len(key)-32:])
+	value := fmt.Appendf(nil, `{"device_name":"privstack-relay check","addresses":[],"timestamp":%d}`, time.Now().Unix())
 	extra := newExtras(first.id, checkRecordTTL).encoded
-	put := &recpb.Record{Key: append([]byte("/privstack/syncgroup/"), random...), Value: value}
+	put := &recpb.Record{Key: key, Value: value}
 	put.ProtoReflect().SetUnknown(extra)
-
-	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, put.Key, 0), new(kadpb.Message)
+	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0), new(kadpb.Message)
 	req.Record = put
 	if _, err := first.request(ctx, kadProtocol, req, resp); err != nil {
-		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
+		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
 	}
-	req = kadpb.NewMessage(kadpb.Message_GET_VALUE, put.Key, 0)
+	req = kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)
 	if _, err := c.second.request(ctx, kadProtocol, req, resp); err != nil {
-		return stepFailed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
+		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
 	}
 	got := resp.GetRecord()
-	wrong := likely("no PrivStack relay, or a damaged one: clients ignore such a record", "privstack-relay --version")
+	fields, err := readExtras(got)
+	wrong := likely("not a PrivStack relay, or a faulty one: clients ignore such a record", "privstack-relay --version")
 	switch {
 	case got == nil:
-		return stepFailed(wrong, "what was put is not found")
-	case !bytes.Equal(got.GetKey(), put.Key) || !bytes.Equal(got.GetValue(), put.Value):
-		return stepFailed(wrong, "what comes back is not what was put")
+		return stepFailed(wrong, "the relay does not find the record that it stored")
+	case !bytes.Equal(got.GetKey(), key) || !bytes.Equal(got.GetValue(), value):
+		return stepFailed(wrong, "the record came back changed")
+	case err != nil || !bytes.Equal(fields.encoded, extra):
+		return stepFailed(wrong, "the record came back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
 	}
-	if fields, err := readExtras(got); err != nil || !bytes.Equal(fields.encoded, extra) {
-		return stepFailed(wrong, "it comes back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
-	}
-	return stepPassed("put by one client, got by the other, byte for byte with publisher and ttl")
+	return stepPassed("stored by one client, read unchanged by the other, with publisher and ttl")
 }
 
 // reserve takes a place at the relay for the second client.
@@ -176,7 +162,7 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 	_, err := c.second.request(ctx, proto.ProtoIDv2Hop, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()}, resp)
 	switch {
 	case err != nil:
-		return stepFailed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", errText(err))
+		return stepFailed(whyNoAnswer(err, "the circuit relay"), "%s", errText(err))
 	case resp.GetStatus() != circuitpb.Status_OK:
 		return stepFailed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "the relay says %v", resp.GetStatus())
 	}
@@ -184,32 +170,29 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 	var addrs []string
 	private := true
 	for _, b := range resp.GetReservation().GetAddrs() {
-		a, err := ma.NewMultiaddrBytes(b)
-		if err != nil {
-			continue
-		}
+		a, _ := ma.NewMultiaddrBytes(b) // empty if it is none
 		if a, _ = peer.SplitAddr(a); len(a) > 0 && len(addrs) < maxOfferedAddrs {
 			addrs = append(addrs, clean(a.String()))
 			private = private && manet.IsPrivateAddr(a)
 		}
 	}
 	duration := time.Duration(resp.GetLimit().GetDuration()) * time.Second
-	lasts, carries := "without limit", "without limit"
+	lasts, carries := "any time", "any amount"
 	if duration > 0 {
 		lasts = duration.String()
 	}
 	if c.dataMost > 0 {
-		carries = sizeText(c.dataMost)
+		carries = fmt.Sprintf("%.4g MiB", float64(c.dataMost)/(1<<20))
 	}
 	s := stepPassed("accepted; one circuit may last %s and carry %s", lasts, carries)
-	announce := inUnit("--announce " + c.dials.endpoint.host)
+	announce := editUnit + "--announce " + c.dials.endpoint.host
 	switch {
 	case time.Until(time.Unix(int64(resp.GetReservation().GetExpire()), 0)) < 0:
-		s = stepFailed(likely("the clock of this machine or of the relay's is wrong", "timedatectl"), "accepted, but it has already expired")
+		s = stepFailed(likely("the clock of the relay's machine or of this one is wrong", "timedatectl"), "accepted, but it has already expired")
 	case len(addrs) == 0:
-		s = stepFailed(likely("the relay does not know its address: deployed clients refuse such a reservation", announce), "accepted, but without an address")
+		s = stepFailed(likely("the relay does not know its own address: libp2p clients in Rust refuse such a reservation", announce), "accepted, but without an address")
 	case private && !manet.IsPrivateAddr(c.dials.used.addr):
-		s = stepFailed(likely("the relay is behind a NAT and knows its private address only: nobody outside can use these", announce), "accepted, but its addresses are all private")
+		s = stepFailed(likely("the relay is behind a NAT and knows only its private address: nobody outside can use these", announce), "accepted, but its addresses are all private")
 	}
 	s.Lines = addrs
 	return s.with(map[string]any{"addresses": addrs, "duration_s": int(duration.Seconds()), "data_bytes": c.dataMost})
@@ -226,8 +209,8 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	if err == nil {
 		direct, err = pingOver(pings)
 	}
-	if err != nil {
-		return stepFailed(c.whyNoAnswer(ctx, "ping"), "ping: %s", errText(cmp.Or(ctx.Err(), err)))
+	if err = cmp.Or(ctx.Err(), err); err != nil {
+		return stepFailed(whyNoAnswer(err, "ping"), "ping: %s", errText(err))
 	}
 	// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
 	req := &circuitpb.HopMessage{Type: circuitpb.HopMessage_CONNECT.Enum(), Peer: &circuitpb.Peer{Id: []byte(c.second.id)}}
@@ -237,7 +220,7 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 		err = fmt.Errorf("the relay says %v", resp.GetStatus())
 	}
 	if err != nil {
-		return stepFailed(likely("the relay is at its limit of circuits, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "no circuit: %s", errText(err))
+		return stepFailed(likely("the relay has as many circuits as it allows, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "the relay opens no circuit: %s", errText(err))
 	}
 	n := 0
 	if rtt, err = pingOver(circuit); err == nil {
@@ -246,7 +229,7 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	if err != nil {
 		why := likely("the path to the relay is slow or loses packets")
 		if c.dataMost > 0 && c.dataMost < 2*checkEchoBytes {
-			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), inUnit("--circuit-bytes 1GiB"))
+			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), editUnit+"--circuit-bytes 1GiB")
 		}
 		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(cmp.Or(ctx.Err(), err)))
 	}

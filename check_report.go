@@ -28,8 +28,7 @@ type checkReport struct {
 	Millis  float64     `json:"ms"`
 	Version string      `json:"version"` // of the program that checked
 	Steps   []checkStep `json:"steps"`   // all of them, always in the same order
-
-	failed int // how many
+	failed  int         // how many of them
 }
 
 // checkStep says how one step ended.
@@ -42,12 +41,10 @@ type checkStep struct {
 	diagnosis
 	Values map[string]any `json:"values,omitempty"` // the numbers and addresses in Detail, for machines
 
-	// blocks is why the steps that follow make no sense. Empty: they do.
-	blocks string
+	blocks string // why the steps that follow make no sense; "" if they do
 }
 
-// diagnosis is the likely cause of a failure, and commands to run on the relay's
-// machine.
+// diagnosis is a likely cause, and what to run on the relay's machine.
 type diagnosis struct {
 	Cause string   `json:"cause,omitempty"`
 	Try   []string `json:"try,omitempty"`
@@ -77,7 +74,7 @@ func (s checkStep) blocking(why string) checkStep {
 	return s
 }
 
-// text is the step for a terminal of 100 columns.
+// text lays s out for a terminal of 100 columns.
 func (s checkStep) text() string {
 	const indent, width = 26, 100
 	took := ""
@@ -99,22 +96,19 @@ func (s checkStep) text() string {
 		strings.Join(lines, "\n"+strings.Repeat(" ", indent)) + "\n"
 }
 
-// clean makes text from the other side harmless to a terminal, and short.
+// clean makes text from the other side harmless to a terminal, and cuts it.
 func clean(s string) string {
-	const most = 600
 	runes := []rune(s)
+	runes = runes[:min(len(runes), 600)]
 	for i, r := range runes {
 		if !unicode.IsPrint(r) {
 			runes[i] = '?'
 		}
 	}
-	if len(runes) > most {
-		runes = append(runes[:most], '…')
-	}
 	return string(runes)
 }
 
-// wrapText breaks s into lines of at most width characters, between words where it can.
+// wrapText breaks s into lines of at most width characters, between words if possible.
 func wrapText(s string, width int) (lines []string) {
 	line := []rune(s)
 	for len(line) > width {
@@ -122,7 +116,7 @@ func wrapText(s string, width int) (lines []string) {
 		for cut > 0 && line[cut] != ' ' {
 			cut--
 		}
-		if cut == 0 {
+		if cut == 0 { // one long word
 			cut = width
 		}
 		lines = append(lines, string(line[:cut]))
@@ -134,15 +128,5 @@ func wrapText(s string, width int) (lines []string) {
 // millis is d in milliseconds, to the microsecond.
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// sizeText is n bytes for a reader.
-func sizeText(n int64) string {
-	if n >= 1<<30 {
-		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
-	}
-	return fmt.Sprintf("%.0f KiB", float64(n)/(1<<10))
-}
-
-// inUnit says how to add flags to the relay's command line.
-func inUnit(flags string) string {
-	return "systemctl edit --full privstack-relay  # add " + flags
-}
+// editUnit is how an operator adds a flag, which stands behind it.
+const editUnit = "systemctl edit --full privstack-relay  # add "

@@ -216,6 +216,20 @@ func TestCheckLeavesNothingBehind(t *testing.T) {
 	}
 }
 
+// A client that can't connect leaves no socket and no goroutine.
+func TestCheckClientThatFailsLeavesNothingBehind(t *testing.T) {
+	before := runtime.NumGoroutine()
+	for range 20 {
+		ctx, cancel := context.WithCancel(testContext(t))
+		cancel()
+		if c, err := dialCheckClient(ctx, ma.StringCast("/ip4/127.0.0.1/udp/1/quic-v1"), ""); err == nil {
+			c.close()
+			t.Fatal("connected to a port where nothing listens, after the time was over")
+		}
+	}
+	eventually(t, "its goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+}
+
 // A terminal of 100 columns, no colour needed, and one line or more for each step.
 func TestCheckTextIsReadable(t *testing.T) {
 	p := start(t)
@@ -294,8 +308,8 @@ func TestCheckFindsUDPClosed(t *testing.T) {
 		t.Errorf("try = %q, want the ufw line for UDP %d", s.Try, port)
 	}
 	for _, s := range got.Steps[6:] {
-		if s.Result != checkSkipped || s.Detail != "needs QUIC" {
-			t.Errorf("step %+v, want it skipped for want of QUIC", s)
+		if s.Result != checkSkipped || s.Detail != "needs an address that answers" {
+			t.Errorf("step %+v, want it skipped: nothing answers by QUIC", s)
 		}
 	}
 }
@@ -337,7 +351,7 @@ func TestCheckDialsWhatIsAnnounced(t *testing.T) {
 	got := runCheckJSON(t, fakeEndpoint(t, identityBody(t, r.info.ID, closed, good, fmt.Sprintf("/ip4/0.0.0.0/udp/%d/quic-v1", port))))
 	got.wantFailed(t, "✗ "+closed, "addresses")
 	lines := got.step(t, "addresses").Lines
-	if want := fmt.Sprintf("– /ip4/127.0.0.1/udp/%d/quic-v1  no answer, and others are announced", port); !slices.Contains(lines, want) {
+	if want := fmt.Sprintf("– /ip4/127.0.0.1/udp/%d/quic-v1  no answer; the relay announces other addresses", port); !slices.Contains(lines, want) {
 		t.Errorf("addresses: %q, want %q among them", lines, want)
 	}
 	if s := got.step(t, "quic-ipv4"); s.Values["address"] != good {
@@ -456,7 +470,7 @@ func TestCheckExplainsEndpointErrors(t *testing.T) {
 		{"certificate that clients refuse", badCertificate.URL, "certificate"},
 		{"proxy that does not know the name", "https://" + noSuchName, "certificate"},
 		{"HTTP where HTTPS was asked for", "https://" + fakeEndpoint(t, "{}"), "write http://"},
-		{"another program", fakeEndpoint(t, "{}"), "something else than a relay"},
+		{"another program", fakeEndpoint(t, "{}"), "another program answers"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			target, err := parseCheckTarget(tt.target)
@@ -535,7 +549,7 @@ func TestCheckDialsFewAddresses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			ips := map[family][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}
+			ips := map[string][]netip.Addr{ipv4: {netip.MustParseAddr(tt.asked)}}
 			c := &dialCheck{endpoint: &endpointCheck{checkTarget: target, ips: ips, listed: tt.listed}}
 			var dialled []string
 			for _, d := range c.addrs(testContext(t)) {
@@ -578,7 +592,7 @@ func TestCheckSurvivesHungRelay(t *testing.T) {
 		says   string
 		failed []string
 	}{
-		{"no relay", nil, "no PrivStack relay", []string{"identify", "dht", "record", "reservation"}},
+		{"no relay", nil, "not a PrivStack relay", []string{"identify", "dht", "record", "reservation"}},
 		{"hangs", []protocol.ID{"/ipfs/id/1.0.0", kadProtocol, proto.ProtoIDv2Hop}, "hangs", []string{"identify", "observed", "dht", "record", "reservation"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -616,7 +630,7 @@ func TestCheckSurvivesNonsense(t *testing.T) {
 		})
 	})
 	got := runCheckJSON(t, h.Addrs()[0].String()+"/p2p/"+h.ID().String())
-	got.wantFailed(t, "no PrivStack relay", "identify", "dht", "record", "circuit")
+	got.wantFailed(t, "not a PrivStack relay", "identify", "dht", "record", "circuit")
 	wantReadable(t, got.text())
 }
 
@@ -658,7 +672,7 @@ func TestCheckEndsWhenInterrupted(t *testing.T) {
 			cancel()
 		}
 	})
-	if last := r.Steps[len(r.Steps)-1]; r.OK || last.Result != checkFailed || !strings.Contains(last.Detail, "canceled") {
+	if last := r.Steps[len(r.Steps)-1]; r.OK || last.Result != checkFailed || !strings.Contains(last.Detail, "interrupted") {
 		t.Errorf("checkRelay = %+v, want the steps after the first not reached", r)
 	}
 }
@@ -754,7 +768,7 @@ func TestCheckFindsDeploymentMistakes(t *testing.T) {
 		}`)
 		l.relay(l.home("relay", cloud, 10), nil, "--announce=11.0.0.1")
 		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
-		got.wantFailed(t, "hides its clients", "observed")
+		got.wantFailed(t, "hides where clients are", "observed")
 	})
 	t.Run("private address announced", func(t *testing.T) {
 		t.Parallel()
