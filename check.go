@@ -1,16 +1,14 @@
 package main
 
-// privstack-relay check: the operator's test of a running relay, from anywhere.
-// It does over the network what two clients do, step by step, and says of each
-// step that fails what is likely wrong and what to run. Whatever the other side
-// does, each step has a deadline and the whole has one.
+// privstack-relay check: the operator's test of a running relay, from anywhere. It does
+// what two clients do, step by step, and tells for each step that fails what is likely
+// wrong and what to run. It ends in time, whatever the other side does.
 //
-// It leaves behind one record that expires, and no file. It dials the host that
-// was asked for and what its identity endpoint announces, maxCheckDials
-// addresses at most. The steps are in check_*.go, the clients that they
-// play in check_client.go.
+// It dials the host that the operator names and what that host's identity endpoint
+// announces. It leaves one record at the relay, which expires, and writes no file.
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,7 +17,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -27,45 +24,11 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
-	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
-	ma "github.com/multiformats/go-multiaddr"
 )
 
 const (
-	// checkTimeout bounds a whole check, which with the time to close is 30 s at
-	// most: what checkUsage promises to monitors.
-	checkTimeout = 28 * time.Second
-
-	// What each kind of step may take at most. checkDialTime is go-libp2p's own
-	// timeout of a QUIC handshake.
-	checkAskTime     = 3 * time.Second
-	checkDialTime    = 5 * time.Second
-	checkCircuitTime = 12 * time.Second
-
-	// checkEchoBytes go through the circuit and back.
-	checkEchoBytes = 1 << 20
-
-	// checkRecordTTL is what the record that is left behind says of its life, in
-	// seconds. This relay keeps it for maxRecordAge nonetheless, or until it needs
-	// the room; its key is random, so no client asks for it.
-	checkRecordTTL = 60
-
-	// maxCheckDials bounds the addresses that are dialled, maxCheckListed those
-	// of the endpoint that are looked at, and maxCheckIPs what a name stands for,
-	// in each family. maxCheckOwn of the dials are made with the identity that is
-	// used later: with that connection they stay within connsPerPeer.
-	maxCheckDials  = 8
-	maxCheckOwn    = connsPerPeer - 2
-	maxCheckListed = maxAnnounce + 2
-	maxCheckIPs    = 2
-
-	// maxIdentityBody bounds the endpoint's answer, in bytes: eight announced
-	// names of 253 characters are 3 KiB.
-	maxIdentityBody = 64 << 10
-
-	// The ports of a relay of which nothing else is known.
-	checkPort     = 4001
-	checkHTTPPort = "4002"
+	checkTimeout  = 28 * time.Second // for all steps; closing is done before the 30 s in checkUsage
+	checkHTTPPort = "4002"           // of the identity endpoint if the operator gives none
 )
 
 const checkUsage = `privstack-relay check - test a running relay, from anywhere
@@ -86,8 +49,8 @@ It does what clients do and takes half a minute at most. Exit status: 0 all is
 well, 1 a step failed, 2 wrong command line.
 `
 
-// runCheck is the whole subcommand: args are those after its name. nil means
-// that no step failed.
+// runCheck is the whole subcommand; args are the words after its name. It returns
+// nil if no step failed, and a usageError for a mistyped command line.
 func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	fs := flag.NewFlagSet("check", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -110,44 +73,86 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	if err != nil {
 		return usageError{fmt.Sprintf("check %s: %v", clean(fs.Arg(0)), err)}
 	}
-	// What goes wrong is in the steps; the libraries' warnings would be twice.
+	// The steps say what goes wrong; the libraries would say it again.
 	joinLibraryLogs(slog.DiscardHandler, false)
 
-	if !*asJSON {
-		fmt.Fprintf(stdout, "Checking %s\n\n", clean(fs.Arg(0)))
+	text := stdout
+	if *asJSON {
+		text = io.Discard
 	}
-	r, err := checkRelay(ctx, target, func(s checkStep) {
-		if !*asJSON {
-			io.WriteString(stdout, s.text())
-		}
-	})
-	if err != nil {
-		return fmt.Errorf("check: %w", err)
-	}
+	fmt.Fprintf(text, "Checking %s\n\n", clean(target.given))
+	report := checkRelay(ctx, target, func(s checkStep) { io.WriteString(text, s.text()) })
 	if *asJSON {
 		enc := json.NewEncoder(stdout)
 		enc.SetIndent("", "  ")
-		err = enc.Encode(r)
-	} else if r.OK {
+		err = enc.Encode(report)
+	} else if report.OK {
 		_, err = fmt.Fprintln(stdout, "\nAll is well.")
 	}
-	if !r.OK {
-		return fmt.Errorf("check: %d of %d steps failed", r.count(checkFailed), len(r.Steps))
+	if !report.OK {
+		return fmt.Errorf("check: %d of %d steps failed", report.failed, len(report.Steps))
 	}
 	return err
 }
 
-// checkTarget is the relay as the operator named it.
-type checkTarget struct {
-	given string
-	host  string // a DNS name or an IP address without brackets
-
-	// url is the identity endpoint. nil for a multiaddr, which says the rest:
-	url  *url.URL
-	addr ma.Multiaddr // without /p2p
-	id   peer.ID
+// checkRelay takes all the steps and hands each to tell as it ends.
+func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) checkReport {
+	begun := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	report := checkReport{Target: target.given, Version: buildVersion()}
+	// Each phase reads what the one before it has found.
+	endpoint := &endpointCheck{checkTarget: target}
+	dials := &dialCheck{endpoint: endpoint}
+	meet := &meetCheck{dials: dials}
+	defer meet.close()
+	blocked := "" // why the steps that are left make no sense
+	for _, step := range []struct {
+		name string
+		most time.Duration
+		take func(context.Context) checkStep
+	}{
+		{"name", checkAskTime, endpoint.resolve},
+		{"identity-ipv4", checkDialTime, func(ctx context.Context) checkStep { endpoint.ask(ctx); return endpoint.over(ipv4) }},
+		{"identity-ipv6", checkDialTime, func(context.Context) checkStep { return endpoint.over(ipv6) }},
+		{"quic-ipv4", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { dials.dial(ctx); return dials.over(ipv4) }},
+		{"quic-ipv6", checkDialTime, func(context.Context) checkStep { return dials.over(ipv6) }},
+		{"addresses", checkAskTime, dials.addresses},
+		{"identify", checkAskTime, meet.identify},
+		{"observed", checkAskTime, meet.observed},
+		{"clients", checkDialTime, meet.clients},
+		{"dht", checkAskTime, meet.dht},
+		{"record", checkAskTime, meet.record},
+		{"reservation", checkAskTime, meet.reserve},
+		{"circuit", checkCircuitTime, meet.circuit},
+	} {
+		begun, s := time.Now(), stepSkipped("%s", blocked)
+		if blocked == "" && ctx.Err() == nil {
+			ctx, cancel := context.WithTimeout(ctx, step.most)
+			s = step.take(ctx)
+			cancel()
+		}
+		if ctx.Err() != nil { // a step that was cut short says nothing about the relay
+			s = stepFailed(diagnosis{}, "not reached: the check ran out of time or was interrupted")
+		}
+		if s.Millis == 0 && s.Result != checkSkipped {
+			s.Millis = millis(time.Since(begun))
+		}
+		if s.Result == checkFailed {
+			report.failed++
+		}
+		s.Name, blocked = step.name, cmp.Or(blocked, s.blocks)
+		report.Steps = append(report.Steps, s)
+		tell(s)
+	}
+	report.PeerID = cmp.Or(dials.relay, endpoint.relay, target.id).String()
+	report.OK = report.failed == 0
+	report.Millis = millis(time.Since(begun))
+	return report
 }
 
+// parseCheckTarget reads what the operator gave: a bootstrap address, or where
+// the identity endpoint is.
 func parseCheckTarget(s string) (t checkTarget, err error) {
 	t.given = s
 	if strings.HasPrefix(s, "/") {
@@ -162,130 +167,28 @@ func parseCheckTarget(s string) (t checkTarget, err error) {
 		return t, nil
 	}
 
-	t.url = &url.URL{Scheme: "http", Path: identityRoute}
-	port := checkHTTPPort
-	if strings.Contains(s, "://") {
-		u, err := url.Parse(s)
-		switch {
-		case err != nil:
-			return t, errors.New("not a URL")
-		case u.Scheme != "http" && u.Scheme != "https":
-			return t, fmt.Errorf("a URL begins with http:// or https://, not %s://", clean(u.Scheme))
-		case u.User != nil || u.RawQuery != "" || u.Fragment != "":
-			return t, errors.New("the identity endpoint has no user, query or fragment")
-		}
-		t.host, port = u.Hostname(), u.Port()
-		if port == "" {
-			port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
-		}
-		t.url.Scheme = u.Scheme
-		t.url.Path = strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), identityRoute) + identityRoute
-	} else if host, p, err := net.SplitHostPort(s); err == nil {
-		t.host, port = host, p
-	} else {
-		t.host = s
-		if rest, ok := strings.CutPrefix(s, "["); ok {
-			if t.host, ok = strings.CutSuffix(rest, "]"); !ok {
-				return t, errors.New("the bracket is not closed")
-			}
-		}
+	isURL := strings.Contains(s, "://")
+	ports := map[string]string{"http": "80", "https": "443"}
+	if net.ParseIP(s) != nil {
+		s = net.JoinHostPort(s, checkHTTPPort) // which puts brackets around IPv6
 	}
+	if !isURL {
+		s, ports["http"] = "http://"+s, checkHTTPPort
+	}
+	u, err := url.Parse(s)
+	if err != nil || ports[u.Scheme] == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path != "" && !isURL {
+		return t, errors.New("write a host name, an IP address, HOST:PORT, a URL that begins with http:// or https://, or a bootstrap address")
+	}
+	port := cmp.Or(u.Port(), ports[u.Scheme])
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 		return t, fmt.Errorf("port %q is not between 1 and 65535", clean(port))
 	}
-	// What can be announced can be asked, short of a multiaddr.
-	if strings.HasPrefix(t.host, "/") {
-		return t, errors.New("not a host name or IP address")
-	}
+	t.host = u.Hostname()
+	// Any name or IP address that a relay can announce can be checked.
 	if _, err := parseAnnounce(t.host, checkPort); err != nil {
 		return t, err
 	}
-	t.url.Host = net.JoinHostPort(t.host, port)
+	path := strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), identityRoute) + identityRoute
+	t.url = &url.URL{Scheme: u.Scheme, Host: net.JoinHostPort(t.host, port), Path: path}
 	return t, nil
-}
-
-// checker carries what one step learns to the next.
-type checker struct {
-	target checkTarget
-	a, b   *checkHost
-
-	// blocked is why the steps that follow make no sense. Empty: they do.
-	blocked string
-
-	ips     map[family][]netip.Addr // the host's, at most maxCheckIPs each
-	noRoute map[family]error        // why this machine can't send to them
-
-	id        peer.ID // the relay's: promised, or else found
-	endpoints map[family]endpointAnswer
-	listed    []string // by the endpoint that answered; nil if none did
-	dials     []dialled
-	used      *probe // the address over which the rest is checked
-
-	reservation *circuitclient.Reservation
-}
-
-// checkRelay takes all the steps and hands each to report as it ends. The error
-// is one of this machine's; what is wrong with the relay is in the steps.
-func checkRelay(ctx context.Context, target checkTarget, report func(checkStep)) (r checkReport, err error) {
-	begun := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
-	defer cancel()
-	c := &checker{target: target, id: target.id, ips: make(map[family][]netip.Addr), noRoute: make(map[family]error)}
-	for _, h := range []**checkHost{&c.a, &c.b} {
-		if *h, err = newCheckHost(); err != nil {
-			return r, fmt.Errorf("start a client: %w", err)
-		}
-		defer (*h).Close()
-	}
-
-	r = checkReport{Target: target.given, OK: true, Version: buildVersion()}
-	for _, step := range []struct {
-		name string
-		most time.Duration
-		take func(context.Context) checkStep
-	}{
-		{"name", checkAskTime, c.resolve},
-		{"identity-ipv4", checkDialTime, func(ctx context.Context) checkStep { return c.identity(ctx, ipv4) }},
-		{"identity-ipv6", checkDialTime, func(ctx context.Context) checkStep { return c.identity(ctx, ipv6) }},
-		{"quic-ipv4", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { return c.quic(ctx, ipv4) }},
-		{"quic-ipv6", checkAskTime + checkDialTime, func(ctx context.Context) checkStep { return c.quic(ctx, ipv6) }},
-		{"addresses", checkAskTime, c.addresses},
-		{"identify", checkAskTime, c.identify},
-		{"observed", checkAskTime, c.observed},
-		{"nat", checkAskTime, c.nat},
-		{"clients", checkDialTime, c.clients},
-		{"dht", checkAskTime, c.dht},
-		{"record", checkAskTime, c.record},
-		{"reservation", checkAskTime, c.reserve},
-		{"circuit", checkCircuitTime, c.circuit},
-	} {
-		var s checkStep
-		switch begun := time.Now(); {
-		case ctx.Err() != nil:
-			s = failed(diagnosis{}, "not reached: %v", ctx.Err())
-		case c.blocked != "":
-			s = skipped("%s", c.blocked)
-		default:
-			stepCtx, cancel := context.WithTimeout(ctx, step.most)
-			s = step.take(stepCtx)
-			cancel()
-			if s.Millis == 0 && s.Result != checkSkipped {
-				s.Millis = millis(time.Since(begun))
-			}
-		}
-		s.Name, s.Detail = step.name, clean(s.Detail)
-		for i, line := range s.Lines {
-			s.Lines[i] = clean(line)
-		}
-		if s.Result == checkFailed {
-			r.OK = false
-		}
-		r.Steps = append(r.Steps, s)
-		report(s)
-	}
-	if c.id != "" {
-		r.PeerID = c.id.String()
-	}
-	r.Millis = millis(time.Since(begun))
-	return r, nil
 }

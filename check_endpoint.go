@@ -1,10 +1,12 @@
 package main
 
-// The first steps of `check`: the host's addresses, and what its identity endpoint
-// says.
+// The first steps of `check`: which addresses the host has, and what its identity
+// endpoint says.
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,258 +17,250 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// The first steps of `check`: the host's addresses, and what its identity endpoint
-// says.
+const (
+	maxCheckIPs     = 2               // addresses of one name that are used, in each family
+	maxCheckListed  = maxAnnounce + 2 // addresses that are read: the announced ones and two sockets
+	maxIdentityBody = 64 << 10        // bytes that are read; eight names of 253 characters take 3 KiB
+)
+
+// checkTarget is the relay as the operator named it. parseCheckTarget makes it.
+type checkTarget struct {
+	given string       // what the operator wrote
+	host  string       // a DNS name, or an IP address without brackets
+	url   *url.URL     // the identity endpoint; nil if the operator gave a bootstrap address
+	addr  ma.Multiaddr // that bootstrap address, without /p2p
+	id    peer.ID      // and its peer ID
+}
+
+// endpointCheck finds the target's IP addresses and asks its identity endpoint.
+type endpointCheck struct {
+	checkTarget
+	ips     map[string][]netip.Addr // at most maxCheckIPs in each family
+	lacks   map[string]string       // why that family can't be checked; "" if it can
+	answers map[string]*endpointAnswer
+
+	relay  peer.ID  // the target's ID, else the answer's, IPv4's before IPv6's; "" if there is none
+	listed []string // the addresses in that answer; nil if there is none
+}
 
 // resolve finds the host's addresses, and which of them this machine can send to.
-func (c *checker) resolve(ctx context.Context) checkStep {
-	host := c.target.host
-	ip, err := netip.ParseAddr(host)
-	ips := []netip.Addr{ip.Unmap()}
-	isName := err != nil
-	if isName {
-		if ips, err = lookup(ctx, host); err != nil {
-			c.blocked = "needs an address of " + host
-			return failed(likely("the name is mistyped, or its DNS record is missing or not yet known everywhere", "getent ahosts "+host),
-				"%s has no address: %v", host, err)
-		}
+func (c *endpointCheck) resolve(ctx context.Context) checkStep {
+	kind := ma.P_DNS
+	if c.addr != nil {
+		kind = c.addr[0].Protocol().Code
 	}
+	found, err := lookupIPs(ctx, kind, c.host)
+	if err != nil {
+		return stepFailed(likely("the name is mistyped, or its DNS record is missing or has not spread yet", "getent ahosts "+c.host),
+			"%s has no address: %v", c.host, err).blocking("needs an address of " + c.host)
+	}
+	c.ips, c.lacks = make(map[string][]netip.Addr), make(map[string]string)
 	var all []string
-	for _, ip := range ips {
-		f := familyOf(ip)
-		if len(c.ips[f]) < maxCheckIPs && (c.target.addr == nil || standsFor(c.target.addr, ip)) {
+	for _, ip := range found {
+		if f := familyOf(ip); len(c.ips[f]) < maxCheckIPs {
 			c.ips[f] = append(c.ips[f], ip)
 			all = append(all, ip.String())
 		}
 	}
-	if len(all) == 0 { // /dns4 or /dns6 before a name that has the other
-		c.blocked = "needs an address of " + host
-		return failed(likely("the DNS record for this family is missing", "getent ahosts "+host), "%s has no such address", c.target.addr)
+	for _, f := range []string{ipv4, ipv6} {
+		c.lacks[f] = fmt.Sprintf("%s has no %s address", c.host, f)
+		if len(c.ips[f]) > 0 {
+			c.lacks[f] = routeTo(c.ips[f][0])
+		}
 	}
+	s := stepPassed("%s", strings.Join(all, ", "))
+	if c.lacks[ipv4] != "" && c.lacks[ipv6] != "" {
+		s = stepFailed(likely("this machine is offline, or has no address of that family", "ip route"),
+			"no route to %s", strings.Join(all, ", ")).blocking("needs a route to " + c.host)
+	} else if net.ParseIP(c.host) != nil {
+		s = stepSkipped("%s is an IP address: there is nothing to look up", c.host)
+	}
+	return s.with(map[string]any{"addresses": all})
+}
+
+// ask asks over both families at once.
+func (c *endpointCheck) ask(ctx context.Context) {
+	c.relay, c.answers = c.id, make(map[string]*endpointAnswer)
+	if c.url == nil {
+		return
+	}
+	var asking sync.WaitGroup
 	for f, ips := range c.ips {
-		if err := routeTo(ips[0]); err != nil {
-			c.noRoute[f] = err
+		if c.lacks[f] == "" {
+			a := new(endpointAnswer)
+			c.answers[f] = a
+			asking.Go(func() { a.ask(ctx, c.url, ips[0]) })
 		}
 	}
-	values := map[string]any{"addresses": all}
-	if len(c.noRoute) == len(c.ips) {
-		c.blocked = "needs a way to " + host
-		return failed(likely("this machine has no network, or not of this family", "ip route"), "no route to %s", strings.Join(all, ", ")).with(values)
-	}
-	if !isName {
-		return skipped("%s is an address", host).with(values)
-	}
-	return passed("%s", strings.Join(all, ", ")).with(values)
-}
-
-// standsFor tells whether ip is of the family that addr, which has a name, wants.
-func standsFor(addr ma.Multiaddr, ip netip.Addr) bool {
-	switch addr[0].Protocol().Code {
-	case ma.P_DNS4:
-		return ip.Is4()
-	case ma.P_DNS6:
-		return ip.Is6()
-	}
-	return true
-}
-
-// lookup returns host's addresses without zones, which multiaddrs don't have.
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-	for i, ip := range ips {
-		ips[i] = ip.Unmap().WithZone("")
-	}
-	return ips, err
-}
-
-// routeTo says why this machine can't send to ip, or nil. Nothing is sent:
-// connecting a UDP socket only looks up the way.
-func routeTo(ip netip.Addr) error {
-	conn, err := net.Dial("udp", net.JoinHostPort(ip.String(), "9"))
-	if err != nil {
-		return inner(err)
-	}
-	return conn.Close()
-}
-
-// inner is err without the addresses that a failed dial names, which are known.
-func inner(err error) error {
-	if op := (*net.OpError)(nil); errors.As(err, &op) {
-		return op.Err
-	}
-	return err
-}
-
-// endpointAnswer is what the identity endpoint says over one family.
-type endpointAnswer struct {
-	took  time.Duration
-	id    peer.ID
-	addrs []string
-	err   error
-	why   diagnosis
-}
-
-// identity asks the endpoint as clients do; the first call asks over both families.
-func (c *checker) identity(ctx context.Context, f family) checkStep {
-	if c.target.url == nil {
-		return skipped("not needed: the address names the peer ID")
-	}
-	if c.endpoints == nil {
-		c.endpoints = make(map[family]endpointAnswer)
-		var mu sync.Mutex
-		var asking sync.WaitGroup
-		for f, ips := range c.ips {
-			if c.noRoute[f] == nil {
-				asking.Go(func() {
-					a := askEndpoint(ctx, c.target.url, ips[0])
-					mu.Lock()
-					c.endpoints[f] = a
-					mu.Unlock()
-				})
-			}
+	asking.Wait()
+	for _, f := range []string{ipv6, ipv4} {
+		if a := c.answers[f]; a != nil && a.err == nil {
+			c.relay, c.listed = a.id, a.addrs
 		}
-		asking.Wait()
 	}
-	if s, missing := c.missing(f); missing {
-		return s
+}
+
+// over says how the endpoint answered over f.
+func (c *endpointCheck) over(f string) checkStep {
+	if c.url == nil {
+		return stepSkipped("not needed: the bootstrap address has the peer ID")
 	}
-	a := c.endpoints[f]
-	at := net.JoinHostPort(c.ips[f][0].String(), c.target.url.Port())
-	var s checkStep
-	switch {
-	case a.err != nil:
-		s = failed(a.why, "%s: %v", at, a.err)
-	case c.id != "" && c.id != a.id:
-		s = failed(likely("the name's addresses belong to two different relays", "getent ahosts "+c.target.host),
-			"%s names %s, but over IPv4 it is %s", at, a.id, c.id)
-	default:
-		if c.id == "" {
-			c.id, c.listed = a.id, append([]string{}, a.addrs...)
-		}
-		s = passed("%s: %s", at, a.id)
+	if why := c.lacks[f]; why != "" {
+		return stepSkipped("%s", why)
+	}
+	a := c.answers[f]
+	at := net.JoinHostPort(c.ips[f][0].String(), c.url.Port())
+	s := stepPassed("%s: %s", at, a.id)
+	if a.err != nil {
+		s = stepFailed(a.why, "%s: %v", at, a.err)
+	} else if a.id != c.relay {
+		s = stepFailed(c.whyTwoRelays(), "%s: %s, but over IPv4 it is %s", at, a.id, c.relay)
 	}
 	s.Millis = millis(a.took)
 	return s
 }
 
-// family is IPv4 or IPv6.
-type family int
+func (c *endpointCheck) whyTwoRelays() diagnosis {
+	return likely("the addresses of this name belong to two different relays", "getent ahosts "+c.host)
+}
 
-const (
-	ipv4 family = 4
-	ipv6 family = 6
-)
+// The address families, as a reader knows them.
+const ipv4, ipv6 = "IPv4", "IPv6"
 
-func (f family) String() string { return fmt.Sprintf("IPv%d", int(f)) }
-
-func familyOf(ip netip.Addr) family {
+func familyOf(ip netip.Addr) string {
 	if ip.Is4() {
 		return ipv4
 	}
 	return ipv6
 }
 
-// missing is the step where f can't be checked: the host or this machine lacks it.
-func (c *checker) missing(f family) (checkStep, bool) {
-	switch {
-	case len(c.ips[f]) == 0 && net.ParseIP(c.target.host) != nil:
-		return skipped("%s was asked for", c.target.host), true
-	case len(c.ips[f]) == 0:
-		return skipped("%s has no %v address", c.target.host, f), true
-	case c.noRoute[f] != nil:
-		return skipped("this machine has no %v: %v", f, c.noRoute[f]), true
+// lookupIPs returns the addresses of host, which is an IP address or a name of that
+// kind: ma.P_DNS4, ma.P_DNS6 or any other for both families.
+func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error) {
+	network := map[int]string{ma.P_DNS4: "ip4", ma.P_DNS6: "ip6"}[kind]
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, cmp.Or(network, "ip"), host)
+	for i, ip := range ips {
+		ips[i] = ip.Unmap().WithZone("") // multiaddrs have no zones
 	}
-	return checkStep{}, false
+	return ips, err
 }
 
-// askEndpoint gets u from ip, whatever address its host name has.
-func askEndpoint(ctx context.Context, u *url.URL, ip netip.Addr) (a endpointAnswer) {
+// routeTo says why this machine can't send to ip, or "". Nothing is sent: connecting
+// a UDP socket only looks up the way.
+func routeTo(ip netip.Addr) string {
+	conn, err := net.Dial("udp", net.JoinHostPort(ip.String(), "9"))
+	if err != nil { // which names addresses: its cause does not
+		return fmt.Sprintf("this machine has no %s: %v", familyOf(ip), cmp.Or(errors.Unwrap(err), err))
+	}
+	conn.Close()
+	return ""
+}
+
+// wsaConnRefused is what Windows says for ECONNREFUSED, which Go made up there.
+// https://learn.microsoft.com/windows/win32/winsock/windows-sockets-error-codes-2
+const wsaConnRefused = syscall.Errno(10061)
+
+// endpointAnswer is what the identity endpoint says over one family.
+type endpointAnswer struct {
+	id    peer.ID
+	addrs []string // not nil if there is an answer
+	took  time.Duration
+	err   error     // why there is no answer
+	why   diagnosis // what is then likely wrong
+}
+
+// ask gets the identity at u from ip, whatever address its host name has.
+func (a *endpointAnswer) ask(ctx context.Context, u *url.URL, ip netip.Addr) {
 	begun := time.Now()
-	defer func() { a.took = time.Since(begun) }()
-	var connected atomic.Bool
+	dialer := net.Dialer{Timeout: checkAskTime} // shorter than ctx, so that a timeout shows where it was
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			_, port, err := net.SplitHostPort(addr)
-			if err != nil {
-				return nil, err
-			}
-			conn, err := new(net.Dialer).DialContext(ctx, network, net.JoinHostPort(ip.String(), port))
-			connected.Store(err == nil)
-			return conn, err
+			_, port, _ := net.SplitHostPort(addr)
+			return dialer.DialContext(ctx, network, net.JoinHostPort(ip.String(), port))
 		},
 		MaxResponseHeaderBytes: 16 << 10,
 		DisableKeepAlives:      true,
 	}
-	defer transport.CloseIdleConnections()
-	client := http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+	client := &http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
 		if len(via) > 3 || req.URL.Hostname() != u.Hostname() {
 			return fmt.Errorf("redirected to %s", req.URL)
 		}
 		return nil
 	}}
-	fail := func(err error, why diagnosis) endpointAnswer {
-		a.err, a.why = err, why
-		return a
+	if a.err = a.get(ctx, client, u); a.err != nil {
+		a.explain(u)
 	}
+	a.took = time.Since(begun)
+}
 
-	port := u.Port()
+// get fills a with the answer at u.
+func (a *endpointAnswer) get(ctx context.Context, client *http.Client, u *url.URL) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return fail(err, diagnosis{})
+		return err
 	}
 	req.Header.Set("User-Agent", "privstack-relay-check/"+buildVersion())
 	resp, err := client.Do(req)
 	if err != nil {
-		if e := (*url.Error)(nil); errors.As(err, &e) {
-			err = e.Err // without the URL, which is known
-		}
-		err = inner(err)
-		switch timedOut := ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded); {
-		case timedOut && !connected.Load():
-			return fail(errors.New("no answer"), likely("TCP "+port+" is closed in the firewall of the machine or of its provider", "ufw allow "+port+"/tcp", "systemctl status privstack-relay"))
-		case timedOut:
-			return fail(errors.New("takes the connection and does not answer in time"), hung(port))
-		case strings.Contains(err.Error(), "refused"):
-			return fail(err, likely("nothing listens on TCP "+port+": the relay is not running, or has another --http-port", "systemctl status privstack-relay"))
-		case !connected.Load():
-			return fail(err, likely("the machine is not reached: it is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp"))
-		case strings.Contains(err.Error(), "x509") || strings.Contains(err.Error(), "tls:"):
-			return fail(err, likely("the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String()))
-		}
-		return fail(err, likely("something else than a relay answers on TCP "+port, "curl -v "+u.String()))
+		return err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fail(fmt.Errorf("HTTP status %d", resp.StatusCode), likely("another program answers on this port, or the reverse proxy does not pass "+identityRoute+" on", "curl -i "+u.String()))
+		return fmt.Errorf("HTTP status %d", resp.StatusCode)
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxIdentityBody+1))
-	other := likely("another program answers there", "curl -i "+u.String())
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return fail(errors.New("begins to answer and does not end in time"), hung(port))
-	case err != nil:
-		return fail(err, other)
-	case len(body) > maxIdentityBody:
-		return fail(fmt.Errorf("the answer is longer than %d bytes", maxIdentityBody), other)
+	if err != nil {
+		return err
 	}
-	var identity identityResponse
-	if err := json.Unmarshal(body, &identity); err != nil {
-		return fail(fmt.Errorf("the answer is not a relay's identity: %w", err), other)
+	if len(body) > maxIdentityBody {
+		return fmt.Errorf("the answer is longer than %d bytes", maxIdentityBody)
 	}
-	if a.id, err = peer.Decode(identity.PeerID); err != nil {
-		return fail(fmt.Errorf("peer_id %q: %w", identity.PeerID, err), other)
+	var answer identityResponse
+	if err := json.Unmarshal(body, &answer); err != nil {
+		return fmt.Errorf("the answer is not a relay's identity: %w", err)
 	}
-	a.addrs = identity.Addresses
-	return a
+	if a.id, err = peer.Decode(answer.PeerID); err != nil {
+		return fmt.Errorf("peer_id %q: %w", answer.PeerID, err)
+	}
+	a.addrs = append([]string{}, answer.Addresses[:min(len(answer.Addresses), maxCheckListed)]...)
+	return nil
 }
 
-func hung(port string) diagnosis {
-	return likely("the program on TCP "+port+" hangs, or is none that speaks HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
+// explain makes a.err fit to print, and says what is likely wrong.
+func (a *endpointAnswer) explain(u *url.URL) {
+	port := u.Port()
+	if e := (*url.Error)(nil); errors.As(a.err, &e) {
+		a.err = e.Err // without the URL, which is known
+	}
+	connected, timedOut, badTLS := true, isTimeout(a.err), errors.As(a.err, new(*tls.CertificateVerificationError))
+	if e := (*net.OpError)(nil); errors.As(a.err, &e) {
+		connected = e.Op != "dial"
+		badTLS = e.Op == "remote error" // crypto/tls: an alert, as from a proxy without this name
+		a.err = e.Err                   // without the addresses
+	}
+	switch {
+	case timedOut && !connected:
+		a.err = errors.New("no answer")
+		a.why = likely("a firewall, on the machine or at its provider, blocks TCP "+port, "ufw allow "+port+"/tcp", "systemctl status privstack-relay")
+	case timedOut:
+		a.err = errors.New("accepts the connection but does not answer in time")
+		a.why = likely("the program on TCP "+port+" hangs, or does not speak HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
+	case errors.Is(a.err, syscall.ECONNREFUSED) || errors.Is(a.err, wsaConnRefused):
+		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or it has another --http-port", "systemctl status privstack-relay")
+	case !connected:
+		a.why = likely("the machine is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
+	case errors.Is(a.err, http.ErrSchemeMismatch):
+		a.why = likely("TCP "+port+" speaks HTTP without TLS: write http:// instead of https://", "curl -v "+u.String())
+	case badTLS:
+		a.why = likely("the reverse proxy has no valid certificate for "+u.Hostname(), "curl -v "+u.String())
+	default:
+		a.why = likely("another program answers on TCP "+port+", or the reverse proxy does not forward "+identityRoute, "curl -v "+u.String())
+	}
 }

@@ -4,295 +4,237 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"net"
-	"net/netip"
-	"slices"
 	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
-	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	circuitclient "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
-	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// The last steps of `check`: two clients publish, find and reach each other.
+// checkRecordTTL is the ttl of the record that a check leaves at the relay, in seconds.
+// This relay ignores it and keeps a record for maxRecordAge, or until it needs the room.
+const checkRecordTTL = 60
 
-// identify compares what the relay says of itself.
-func (c *checker) identify(context.Context) (s checkStep) {
-	id, err := c.used.identity, c.used.identifyErr
-	switch {
-	case refused(err):
-		c.blocked = "needs a place at the relay"
-		s = failed(full(), "the relay closes the connection after the handshake")
-	case err != nil:
-		s = failed(likely("the relay hangs or is overloaded", "systemctl restart privstack-relay"), "%s", short(err))
-	case id.GetProtocolVersion() != protocolVersion:
-		s = failed(likely("a libp2p node, but no PrivStack relay"), "speaks %q (agent %q), not %s", clean(id.GetProtocolVersion()), clean(id.GetAgentVersion()), protocolVersion)
-	default:
-		s = passed("%s, agent %s", id.GetProtocolVersion(), clean(id.GetAgentVersion()))
-	}
-	s.Millis = millis(c.used.identifyTook)
-	return s.with(map[string]any{"protocol_version": clean(id.GetProtocolVersion()), "agent_version": clean(id.GetAgentVersion())})
+// meetCheck has two clients meet through the relay.
+type meetCheck struct {
+	dials    *dialCheck // the first client is the one that it uses
+	second   *checkClient
+	identity identifypb.Identify // what the relay says about itself and us
+	reserved bool                // by the second client
+	dataMost int64               // bytes that a circuit carries each way; 0 is unlimited, or unknown
 }
 
-// clients connects the two throw-away identities.
-func (c *checker) clients(ctx context.Context) checkStep {
-	for _, h := range []*checkHost{c.a, c.b} {
-		if err := h.dial(ctx, c.id, c.used.addr); err != nil {
-			c.blocked = "needs two clients"
-			why := likely("the relay hangs, or the path to it loses packets", "systemctl status privstack-relay")
-			if refused(err) {
-				why = full()
-			}
-			return failed(why, "%s", short(err))
-		}
+// close ends both clients.
+func (c *meetCheck) close() {
+	if c.dials.used != nil {
+		c.dials.used.client.close()
 	}
-	return passed("two throw-away clients are connected")
+	if c.second != nil {
+		c.second.close()
+	}
 }
 
-// whyNoAnswer explains a DHT request or reservation that got none.
-func (c *checker) whyNoAnswer(ctx context.Context, what string) diagnosis {
-	if ctx.Err() != nil {
-		return likely("the relay hangs or is overloaded", "systemctl restart privstack-relay")
-	}
-	if c.a.Network().Connectedness(c.id) != network.Connected || c.b.Network().Connectedness(c.id) != network.Connected {
-		return full()
-	}
-	return likely("no PrivStack relay, or one of another version: it does not serve "+what, "privstack-relay --version")
-}
-
-// dht asks for a client's own ID, which all clients do first, and for its mate,
-// which is how two homes meet.
-func (c *checker) dht(ctx context.Context) checkStep {
-	// Both, because a client is in only when it has been answered: a handshake is
-	// done before the relay has taken the connection.
-	for _, h := range []*checkHost{c.b, c.a} {
-		if _, err := h.ask(ctx, c.id, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(h.ID()), 0)); err != nil {
-			return failed(c.whyNoAnswer(ctx, string(kadProtocol)), "FIND_NODE: %s", short(err))
-		}
-	}
-	resp, err := c.a.ask(ctx, c.id, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(c.b.ID()), 0))
+// identify compares what the relay says about itself with what it should be.
+func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
+	// https://github.com/libp2p/specs/tree/master/identify
+	_, err := c.dials.used.client.request(ctx, identify.ID, nil, &c.identity)
 	if err != nil {
-		return failed(c.whyNoAnswer(ctx, string(kadProtocol)), "FIND_NODE: %s", short(err))
+		c.identity.Reset()
+	}
+	says, agent := clean(c.identity.GetProtocolVersion()), clean(c.identity.GetAgentVersion())
+	switch {
+	case isRefusal(err):
+		s = stepFailed(whyFull(), "the relay closed the connection after the handshake").blocking("needs a relay that has room")
+	case err != nil:
+		s = stepFailed(whyNoAnswer(err, "identify"), "%s", errText(err))
+	case says != protocolVersion:
+		s = stepFailed(likely("this is a libp2p node, but not a PrivStack relay"), "its protocol version is %q (agent %q), not %s", says, agent, protocolVersion)
+	default:
+		s = stepPassed("%s, agent %s", says, agent)
+	}
+	return s.with(map[string]any{"protocol_version": says, "agent_version": agent})
+}
+
+// observed says at which address the relay sees us, which is what it tells others.
+func (c *meetCheck) observed(context.Context) checkStep {
+	addr, err := ma.NewMultiaddrBytes(c.identity.GetObservedAddr())
+	seen := ""
+	if err == nil {
+		_, seen, err = manet.DialArgs(addr) // IP address and port
+	}
+	if err != nil {
+		return stepFailed(likely("not a PrivStack relay: devices in two homes will not find each other"), "the relay does not say at which address it sees us: %v", err)
+	}
+	s := stepPassed("the relay sees us at %s", seen)
+	if manet.IsPrivateAddr(addr) && !manet.IsPrivateAddr(c.dials.used.addr) {
+		s = stepFailed(likely("a proxy or NAT in front of the relay, such as a container's port forwarding, hides where clients are: homes behind NATs will not meet", "docker run --network host ..."),
+			"the relay sees us at %s, which is private", seen)
+	}
+	return s.with(map[string]any{"address": clean(seen)})
+}
+
+// clients connects the second client.
+func (c *meetCheck) clients(ctx context.Context) checkStep {
+	var err error
+	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.relay); err != nil {
+		return stepFailed(whyNoAnswer(err, "two clients"), "%s", errText(err)).blocking("needs two clients")
+	}
+	return stepPassed("two throw-away clients are connected")
+}
+
+// whyNoAnswer explains why the relay did not serve what a step asked for.
+func whyNoAnswer(err error, what string) diagnosis {
+	switch {
+	case isRefusal(err):
+		return whyFull()
+	case isTimeout(err):
+		return likely("the relay hangs or is overloaded, or the path to it loses packets", "systemctl restart privstack-relay")
+	}
+	return likely("not a PrivStack relay, or another version: it does not serve "+what, "privstack-relay --version")
+}
+
+// dht asks for each client's own ID, as clients do first, and then for the other's.
+func (c *meetCheck) dht(ctx context.Context) checkStep {
+	first, second := c.dials.used.client, c.second
+	resp := new(kadpb.Message)
+	// A client is in when it has been answered; the handshake alone does not show it.
+	for _, q := range []struct{ asks, wants *checkClient }{{second, second}, {first, first}, {first, second}} {
+		req := kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)
+		if _, err := q.asks.request(ctx, kadProtocol, req, resp); err != nil {
+			return stepFailed(whyNoAnswer(err, string(kadProtocol)), "FIND_NODE: %s", errText(err))
+		}
 	}
 	for _, p := range resp.CloserPeers {
-		if addrs := p.Addresses(); peer.ID(p.Id) == c.b.ID() && len(addrs) > 0 {
-			return passed("names one client to the other, at %s", addrs[0]).with(map[string]any{"address": addrs[0].String()})
+		if addrs := p.Addresses(); peer.ID(p.Id) == second.id && len(addrs) > 0 {
+			return stepPassed("tells one client where the other is: %s", addrs[0]).with(map[string]any{"address": addrs[0].String()})
 		}
 	}
-	return failed(likely("no PrivStack relay, or the old one: devices in two homes will not find each other", "privstack-relay --version"),
-		"answers, but does not name a client that is connected")
+	return stepFailed(likely("not a PrivStack relay, or the old one: devices in two homes will not find each other", "privstack-relay --version"),
+		"answers, but does not tell where a connected client is")
 }
 
-// record puts a record as clients do and has the other client get it.
-func (c *checker) record(ctx context.Context) checkStep {
-	key := make([]byte, 32)
-	rand.Read(key)
-	key = append([]byte("/privstack/syncgroup/"), key...)
-	value, err := json.Marshal(map[string]any{"device_name": "privstack-relay check", "addresses": []string{}, "timestamp": time.Now().Unix()})
-	if err != nil {
-		panic(err) // these types always marshal
+// record has one client put a record, as clients do, and the other get it.
+func (c *meetCheck) record(ctx context.Context) checkStep {
+	first := c.dials.used.client
+	key := append([]byte("/privstack/syncgroup/"), make([]byte, 32)...)
+	rand.Read(key[len(key)-32:])
+	value := fmt.Appendf(nil, `{"device_name":"privstack-relay check","addresses":[],"timestamp":%d}`, time.Now().Unix())
+	extra := newExtras(first.id, checkRecordTTL).encoded
+	put := &recpb.Record{Key: key, Value: value}
+	put.ProtoReflect().SetUnknown(extra)
+	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0), new(kadpb.Message)
+	req.Record = put
+	if _, err := first.request(ctx, kadProtocol, req, resp); err != nil {
+		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
 	}
-	extra := newExtras(c.a.ID(), checkRecordTTL).encoded
-	rec := &recpb.Record{Key: key, Value: value}
-	rec.ProtoReflect().SetUnknown(extra)
-
-	put := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
-	put.Record = rec
-	if _, err := c.a.ask(ctx, c.id, put); err != nil {
-		return failed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "PUT_VALUE: %s", short(err))
-	}
-	resp, err := c.b.ask(ctx, c.id, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0))
-	if err != nil {
-		return failed(c.whyNoAnswer(ctx, "records under "+recordPrefix), "GET_VALUE: %s", short(err))
+	req = kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)
+	if _, err := c.second.request(ctx, kadProtocol, req, resp); err != nil {
+		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
 	}
 	got := resp.GetRecord()
-	wrong := likely("no PrivStack relay, or a damaged one: clients ignore such a record", "privstack-relay --version")
+	fields, err := readExtras(got)
+	wrong := likely("not a PrivStack relay, or a faulty one: clients ignore such a record", "privstack-relay --version")
 	switch {
 	case got == nil:
-		return failed(wrong, "what was put is not found")
+		return stepFailed(wrong, "the relay does not find the record that it stored")
 	case !bytes.Equal(got.GetKey(), key) || !bytes.Equal(got.GetValue(), value):
-		return failed(wrong, "what comes back is not what was put")
+		return stepFailed(wrong, "the record came back changed")
+	case err != nil || !bytes.Equal(fields.encoded, extra):
+		return stepFailed(wrong, "the record came back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
 	}
-	if fields, err := readExtras(got); err != nil || !bytes.Equal(fields.encoded, extra) {
-		return failed(wrong, "it comes back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
-	}
-	return passed("put by one client, got by the other, byte for byte with publisher and ttl")
+	return stepPassed("stored by one client, read unchanged by the other, with publisher and ttl")
 }
 
 // reserve takes a place at the relay for the second client.
-func (c *checker) reserve(ctx context.Context) checkStep {
-	got, err := c.b.reserve(ctx, c.id)
-	if err != nil {
-		e := circuitclient.ReservationError{Reason: err.Error()}
-		errors.As(err, &e)
-		switch {
-		case ctx.Err() != nil:
-			return failed(c.whyNoAnswer(ctx, ""), "no answer")
-		case e.Status != circuitpb.Status_CONNECTION_FAILED:
-			return failed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "the relay says %v: %s", e.Status, e.Reason)
-		case e.Unwrap() != nil:
-			return failed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", short(e.Unwrap()))
-		}
-		return failed(c.whyNoAnswer(ctx, "the circuit relay"), "%s", e.Reason)
+func (c *meetCheck) reserve(ctx context.Context) checkStep {
+	resp := new(circuitpb.HopMessage)
+	_, err := c.second.request(ctx, proto.ProtoIDv2Hop, &circuitpb.HopMessage{Type: circuitpb.HopMessage_RESERVE.Enum()}, resp)
+	switch {
+	case err != nil:
+		return stepFailed(whyNoAnswer(err, "the circuit relay"), "%s", errText(err))
+	case resp.GetStatus() != circuitpb.Status_OK:
+		return stepFailed(likely("the relay is full, or is about to stop", "journalctl -u privstack-relay --since -1h"), "the relay says %v", resp.GetStatus())
 	}
-	c.reservation = got
+	c.reserved, c.dataMost = true, int64(resp.GetLimit().GetData())
 	var addrs []string
 	private := true
-	for _, a := range got.Addrs[:min(len(got.Addrs), maxOfferedAddrs)] {
-		a, _ = peer.SplitAddr(a)
-		if len(a) > 0 {
-			addrs = append(addrs, a.String())
+	for _, b := range resp.GetReservation().GetAddrs() {
+		a, _ := ma.NewMultiaddrBytes(b) // empty if it is none
+		if a, _ = peer.SplitAddr(a); len(a) > 0 && len(addrs) < maxOfferedAddrs {
+			addrs = append(addrs, clean(a.String()))
 			private = private && manet.IsPrivateAddr(a)
 		}
 	}
-	values := map[string]any{"addresses": addrs, "duration_s": int(got.LimitDuration.Seconds()), "data_bytes": got.LimitData}
-	announce := inUnit("--announce " + c.target.host)
-	switch {
-	case len(addrs) == 0:
-		s := failed(likely("the relay does not know its address: deployed clients refuse such a reservation", announce), "accepted, but without an address")
-		return s.with(values)
-	case private && !manet.IsPrivateAddr(c.used.addr):
-		s := failed(likely("the relay is behind a NAT and knows its private address only: nobody outside can use these", announce), "accepted, but its addresses are all private")
-		s.Lines = addrs
-		return s.with(values)
+	duration := time.Duration(resp.GetLimit().GetDuration()) * time.Second
+	lasts, carries := "any time", "any amount"
+	if duration > 0 {
+		lasts = duration.String()
 	}
-	s := passed("accepted; one circuit may last %s and carry %s", limit(got.LimitDuration, got.LimitDuration == 0), limit(sizeText(got.LimitData), got.LimitData == 0))
+	if c.dataMost > 0 {
+		carries = fmt.Sprintf("%.4g MiB", float64(c.dataMost)/(1<<20))
+	}
+	s := stepPassed("accepted; one circuit may last %s and carry %s", lasts, carries)
+	announce := editUnit + "--announce " + c.dials.endpoint.host
+	switch {
+	case time.Until(time.Unix(int64(resp.GetReservation().GetExpire()), 0)) < 0:
+		s = stepFailed(likely("the clock of the relay's machine or of this one is wrong", "timedatectl"), "accepted, but it has already expired")
+	case len(addrs) == 0:
+		s = stepFailed(likely("the relay does not know its own address: libp2p clients in Rust refuse such a reservation", announce), "accepted, but without an address")
+	case private && !manet.IsPrivateAddr(c.dials.used.addr):
+		s = stepFailed(likely("the relay is behind a NAT and knows only its private address: nobody outside can use these", announce), "accepted, but its addresses are all private")
+	}
 	s.Lines = addrs
-	return s.with(values)
+	return s.with(map[string]any{"addresses": addrs, "duration_s": int(duration.Seconds()), "data_bytes": c.dataMost})
 }
 
 // circuit has the clients meet through the relay.
-func (c *checker) circuit(ctx context.Context) checkStep {
-	if c.reservation == nil {
-		return skipped("needs a reservation")
+func (c *meetCheck) circuit(ctx context.Context) checkStep {
+	if !c.reserved {
+		return stepSkipped("needs a reservation")
 	}
-	direct, err := c.a.ping(ctx, c.id)
+	first := c.dials.used.client
+	var direct, rtt, took time.Duration
+	pings, err := first.request(ctx, ping.ID, nil, nil)
+	if err == nil {
+		direct, err = pingOver(pings)
+	}
+	if err = cmp.Or(ctx.Err(), err); err != nil {
+		return stepFailed(whyNoAnswer(err, "ping"), "ping: %s", errText(err))
+	}
+	// https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md#hop-protocol
+	req := &circuitpb.HopMessage{Type: circuitpb.HopMessage_CONNECT.Enum(), Peer: &circuitpb.Peer{Id: []byte(c.second.id)}}
+	resp := new(circuitpb.HopMessage)
+	circuit, err := first.request(ctx, proto.ProtoIDv2Hop, req, resp)
+	if err == nil && resp.GetStatus() != circuitpb.Status_OK {
+		err = fmt.Errorf("the relay says %v", resp.GetStatus())
+	}
 	if err != nil {
-		return failed(c.whyNoAnswer(ctx, "ping"), "ping: %s", short(err))
+		return stepFailed(likely("the relay has as many circuits as it allows, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "the relay opens no circuit: %s", errText(err))
 	}
-	via := c.used.addr.Encapsulate(ma.StringCast("/p2p/" + c.id.String() + "/p2p-circuit"))
-	if err := c.a.dial(ctx, c.b.ID(), via); err != nil {
-		return failed(likely("the relay is at its limit of circuits, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "no circuit: %s", short(err))
+	n := 0
+	if rtt, err = pingOver(circuit); err == nil {
+		n, took, err = echoOver(circuit)
 	}
-	e, err := c.a.echo(ctx, c.b.ID())
 	if err != nil {
 		why := likely("the path to the relay is slow or loses packets")
-		if data := c.reservation.LimitData; data > 0 && data < 2*checkEchoBytes {
-			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", data), inUnit("--circuit-bytes 1GiB"))
+		if c.dataMost > 0 && c.dataMost < 2*checkEchoBytes {
+			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), editUnit+"--circuit-bytes 1GiB")
 		}
-		return failed(why, "cut after %d of %d bytes: %s", e.bytes, checkEchoBytes, short(err))
+		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(cmp.Or(ctx.Err(), err)))
 	}
-	rate := float64(checkEchoBytes) / (1 << 20) / e.took.Seconds()
-	added := max(0, e.rtt-direct) // on a fast path the difference is noise
-	return passed("1 MiB echoed at %.1f MiB/s; round trip %.1f ms, %.1f more than to the relay", rate, millis(e.rtt), millis(added)).
-		with(map[string]any{"mib_per_s": rate, "circuit_rtt_ms": millis(e.rtt), "relay_rtt_ms": millis(direct), "added_ms": millis(added)})
-}
-
-// seenAs is the address under which a probe was seen, as IP and port.
-func (p probe) seenAs() (netip.AddrPort, error) {
-	if p.identity == nil {
-		return netip.AddrPort{}, errors.New("identify gave no answer")
-	}
-	addr, err := ma.NewMultiaddrBytes(p.identity.GetObservedAddr())
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	return udpAddr(addr)
-}
-
-func udpAddr(addr ma.Multiaddr) (netip.AddrPort, error) {
-	udp, _, err := quicreuse.FromQuicMultiaddr(addr)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	return netip.AddrPortFrom(udp.AddrPort().Addr().Unmap(), udp.AddrPort().Port()), nil
-}
-
-// observed is what the relay tells others of us.
-func (c *checker) observed(context.Context) checkStep {
-	seen, err := c.used.seenAs()
-	if err != nil {
-		return failed(likely("no PrivStack relay: devices in two homes will not find each other"), "the relay tells no address: %v", err)
-	}
-	values := map[string]any{"address": seen.String()}
-	if isLocal(seen.Addr()) && !manet.IsPrivateAddr(c.used.addr) {
-		return failed(likely("a proxy or NAT before the relay, such as a container's port forwarding, hides its clients: homes behind NATs will not meet", "docker run --network host ..."),
-			"the relay sees us at the private %s", seen).with(values)
-	}
-	return passed("the relay sees us at %s", seen).with(values)
-}
-
-// nat says what our own NAT does to the socket that was probed from. That is no
-// fault of the relay's, so it never fails. One relay at one address can't tell
-// whether another destination would see the same port.
-func (c *checker) nat(ctx context.Context) checkStep {
-	seen, err := c.used.seenAs()
-	if err != nil {
-		return skipped("needs the observed address")
-	}
-	at, err := udpAddr(c.used.local)
-	if err != nil {
-		return skipped("our own address is unknown: %v", err)
-	}
-	values := map[string]any{"local_port": at.Port(), "port_kept": at.Port() == seen.Port()}
-	if at.Port() == seen.Port() && isOurs(seen.Addr()) {
-		values["nat"] = false
-		return passed("none: that is this machine's own address").with(values)
-	}
-	values["nat"] = true
-	kept := "our NAT keeps the port"
-	if at.Port() != seen.Port() {
-		kept = fmt.Sprintf("our NAT does not keep the port (%d became %d)", at.Port(), seen.Port())
-	}
-
-	// Other addresses of the relay, asked from the same socket, are other destinations.
-	for _, d := range c.dials {
-		other, err := d.seenAs()
-		local, localErr := udpAddr(d.local)
-		if !d.works() || err != nil || localErr != nil || local != at || d.addr.Equal(c.used.addr) {
-			continue
-		}
-		if other != seen {
-			values["same_for_destinations"] = "no"
-			return skipped("our NAT shows each destination another address (%s and %s): from here, most connections will need the relay's circuits", seen, other).with(values)
-		}
-		values["same_for_destinations"] = "yes"
-	}
-	if values["same_for_destinations"] == "yes" {
-		return passed("%s, and shows two of the relay's addresses the same: %s", kept, seen).with(values)
-	}
-	values["same_for_destinations"] = "unknown"
-	second := ""
-	if p := c.b.probe(ctx, c.used.addr, c.id); p.err == nil {
-		if other, err := p.seenAs(); err == nil {
-			if other.Addr() != seen.Addr() {
-				second = "; a second socket is seen at another address, " + other.Addr().String()
-			} else if local, err := udpAddr(p.local); err == nil && (local.Port() == other.Port()) != (at.Port() == seen.Port()) {
-				second = "; for a second socket it is the other way round"
-			} else {
-				second = "; a second socket, likewise"
-			}
-		}
-	}
-	return passed("%s%s. Whether another destination would see the same, one relay address can't tell", kept, second).with(values)
-}
-
-// isOurs tells whether an interface of this machine has ip.
-func isOurs(ip netip.Addr) bool {
-	addrs, err := net.InterfaceAddrs()
-	return err == nil && slices.ContainsFunc(addrs, func(a net.Addr) bool {
-		prefix, err := netip.ParsePrefix(a.String())
-		return err == nil && prefix.Addr().Unmap() == ip
-	})
+	rate := float64(checkEchoBytes) / (1 << 20) / took.Seconds()
+	added := max(0, rtt-direct) // on a fast path the difference is noise
+	return stepPassed("1 MiB echoed at %.1f MiB/s; round trip %.1f ms, %.1f more than to the relay", rate, millis(rtt), millis(added)).
+		with(map[string]any{"mib_per_s": rate, "circuit_rtt_ms": millis(rtt), "relay_rtt_ms": millis(direct), "added_ms": millis(added)})
 }

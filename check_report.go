@@ -9,16 +9,18 @@ import (
 	"unicode"
 )
 
-// What `check` says: the report, its steps, and how they look on a terminal.
-
 // The results of a step, as they are in JSON.
 const (
 	checkPassed  = "ok"
 	checkFailed  = "failed"
-	checkSkipped = "skipped" // does not apply here, or needs a step that failed
+	checkSkipped = "skipped" // it does not apply here, or needs a step that failed
 )
 
-// checkReport is the JSON document. Monitoring relies on its names.
+// checkMarks stand for the results on a terminal.
+var checkMarks = map[string]string{checkPassed: "✓", checkFailed: "✗", checkSkipped: "–"}
+
+// checkReport is the JSON document. Monitoring relies on its names. Each step is
+// about the relay; none is about the network in which the check runs.
 type checkReport struct {
 	Target  string      `json:"target"`  // as it was given
 	PeerID  string      `json:"peer_id"` // promised, or else found; "" if neither
@@ -26,39 +28,40 @@ type checkReport struct {
 	Millis  float64     `json:"ms"`
 	Version string      `json:"version"` // of the program that checked
 	Steps   []checkStep `json:"steps"`   // all of them, always in the same order
+	failed  int         // how many of them
 }
 
-func (r checkReport) count(result string) (n int) {
-	for _, s := range r.Steps {
-		if s.Result == result {
-			n++
-		}
-	}
-	return n
-}
-
-// checkStep is what came of one step.
+// checkStep says how one step ended.
 type checkStep struct {
-	Name   string         `json:"name"`
-	Result string         `json:"result"`
-	Millis float64        `json:"ms"` // 0 if skipped
-	Detail string         `json:"detail"`
-	Lines  []string       `json:"lines,omitempty"`  // more details, one line each
-	Cause  string         `json:"cause,omitempty"`  // the likely one of a failure
-	Try    []string       `json:"try,omitempty"`    // commands, to be run on the relay's machine
-	Values map[string]any `json:"values,omitempty"` // numbers and addresses in Detail, for machines
+	Name   string   `json:"name"`
+	Result string   `json:"result"`
+	Millis float64  `json:"ms"` // 0 if skipped
+	Detail string   `json:"detail"`
+	Lines  []string `json:"lines,omitempty"` // more details, one line each
+	diagnosis
+	Values map[string]any `json:"values,omitempty"` // the numbers and addresses in Detail, for machines
+
+	blocks string // why the steps that follow make no sense; "" if they do
 }
 
-func passed(format string, args ...any) checkStep {
-	return checkStep{Result: checkPassed, Detail: fmt.Sprintf(format, args...)}
+// diagnosis is a likely cause, and what to run on the relay's machine.
+type diagnosis struct {
+	Cause string   `json:"cause,omitempty"`
+	Try   []string `json:"try,omitempty"`
 }
 
-func skipped(format string, args ...any) checkStep {
-	return checkStep{Result: checkSkipped, Detail: fmt.Sprintf(format, args...)}
+func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
+
+func stepPassed(format string, args ...any) checkStep {
+	return checkStep{Result: checkPassed, Detail: clean(fmt.Sprintf(format, args...))}
 }
 
-func failed(why diagnosis, format string, args ...any) checkStep {
-	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), Cause: why.cause, Try: why.try}
+func stepSkipped(format string, args ...any) checkStep {
+	return checkStep{Result: checkSkipped, Detail: clean(fmt.Sprintf(format, args...))}
+}
+
+func stepFailed(why diagnosis, format string, args ...any) checkStep {
+	return checkStep{Result: checkFailed, Detail: clean(fmt.Sprintf(format, args...)), diagnosis: why}
 }
 
 func (s checkStep) with(values map[string]any) checkStep {
@@ -66,29 +69,18 @@ func (s checkStep) with(values map[string]any) checkStep {
 	return s
 }
 
-// diagnosis is the likely cause of a failure and the commands to run.
-type diagnosis struct {
-	cause string
-	try   []string
+func (s checkStep) blocking(why string) checkStep {
+	s.blocks = why
+	return s
 }
 
-func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
-
-// text is the step for a terminal of 100 columns.
+// text lays s out for a terminal of 100 columns.
 func (s checkStep) text() string {
 	const indent, width = 26, 100
-	mark, took := "–", ""
-	switch s.Result {
-	case checkPassed:
-		mark = "✓"
-	case checkFailed:
-		mark = "✗"
-	}
+	took := ""
 	if s.Result != checkSkipped {
 		took = fmt.Sprintf("%.0f ms", s.Millis)
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s %-13s %8s  ", mark, s.Name, took)
 	paragraphs := append([]string{s.Detail}, s.Lines...)
 	if s.Cause != "" {
 		paragraphs = append(paragraphs, "likely: "+s.Cause)
@@ -96,42 +88,36 @@ func (s checkStep) text() string {
 	for _, command := range s.Try {
 		paragraphs = append(paragraphs, "try: "+command)
 	}
-	for i, p := range paragraphs {
-		for j, line := range wrap(p, width-indent) {
-			if i+j > 0 {
-				b.WriteString(strings.Repeat(" ", indent))
-			}
-			b.WriteString(line + "\n")
-		}
+	var lines []string
+	for _, p := range paragraphs {
+		lines = append(lines, wrapText(p, width-indent)...)
 	}
-	return b.String()
+	return fmt.Sprintf("%s %-13s %8s  ", checkMarks[s.Result], s.Name, took) +
+		strings.Join(lines, "\n"+strings.Repeat(" ", indent)) + "\n"
 }
 
-// clean makes text of the other side's harmless to a terminal, and short.
+// clean makes text from the other side harmless to a terminal, and cuts it.
 func clean(s string) string {
-	const most = 600
-	runes := []rune(strings.ToValidUTF8(s, "?"))
+	runes := []rune(s)
+	runes = runes[:min(len(runes), 600)]
 	for i, r := range runes {
 		if !unicode.IsPrint(r) {
 			runes[i] = '?'
 		}
 	}
-	if len(runes) > most {
-		runes = append(runes[:most], '…')
-	}
 	return string(runes)
 }
 
-// wrap breaks s into lines of at most width characters, between words where it can.
-func wrap(s string, width int) (lines []string) {
+// wrapText breaks s into lines of at most width characters, between words if possible.
+func wrapText(s string, width int) (lines []string) {
 	line := []rune(s)
 	for len(line) > width {
 		cut := width
-		for i := width; i > 0; i-- {
-			if line[i] == ' ' {
-				cut = i
-				break
-			}
+		for cut > 0 && line[cut] != ' ' {
+			cut--
+		}
+		if cut == 0 { // one long word
+			cut = width
 		}
 		lines = append(lines, string(line[:cut]))
 		line = []rune(strings.TrimLeft(string(line[cut:]), " "))
@@ -142,21 +128,5 @@ func wrap(s string, width int) (lines []string) {
 // millis is d in milliseconds, to the microsecond.
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// inUnit is how to add flags to the relay's command line.
-func inUnit(flags string) string {
-	return "systemctl edit --full privstack-relay  # add " + flags
-}
-
-func limit(v any, none bool) string {
-	if none {
-		return "without limit"
-	}
-	return fmt.Sprint(v)
-}
-
-func sizeText(n uint64) string {
-	if n >= 1<<30 {
-		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
-	}
-	return fmt.Sprintf("%.0f KiB", float64(n)/(1<<10))
-}
+// editUnit is how an operator adds a flag, which stands behind it.
+const editUnit = "systemctl edit --full privstack-relay  # add "
