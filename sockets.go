@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,8 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
+	xipv4 "golang.org/x/net/ipv4"
+	xipv6 "golang.org/x/net/ipv6"
 	"golang.org/x/time/rate"
 )
 
@@ -73,7 +76,69 @@ type quicSockets struct {
 	unproven    atomic.Int64
 	maxUnproven int64
 
+	// tap, if there is one, is called with each socket as it is bound, and returns
+	// what is shown all that arrives there before quic-go is. ids then makes the
+	// connection IDs by which it tells what is for this host.
+	tap func(udpSocket) tapped
+	ids quic.ConnectionIDGenerator
+
+	// testOnlyPlain uses the sockets of the other systems on Linux.
+	testOnlyPlain bool
+
 	bound []*quic.Transport
+}
+
+// udpSocket is a UDP socket as quic-go uses it and a tap sends from it.
+type udpSocket interface {
+	quic.OOBCapablePacketConn
+
+	// show sets what is shown to tap. It is called before the first read.
+	show(tapped)
+
+	// send sends p to an address of the socket's family: datagrams of size bytes
+	// each, but for the last, with these ECN bits, from the address of this machine
+	// that from names. It never waits: what the system does not take is lost, as any
+	// packet may be. It may be called by several goroutines.
+	send(p []byte, size int, ecn byte, to netip.AddrPort, from source)
+}
+
+// tapped is shown what has arrived, and takes out what is not for quic-go. What
+// it is given is its own until it returns.
+type tapped func([]arrival)
+
+// arrival is what came from one sender in one message: datagrams of size bytes
+// each, but for the last.
+type arrival struct {
+	from netip.AddrPort // IPv4 addresses are never written as IPv6 ones
+	size int
+	ecn  byte // the two bits of the IP header (RFC 3168)
+	data []byte
+}
+
+// source is a control message that says from which address of this machine a
+// datagram leaves. nil leaves that to the system.
+type source []byte
+
+// sourceOf is the control message for addr. Where the system has none, or addr is
+// not valid, it is nil.
+func sourceOf(addr netip.Addr) source {
+	switch {
+	case addr.Is4():
+		return (&xipv4.ControlMessage{Src: addr.AsSlice()}).Marshal()
+	case addr.Is6():
+		return (&xipv6.ControlMessage{Src: addr.AsSlice()}).Marshal()
+	}
+	return nil
+}
+
+// addrPort is addr as an arrival has it. It is not valid if addr is none of UDP's.
+func addrPort(addr net.Addr) netip.AddrPort {
+	u, ok := addr.(*net.UDPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	at := u.AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
 func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionGater, resources network.ResourceManager) (transport.Transport, error) {
@@ -145,12 +210,20 @@ func (q *quicSockets) bind(family string, port int) error {
 	if err != nil {
 		return err
 	}
+	socket := newUDPSocket(conn)
+	if q.testOnlyPlain {
+		socket = newPlainSocket(conn)
+	}
 	tr := &quic.Transport{
-		Conn:                coalescing(conn),
+		Conn:                socket,
 		StatelessResetKey:   &q.reset,
 		TokenGeneratorKey:   &q.token,
 		ConnContext:         q.admit,
 		VerifySourceAddress: q.verify,
+	}
+	if q.tap != nil {
+		socket.show(q.tap(socket))
+		tr.ConnectionIDGenerator = q.ids
 	}
 	q.bound = append(q.bound, tr)
 	_, err = q.manager.LendTransport(family, lentTransport{tr}, conn)
