@@ -6,36 +6,39 @@ package main
 //
 // kad-dht names the closest to the key. It writes its answers to the streams of
 // the host that it is given, and kadHost gives it streams on which the list of
-// peers is replaced. Requests, records and the routing table stay kad-dht's. The
+// peers is replaced. Requests and records stay kad-dht's. The
 // client's whole request takes as long as without (BenchmarkAnswer: 0.3 ms).
 
 import (
 	"slices"
 	"strings"
+	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	kb "github.com/libp2p/go-libp2p-kbucket"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/proto"
 )
 
-// maxNamed is how many peers an answer names, and the size up to which a network
-// is small: the k of Kademlia, K_VALUE in rust-libp2p.
+// maxNamed is how many peers an answer names at most: the k of Kademlia, K_VALUE in
+// rust-libp2p.
 const maxNamed = 20
 
 // answers decides whom an answer names.
 type answers struct {
 	peers  *peers
 	relays *relays
+	groups *groups
 
 	// plain leaves answers as kad-dht makes them: for tests, to compare.
 	plain bool
 }
 
-// amend returns kad-dht's answer to req with the peers replaced that it names.
-func (a *answers) amend(asker peer.ID, req *kadpb.Message, answer []byte) ([]byte, error) {
+// amend returns kad-dht's answer to req, which came over conn, with the peers replaced
+// that it names.
+func (a *answers) amend(conn network.Conn, req *kadpb.Message, answer []byte) ([]byte, error) {
 	if a.plain || req.GetType() != kadpb.Message_FIND_NODE && req.GetType() != kadpb.Message_GET_VALUE {
 		return answer, nil
 	}
@@ -43,22 +46,21 @@ func (a *answers) amend(asker peer.ID, req *kadpb.Message, answer []byte) ([]byt
 	if err := proto.Unmarshal(answer, resp); err != nil {
 		return nil, err
 	}
-	resp.CloserPeers = kadpb.PeerInfosToPBPeers(a.peers.network, a.named(asker, req, resp.Record))
+	resp.CloserPeers = kadpb.PeerInfosToPBPeers(a.peers.network, a.named(conn, req, resp.Record))
 	return proto.Marshal(resp)
 }
 
-// named are the peers that an answer to req names:
+// named are the peers that an answer to req names, which came over conn:
 //
 //   - whom FIND_NODE asks for, with all addresses, though it be no DHT peer;
-//   - the publisher of the record, however far from the key: it is the mate that
-//     the asker looks for, and its addresses are known from nowhere else. A record
-//     may claim any publisher. It is told under the addresses from which it
-//     authenticated here, or not at all;
+//   - for GET_VALUE, the asker's mates that are here: those who put the record lately,
+//     the last one first. Who put it is known by the connection that it came on; a
+//     record may claim any publisher. A mate is told under the addresses from which it
+//     authenticated here, which are known from nowhere else;
+//   - the publisher of the record, if it is another relay's client, under the address
+//     that the other relay tells;
 //   - the other relays, so that the asker looks and publishes there, too;
-//   - in a small network everybody, so that dials can cross;
-//   - in a larger one no strangers, whether they can be dialled or not.
-//
-// Clients of other relays are told under the addresses that their relays tell.
+//   - and no strangers, whether they can be dialled or not.
 //
 // Strangers do harm. A query waits 5 s for each that cannot be reached, three at
 // a time. Each that can be enters the client's own table, and answers with
@@ -66,7 +68,8 @@ func (a *answers) amend(asker peer.ID, req *kadpb.Message, answer []byte) ([]byt
 // its queries begin and end with, and this relay is not asked any more. Measured
 // with rust-libp2p among 1 000 strangers, half of them open: when answers were
 // filled with open ones, 3 of 5 pairs met that could; with none, all.
-func (a *answers) named(asker peer.ID, req *kadpb.Message, rec *recpb.Record) []peer.AddrInfo {
+func (a *answers) named(conn network.Conn, req *kadpb.Message, rec *recpb.Record) []peer.AddrInfo {
+	asker := conn.RemotePeer()
 	named := make([]peer.AddrInfo, 0, maxNamed)
 	name := func(id peer.ID, addrs []ma.Multiaddr) {
 		// Who has left has no address.
@@ -74,22 +77,24 @@ func (a *answers) named(asker peer.ID, req *kadpb.Message, rec *recpb.Record) []
 			named = append(named, peer.AddrInfo{ID: id, Addrs: addrs})
 		}
 	}
-	beforePut := false
-	if req.Type == kadpb.Message_FIND_NODE {
+	switch target := peer.ID(req.Key); req.GetType() {
+	case kadpb.Message_FIND_NODE:
 		// The walk before a PUT has a record's key. It waits for all that are
 		// named, up to 60 s and then in vain.
-		beforePut = strings.HasPrefix(string(req.Key), recordPrefix)
-		target := peer.ID(req.Key)
+		if strings.HasPrefix(string(req.Key), recordPrefix) {
+			break
+		}
 		if a.relays.named[target] == nil {
 			name(target, a.peers.network.Peerstore().Addrs(target))
 		}
-		if len(named) == 0 && !beforePut {
+		if len(named) == 0 {
 			name(target, a.elsewhere(asker, target))
 		}
-	}
-	if publisher := publisherOf(rec); publisher != asker && publisher != "" {
-		name(publisher, a.peers.told(publisher, asker))
-		if len(named) == 0 {
+	case kadpb.Message_GET_VALUE:
+		for _, mate := range a.groups.mates(string(req.Key), asker, time.Now()) {
+			name(mate, a.peers.told(mate, asker))
+		}
+		if publisher := publisherOf(rec); publisher != asker && publisher != "" && !a.peers.connected(publisher) {
 			seen := a.elsewhere(asker, publisher)
 			name(publisher, seen[:min(len(seen), 1)])
 		}
@@ -97,13 +102,6 @@ func (a *answers) named(asker peer.ID, req *kadpb.Message, rec *recpb.Record) []
 	for relay := range a.relays.named {
 		if relay != asker {
 			name(relay, a.peers.told(relay, asker))
-		}
-	}
-	if !beforePut && a.peers.table.Size() <= maxNamed {
-		for _, id := range a.peers.table.NearestPeers(kb.ConvertKey(string(req.Key)), maxNamed) {
-			if id != asker {
-				name(id, a.peers.told(id, asker))
-			}
 		}
 	}
 	return named

@@ -44,7 +44,8 @@ func (c *crowd) join(t testing.TB, r testRelay, who lightIdentity) *lightClient 
 func (r testRelay) knows(id peer.ID) bool {
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
-	return r.peers.identified[id].kadPeer
+	_, ok := r.peers.identified[id]
+	return ok
 }
 
 // mustAsk asks the relay and returns whom the answer names.
@@ -95,17 +96,45 @@ func newGroupKey() []byte {
 }
 
 // The user's moment in a network of strangers: who finds a record is told at once
-// where its publisher is, which no other answer tells.
-func TestPublisherIsNamedAmongStrangers(t *testing.T) {
+// where its mates are, which no other answer tells. A device whose own record is the
+// last one is told, too.
+func TestMatesAreNamedAmongStrangers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
 	for i := range 20 {
-		publisher, seeker, key := clients[5*i], clients[5*i+1], newGroupKey()
-		publisher.mustAsk(t, putMessage(key, publisher.id))
-		if got := seeker.mustAsk(t, getMessage(key))[publisher.id]; len(got) == 0 || !got[0].Equal(publisher.seenAt()) {
-			t.Errorf("the publisher is named with %v, want %v first", got, publisher.seenAt())
+		first, second, seeker, key := clients[5*i], clients[5*i+1], clients[5*i+2], newGroupKey()
+		first.mustAsk(t, putMessage(key, first.id))
+		if got := seeker.mustAsk(t, getMessage(key))[first.id]; len(got) == 0 || !got[0].Equal(first.seenAt()) {
+			t.Errorf("the mate is named with %v, want %v first", got, first.seenAt())
 		}
-		publisher.mustAsk(t, getMessage(key)) // and not to itself
+		second.mustAsk(t, putMessage(key, second.id))
+		for asker, mate := range map[*lightClient]*lightClient{first: second, second: first} {
+			if got := asker.mustAsk(t, getMessage(key)); len(got) != 1 || len(got[mate.id]) == 0 || !got[mate.id][0].Equal(mate.seenAt()) {
+				t.Errorf("named are %v, want the mate alone, with %v first", got, mate.seenAt())
+			}
+		}
+	}
+}
+
+// Who asks is told the newest first: one that was killed and is back under another
+// ID is dialled before what it was.
+func TestNewestMateIsNamedFirst(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients, key := joinCrowd(t, r, 6), newGroupKey()
+	for _, c := range clients {
+		c.mustAsk(t, putMessage(key, c.id))
+	}
+	clients[2].mustAsk(t, putMessage(key, clients[2].id))
+	resp, err := clients[0].ask(testContext(t), getMessage(key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []peer.ID
+	for _, p := range resp.CloserPeers {
+		got = append(got, peer.ID(p.Id))
+	}
+	if want := []peer.ID{clients[2].id, clients[5].id, clients[4].id, clients[3].id, clients[1].id}; !slices.Equal(got, want) {
+		t.Errorf("named are %v, want %v", got, want)
 	}
 }
 
@@ -128,31 +157,17 @@ func TestTargetIsNamedFirst(t *testing.T) {
 	}
 }
 
-// A household, or a few: all are named, so that those whose dials can cross find
-// out.
-func TestSmallNetworkNamesEverybody(t *testing.T) {
-	r := newTestRelay(t, defaultConfig(t))
-	clients := joinCrowd(t, r, maxNamed)
-	asker, key := clients[0], newGroupKey()
-	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(key)} {
-		if named := asker.mustAsk(t, req); len(named) != maxNamed-1 {
-			t.Errorf("%v: %d are named, want all %d others", req.Type, len(named), maxNamed-1)
-		}
-	}
-	// The walk before a PUT would wait for all of them.
-	if named := asker.mustAsk(t, findMessage(key)); len(named) > 0 {
-		t.Errorf("before a PUT %d are named, want none", len(named))
-	}
-}
-
-// In a large network a client must not spend its queries on strangers, and not
-// fill its table with them until it asks the relay no more.
-func TestLargeNetworkNamesNoStrangers(t *testing.T) {
-	r := newTestRelay(t, defaultConfig(t))
-	clients := joinCrowd(t, r, 100)
-	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(newGroupKey()), findMessage(newGroupKey())} {
-		if named := clients[0].mustAsk(t, req); len(named) > 0 {
-			t.Errorf("%v: %d are named, want none", req.Type, len(named))
+// A client must not spend its queries on strangers, not fill its table with them
+// until it asks the relay no more, and not tell them where it is.
+func TestNoStrangersAreNamed(t *testing.T) {
+	for _, size := range []int{2, maxNamed, 100} {
+		r := newTestRelay(t, defaultConfig(t))
+		clients, key := joinCrowd(t, r, size), newGroupKey()
+		clients[1].mustAsk(t, putMessage(key, clients[1].id))
+		for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(newGroupKey()), findMessage(newGroupKey()), findMessage(key)} {
+			if named := clients[0].mustAsk(t, req); len(named) > 0 {
+				t.Errorf("of %d, %v: %d are named, want none", size, req.Type, len(named))
+			}
 		}
 	}
 }
@@ -178,7 +193,7 @@ func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 		}
 	}
 
-	// A record in another's name points at where that one is, if it is here.
+	// A record in another's name points at nobody.
 	for _, absent := range []peer.ID{newTestPeerID(t), "", "no peer ID", r.info.ID} {
 		key := newGroupKey()
 		bad.mustAsk(t, putMessage(key, absent))
@@ -186,10 +201,11 @@ func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 			t.Errorf("publisher %q is named with %v, and is not here", absent, got)
 		}
 	}
+	// And not at a bystander either: it did not put it.
 	key := newGroupKey()
 	bad.mustAsk(t, putMessage(key, bystander.id))
-	if got := seeker.mustAsk(t, getMessage(key))[bystander.id]; len(got) == 0 || !got[0].Equal(bystander.seenAt()) {
-		t.Errorf("the bystander is named with %v, want where it is seen", got)
+	if got := seeker.mustAsk(t, getMessage(key)); len(got) != 1 || len(got[bad.id]) == 0 {
+		t.Errorf("named are %v, want who put the record alone", got)
 	}
 }
 

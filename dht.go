@@ -75,7 +75,7 @@ func (s *kadStream) Write(p []byte) (int, error) {
 	if n <= 0 || uint64(len(s.answer)-n) < length {
 		return len(p), nil // not yet whole
 	}
-	amended, err := s.answers.amend(s.Conn().RemotePeer(), s.request, s.answer[n:])
+	amended, err := s.answers.amend(s.Conn(), s.request, s.answer[n:])
 	if err != nil {
 		return 0, err
 	}
@@ -193,16 +193,19 @@ func (r *relay) newDHT() (*dht.IpfsDHT, error) {
 		dht.MaxRecordAge(maxRecordAge),
 		dht.ValueGCInterval(0), // recordStore drops by itself what is too old
 		dht.DisableProviders(), // unbounded, and clients have none
-		// peers admits to the routing table: no lookup checks of kad-dht's own,
-		// and no refreshing, which would dial what clients name.
+		// Nobody has a place in the routing table, for answers takes none from it: no
+		// lookup checks, and no refreshing, which would dial what clients name.
 		dht.LookupCheckConcurrency(0),
 		dht.DisableAutoRefresh(),
 		dht.OnRequestHook(func(_ context.Context, s network.Stream, req *kadpb.Message) {
 			boundRequest(req)
 			r.tally.dhtRequest(req)
 			r.records.from(s.Conn(), req)
+			r.groups.note(s.Conn().RemotePeer(), req)
+			if !r.peers.connected(s.Conn().RemotePeer()) {
+				r.groups.leave(s.Conn().RemotePeer()) // it has, meanwhile
+			}
 			s.(*kadStream).request = req
-			r.peers.admit(s.Conn().RemotePeer())
 		}),
 	)
 }

@@ -138,6 +138,14 @@ const (
 	// of its connections, its streams and circuits.
 	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
+	// groupMembers is how many devices of one group are remembered, and groupsPerClient
+	// in how many groups a client can be, where the deployed ones are in one. Who has
+	// not put the record for groupAge is taken to have left: they do so every 30 s, and
+	// it may take them as long again.
+	groupMembers    = 16
+	groupsPerClient = 2
+	groupAge        = 2 * time.Minute
+
 	// rateWindow is the time in which one network can open as many connections
 	// as it may hold: an office is back at once after a restart of the relay,
 	// and nobody can keep it busy with handshakes.

@@ -1,8 +1,7 @@
 package main
 
 // What happens to a client while it is connected: which addresses others are
-// told, whether it has a place in the DHT's routing table, and that it is
-// counted once.
+// told, and that it is counted once.
 //
 // All of it is said by live connections, so nothing has to expire: who has left
 // has no connection, and no address.
@@ -13,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -34,9 +32,11 @@ type peers struct {
 	// that he gave them.
 	relays map[peer.ID][]ma.Multiaddr
 
-	// Set by follow, before the host listens.
+	// left is told who has left. It may be told of one who is back.
+	left func(peer.ID)
+
+	// network is set by follow, before the host listens.
 	network network.Network
-	table   *kb.RoutingTable
 
 	sub  event.Subscription
 	done chan struct{} // closed when loop has ended
@@ -49,18 +49,16 @@ type peers struct {
 
 // identified is what a client said of itself.
 type identified struct {
-	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
-	kadPeer bool           // answers DHT requests
+	listen []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 }
 
 func newPeers(log *slog.Logger) *peers {
 	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified)}
 }
 
-// follow keeps p and the routing table up to date with h's connections until
-// p.close.
-func (p *peers) follow(h host.Host, table *kb.RoutingTable) error {
-	p.network, p.table = h.Network(), table
+// follow keeps p up to date with h's connections until p.close.
+func (p *peers) follow(h host.Host) error {
+	p.network = h.Network()
 	var err error
 	p.sub, err = h.EventBus().Subscribe([]any{
 		new(event.EvtPeerIdentificationCompleted),
@@ -94,11 +92,7 @@ func (p *peers) loop() {
 		switch e := e.(type) {
 		case event.EvtPeerIdentificationCompleted:
 			// Also after each identify push, with the new addresses.
-			p.learn(e.Peer, identified{
-				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
-				kadPeer: slices.Contains(e.Protocols, kadProtocol),
-			})
-			p.admit(e.Peer)
+			p.learn(e.Peer, identified{listen: usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr())})
 		case event.EvtPeerConnectednessChanged:
 			if e.Connectedness == network.NotConnected {
 				p.forget(e.Peer)
@@ -130,27 +124,7 @@ func (p *peers) forget(id peer.ID) {
 	p.mu.Lock()
 	delete(p.identified, id)
 	p.mu.Unlock()
-	p.table.RemovePeer(id)
-}
-
-// admit gives a connected client that serves kad a place in the routing table,
-// if its bucket has one. It is called when a client is identified and again with
-// each DHT request of its own, so that those who found the bucket full get the
-// place of one who leaves.
-//
-// This replaces kad-dht's admission, which asks each newcomer a FIND_NODE and,
-// once the table has 20, refuses those who answer it empty: every fresh client.
-func (p *peers) admit(id peer.ID) {
-	p.mu.Lock()
-	kadPeer := p.identified[id].kadPeer
-	p.mu.Unlock()
-	if !kadPeer || !p.table.UsefulNewPeer(id) {
-		return
-	}
-	// Not replaceable: only by leaving does a peer lose its place.
-	if added, _ := p.table.TryAddPeer(id, true, false); added && !p.connected(id) {
-		p.table.RemovePeer(id) // as in learn
-	}
+	p.left(id)
 }
 
 // addrs are the addresses told of a connected peer to whom asks for it: those it

@@ -10,18 +10,12 @@ import (
 
 	"github.com/libp2p/go-libp2p"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/crypto"
-	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/proto"
 )
-
-func commonPrefix(a, b peer.ID) int {
-	return kb.CommonPrefixLen(kb.ConvertPeerID(a), kb.ConvertPeerID(b))
-}
 
 // A client that serves no DHT (or is still being identified) can be found too.
 func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
@@ -32,9 +26,6 @@ func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
 	addrs := waitFound(t, seeker, r, plain.ID())
 	if want := observed(t, plain, r); !addrs[0].Equal(want) {
 		t.Errorf("answer = %v, want the observed address %v first", addrs, want)
-	}
-	if r.dht.RoutingTable().Find(plain.ID()) != "" {
-		t.Error("a peer that serves no DHT is in the routing table")
 	}
 }
 
@@ -194,59 +185,16 @@ func TestLeaverIsNotNamed(t *testing.T) {
 	connect(t, seeker, r)
 	connect(t, leaver, r)
 	waitFound(t, seeker, r, leaver.ID())
-	eventually(t, "the leaver has its place", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) != "" })
 
 	leaver.Close()
 	eventually(t, "it is named no more", func() bool {
 		_, found := findNode(t, seeker, r, leaver.ID())
 		return !found
 	})
-	eventually(t, "its place is free", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) == "" })
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
 	if _, ok := r.peers.identified[leaver.ID()]; ok {
 		t.Error("what it said is still kept")
-	}
-}
-
-// Fresh clients know nobody, and with kad-dht's own admission are refused for
-// it once the table has 20: here a bucket is filled to the last place, and the
-// place of one who leaves goes to one who has waited.
-func TestEmptyClientsFillTheRoutingTable(t *testing.T) {
-	r := newTestRelay(t, defaultConfig(t))
-	table := r.dht.RoutingTable()
-	inTable := func(c host.Host) bool { return table.Find(c.ID()) != "" }
-
-	var near, far []host.Host // at least one bit in common with the relay, and none
-	for range 4 {
-		near = append(near, newClient(t, libp2p.Identity(newClientKey(t, r, 1))))
-	}
-	for range 22 {
-		far = append(far, newClient(t, libp2p.Identity(newClientKey(t, r, 0))))
-	}
-	for _, c := range slices.Concat(far, near) {
-		serveKad(t, c)
-		connect(t, c, r)
-		eventually(t, "it is identified", func() bool {
-			r.peers.mu.Lock()
-			defer r.peers.mu.Unlock()
-			return r.peers.identified[c.ID()].kadPeer
-		})
-	}
-	eventually(t, "20 of one bucket and 4 of the others are in", func() bool { return table.Size() == 24 })
-	if i := slices.IndexFunc(near, func(c host.Host) bool { return !inTable(c) }); i >= 0 {
-		t.Error("a client whose bucket has room is not in the table")
-	}
-
-	i := slices.IndexFunc(far, inTable)
-	far[i].Close()
-	eventually(t, "its place is free", func() bool { return table.Size() == 23 })
-	i = slices.IndexFunc(far, func(c host.Host) bool {
-		return c.Network().Connectedness(r.info.ID) == network.Connected && !inTable(c)
-	})
-	ask(t, far[i], r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
-	if !inTable(far[i]) {
-		t.Error("the place did not go to the client that waited and asked")
 	}
 }
 

@@ -43,6 +43,7 @@ type relay struct {
 	answers  *answers
 	relays   *relays
 	circuits *circuits
+	groups   groups
 
 	// registry gathers the metrics, go-libp2p's among them. It is nil unless
 	// the operator asked for them.
@@ -91,14 +92,15 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		return nil, errors.Join(err, fmt.Errorf("bootstrap: %s is this relay", self))
 	}
 	r.peers.relays = r.relays.named
-	r.answers = &answers{peers: r.peers, relays: r.relays}
+	r.peers.left = r.groups.leave
+	r.answers = &answers{peers: r.peers, relays: r.relays, groups: &r.groups}
 	if r.host, err = r.newHost(privKey); err != nil {
 		return nil, fmt.Errorf("start libp2p: %w", err)
 	}
 	if r.dht, err = r.newDHT(); err != nil {
 		return nil, fmt.Errorf("start dht: %w", err)
 	}
-	if err := r.peers.follow(r.host, r.dht.RoutingTable()); err != nil {
+	if err := r.peers.follow(r.host); err != nil {
 		return nil, fmt.Errorf("follow peers: %w", err)
 	}
 	circuitHost := r.host
@@ -286,10 +288,9 @@ func (r *relay) close() error {
 }
 
 // takeLocks returns when each lock on a client's way was free for a moment:
-// connections, their addresses, the routing table, circuits. A sign of life.
+// connections, their addresses, circuits. A sign of life.
 func (r *relay) takeLocks() {
 	r.host.Network().Conns()
-	r.dht.RoutingTable().Size()
 	r.counters()
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
