@@ -96,6 +96,26 @@ func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.
 	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // not the array with all of them
 }
 
+// reachedAddr is the address at which a client says that it reaches this relay, if
+// it can be dialled: said is what it told at observed_addr of a connection from
+// remote. Else it is nil.
+func reachedAddr(said, remote ma.Multiaddr) ma.Multiaddr {
+	if len(said) == 0 || len(said) > maxAddrComponents {
+		return nil
+	}
+	if _, last := ma.SplitLast(said); last != nil && last.Protocol().Code == ma.P_P2P {
+		said, _ = peer.SplitAddr(said)
+	}
+	if len(said) != 3 || !manet.IsThinWaist(said) || said[1].Protocol().Code != ma.P_UDP || said[2].Protocol().Code != ma.P_QUIC_V1 {
+		return nil
+	}
+	ip, err := manet.ToIP(said)
+	if err != nil || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLoopback() && !manet.IsIPLoopback(remote) || said[1].Value() == "0" {
+		return nil
+	}
+	return said
+}
+
 func isDNS(a ma.Multiaddr) bool {
 	switch a[0].Protocol().Code {
 	case ma.P_DNS, ma.P_DNS4, ma.P_DNS6, ma.P_DNSADDR:

@@ -1,7 +1,8 @@
 package main
 
 // What happens to a client while it is connected: which addresses others are
-// told, and that it is counted once.
+// told, at which of our addresses it reaches this relay, and that it is counted
+// once.
 //
 // All of it is said by live connections, so nothing has to expire: who has left
 // has no connection, and no address.
@@ -18,6 +19,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -49,7 +51,12 @@ type peers struct {
 
 // identified is what a client said of itself.
 type identified struct {
-	listen []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
+	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
+	punches bool           // punches holes, once it has a circuit
+
+	// reachedAt is the address of this relay to which each of its connections goes,
+	// by the connection's ID: as the client sees it, and through a NAT on our side.
+	reachedAt map[string]ma.Multiaddr
 }
 
 func newPeers(log *slog.Logger) *peers {
@@ -92,7 +99,10 @@ func (p *peers) loop() {
 		switch e := e.(type) {
 		case event.EvtPeerIdentificationCompleted:
 			// Also after each identify push, with the new addresses.
-			p.learn(e.Peer, identified{listen: usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr())})
+			p.learn(e.Conn, identified{
+				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
+				punches: slices.Contains(e.Protocols, holepunch.Protocol),
+			}, reachedAddr(e.ObservedAddr, e.Conn.RemoteMultiaddr()))
 		case event.EvtPeerConnectednessChanged:
 			if e.Connectedness == network.NotConnected {
 				p.forget(e.Peer)
@@ -105,8 +115,21 @@ func (p *peers) connected(id peer.ID) bool {
 	return p.network.Connectedness(id) == network.Connected
 }
 
-func (p *peers) learn(id peer.ID, said identified) {
+// learn keeps what a client said of itself over c, and at which address it reached
+// the relay; nil is not said.
+func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
+	id := c.RemotePeer()
+	open := p.network.ConnsToPeer(id)
+	said.reachedAt = make(map[string]ma.Multiaddr)
 	p.mu.Lock()
+	for _, o := range open {
+		if was := p.identified[id].reachedAt[o.ID()]; was != nil {
+			said.reachedAt[o.ID()] = was
+		}
+	}
+	if at != nil {
+		said.reachedAt[c.ID()] = at
+	}
 	p.identified[id] = said
 	p.mu.Unlock()
 	if !p.connected(id) {
@@ -125,6 +148,22 @@ func (p *peers) forget(id peer.ID) {
 	delete(p.identified, id)
 	p.mu.Unlock()
 	p.left(id)
+}
+
+// reachedAt is the address at which the client of c says that it reaches this
+// relay, or nil.
+func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.identified[c.RemotePeer()].reachedAt[c.ID()]
+}
+
+// punches reports whether a connected peer makes a direct connection by itself
+// where it has a circuit.
+func (p *peers) punches(id peer.ID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.identified[id].punches
 }
 
 // addrs are the addresses told of a connected peer to whom asks for it: those it
