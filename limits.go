@@ -138,13 +138,47 @@ const (
 	// of its connections, its streams and circuits.
 	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
-	// groupMembers is how many devices of one group are remembered, and groupsPerClient
-	// in how many groups a client can be, where the deployed ones are in one. Who has
-	// not put the record for groupAge is taken to have left: they do so every 30 s, and
-	// it may take them as long again.
+	// groupMembers is how many devices of one group are remembered, and of how many
+	// mates one knows whether it has met them; groupsPerClient is of how many groups
+	// a client can be, where the deployed ones have one. Who has not put the record
+	// for groupAge is taken to have left: they do so every 30 s, and it may take them
+	// as long again.
 	groupMembers    = 16
 	groupsPerClient = 2
 	groupAge        = 2 * time.Minute
+
+	// flowsPerClient is how many mates a client can be bridged with at once: twice
+	// as many as are remembered, for those that come back at another address.
+	flowsPerClient = 2 * groupMembers
+
+	// dialsPerFlow is how many dials of one mate can wait for an answer: both dial at
+	// the same moment, and again.
+	dialsPerFlow = 4
+
+	// heldDatagrams is how many are held of a dial: the first flight has one or two.
+	heldDatagrams = 4
+
+	// unansweredDatagrams is how many may go to a mate that has not answered: three
+	// first flights of two, and as many repetitions. maxDatagram is how long each may
+	// be, in bytes, on the Ethernets that most paths are.
+	unansweredDatagrams = 12
+	maxDatagram         = 1500
+
+	// flowCredit is how many bytes may go one way of a flow until a packet comes the
+	// other way that belongs to it: twice the window of a connection between go-libp2p
+	// or rust-libp2p clients (15 MiB), more than can be sent unacknowledged.
+	flowCredit = 32 << 20
+
+	// guessesPerSecond is how many packets of one client are forwarded where it is not
+	// sure to which of two mates: those of one round trip, a few times.
+	guessesPerSecond = 64
+
+	// legIDs is how many connection IDs are remembered of one direction of a flow. A
+	// QUIC connection uses three, and two may begin at once.
+	legIDs = 8
+
+	// bridgeMemory is what the bridge takes for one client, in bytes.
+	bridgeMemory = 4 << 10
 
 	// rateWindow is the time in which one network can open as many connections
 	// as it may hold: an office is back at once after a restart of the relay,
@@ -196,13 +230,13 @@ func clientsFor(memory uint64) int {
 		memory = 512 << 20
 	}
 	usable := int64(min(memory, 1<<40)) - (baseMemory + sharedBase)
-	return int(min(max(usable/(clientMemory+initialWindow+sharedMemory), 64), maxMaxClients))
+	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+sharedMemory), 64), maxMaxClients))
 }
 
 // memory is what the relay takes at most, in bytes, with all of its clients doing
 // their worst. With a thousand well-behaved ones it is 60 % of that.
 func (l limits) memory() int64 {
-	return baseMemory + int64(l.clients)*(clientMemory+initialWindow) + l.shared()
+	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow) + l.shared()
 }
 
 // goMemory is the part of memory that the Go runtime should stay within, in bytes:
@@ -215,6 +249,13 @@ func (l limits) shared() int64 { return sharedBase + int64(l.clients)*sharedMemo
 
 // circuits is the most open at once: every client in one with another.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
+
+// flows is the most that the bridge carries at once: two for each client, as one
+// has two ends.
+func (l limits) flows() int { return max(2*l.clients, flowsPerClient) }
+
+// holding is how many dials may be held at once, each for maxHold and longer.
+func (l limits) holding() int { return max(l.clients/8, flowsPerClient) }
 
 // unproven is how many clients may be in the handshake before newcomers have to
 // prove their addresses by a Retry, which costs them a round trip.
