@@ -44,6 +44,7 @@ type relay struct {
 	relays   *relays
 	circuits *circuits
 	groups   groups
+	bridge   *bridge
 
 	// registry gathers the metrics, go-libp2p's among them. It is nil unless
 	// the operator asked for them.
@@ -93,7 +94,10 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	}
 	r.peers.relays = r.relays.named
 	r.peers.left = r.groups.leave
-	r.answers = &answers{peers: r.peers, relays: r.relays, groups: &r.groups}
+	r.bridge = newBridge(log, &r.tally, lim, r.peers)
+	r.bridge.maxBytes, r.bridge.maxAge = cfg.circuitBytes, cfg.circuitDuration
+	r.sockets.tap, r.sockets.ids = r.bridge.tap, r.bridge
+	r.answers = &answers{peers: r.peers, relays: r.relays, groups: &r.groups, bridge: r.bridge}
 	if r.host, err = r.newHost(privKey); err != nil {
 		return nil, fmt.Errorf("start libp2p: %w", err)
 	}
@@ -103,9 +107,11 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if err := r.peers.follow(r.host); err != nil {
 		return nil, fmt.Errorf("follow peers: %w", err)
 	}
+	r.bridge.follow(r.host.Network())
 	circuitHost := r.host
 	if cfg.maxBandwidth > 0 {
-		circuitHost = newPacedHost(r.host, cfg.maxBandwidth)
+		paced := newPacedHost(r.host, cfg.maxBandwidth)
+		circuitHost, r.bridge.bandwidth = paced, paced.limiter
 	}
 	r.service, err = circuit.New(circuitHost,
 		circuit.WithResources(lim.resources(cfg.circuitDuration, cfg.circuitBytes)),
@@ -258,9 +264,10 @@ func (r *relay) hidden() bool {
 	return len(r.announce) == 0 && !slices.ContainsFunc(r.advertised(r.host.Addrs()), manet.IsPublicAddr)
 }
 
-// drain refuses new reservations and circuits and waits until the open circuits
-// are closed, for at most timeout. It returns how many are left.
+// drain refuses new reservations, circuits and flows over the bridge and waits until
+// the open circuits are closed, for at most timeout. It returns how many are left.
 func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
+	r.bridge.drain()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	return r.circuits.drain(ctx)
@@ -276,6 +283,9 @@ func (r *relay) close() error {
 	if r.service != nil {
 		errs = append(errs, r.service.Close())
 	}
+	if r.bridge != nil {
+		r.bridge.close()
+	}
 	r.peers.close()
 	if r.dht != nil {
 		errs = append(errs, r.dht.Close())
@@ -288,9 +298,11 @@ func (r *relay) close() error {
 }
 
 // takeLocks returns when each lock on a client's way was free for a moment:
-// connections, their addresses, circuits. A sign of life.
+// connections, their addresses, the bridge, circuits. A sign of life.
 func (r *relay) takeLocks() {
 	r.host.Network().Conns()
+	r.bridge.lock()
+	r.bridge.unlock()
 	r.counters()
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
@@ -299,15 +311,19 @@ func (r *relay) takeLocks() {
 func (r *relay) counters() counters {
 	c := counters{
 		peersServed:  r.peers.served.count(),
-		relayedBytes: r.tally.relayedBytes.Load(),
+		bridged:      int(r.tally.bridged.Load()),
+		bridgedBytes: r.tally.bridgedBytes.Load(),
 		clients:      len(r.host.Network().Peers()),
 		reservations: r.tally.reservations.Load(),
+		bridges:      r.tally.bridges.Load(),
 	}
 	r.host.Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
 		c.connections = s.Stat().NumConnsInbound
 		return nil
 	})
 	c.relayedConnections, c.circuits = r.circuits.counts()
+	c.relayedConnections += c.bridged
+	c.relayedBytes = r.tally.relayedBytes.Load() + c.bridgedBytes
 	c.records, c.recordBytes = r.records.held()
 	for i := range c.requests {
 		c.requests[i] = r.tally.requests[i].Load()
