@@ -130,7 +130,9 @@ func syncBetween(ctx context.Context, a, b host.Host, size int) error {
 func TestBridgeCarriesSync(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) {
-			r := newTestRelay(t, defaultConfig(t))
+			cfg := defaultConfig(t)
+			cfg.testOnlyPlainSockets = plain
+			r := newTestRelay(t, cfg)
 			key := newGroupKey()
 			a, b := bridgeClient(t, r, key), bridgeClient(t, r, key)
 			bridged(t, r, key, a, b)

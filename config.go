@@ -96,6 +96,10 @@ type config struct {
 
 	// verbose logs every peer and libp2p's own debug lines.
 	verbose bool
+
+	// testOnlyPlainSockets reads and sends one datagram at a time, as on systems
+	// other than Linux.
+	testOnlyPlainSockets bool
 }
 
 // usageError is a mistake on the command line: exit status 2.

@@ -97,6 +97,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	r.bridge = newBridge(log, &r.tally, lim, r.peers)
 	r.bridge.maxBytes, r.bridge.maxAge = cfg.circuitBytes, cfg.circuitDuration
 	r.sockets.tap, r.sockets.ids = r.bridge.tap, r.bridge
+	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
 	r.answers = &answers{peers: r.peers, relays: r.relays, groups: &r.groups, bridge: r.bridge}
 	if r.host, err = r.newHost(privKey); err != nil {
 		return nil, fmt.Errorf("start libp2p: %w", err)

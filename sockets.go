@@ -210,10 +210,11 @@ func (q *quicSockets) bind(family string, port int) error {
 	if err != nil {
 		return err
 	}
-	socket := newUDPSocket(conn)
+	open := newUDPSocket
 	if q.testOnlyPlain {
-		socket = newPlainSocket(conn)
+		open = newPlainSocket
 	}
+	socket := open(conn)
 	tr := &quic.Transport{
 		Conn:                socket,
 		StatelessResetKey:   &q.reset,
