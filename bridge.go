@@ -137,7 +137,8 @@ type side struct {
 	ends map[netip.AddrPort]*end
 	legs map[uint64]*leg // by the connection ID that a packet carries and the end it comes from: see key
 
-	runs []stretch // the reader's, kept to be used again
+	runs  []stretch // the reader's, as parts: kept to be used again
+	parts [][]byte
 }
 
 // client is one that has asked for a mate, or was dialled by one.

@@ -131,23 +131,54 @@ func (sd *side) take(batch []arrival) {
 		}
 	}
 	sd.mu.Unlock()
+	for i := range runs {
+		sd.send(batch, runs[i:])
+	}
 	for i := 0; i < len(runs); {
-		i = carry(&batch[runs[i].message], runs, i)
+		i = keep(&batch[runs[i].message], runs, i)
 	}
 	clear(runs)
 	sd.runs = runs
 }
 
-// carry sends what runs says of one message, from i on, and leaves the rest. It
-// returns where the next message's begin.
-func carry(a *arrival, runs []stretch, i int) int {
+// send sends the first of runs, if it is to go to a mate, and what follows and goes
+// there as well: a busy flow fills several messages of a batch, and the kernel takes
+// as much at a time as one has, of datagrams of one size.
+func (sd *side) send(batch []arrival, runs []stretch) {
+	first, to := &batch[runs[0].message], runs[0].target
+	if to == nil {
+		return
+	}
+	parts, size, total := sd.parts[:0], 0, 0
+	for i := range runs {
+		r := &runs[i]
+		if r.target != to {
+			continue
+		}
+		a := &batch[r.message]
+		p := a.data[r.from:r.to]
+		n := min(a.size, len(p)) // of its first datagram
+		if len(parts) == 0 {
+			size = n
+		} else if total%size != 0 || n > size || n < size && len(p) > n || a.ecn != first.ecn ||
+			total+len(p) > maxSend || total/size+(len(p)+size-1)/size > maxSegments {
+			break // and what comes later must not overtake it
+		}
+		parts, total = append(parts, p), total+len(p)
+		r.target = nil
+	}
+	to.socket.send(parts, size, first.ecn, to.addr, to.from)
+	clear(parts)
+	sd.parts = parts
+}
+
+// keep leaves of one message what runs say is quic-go's, from i on. It returns where
+// the next message's begin.
+func keep(a *arrival, runs []stretch, i int) int {
 	message, kept := runs[i].message, 0
 	for ; i < len(runs) && runs[i].message == message; i++ {
-		switch r := &runs[i]; {
-		case r.leg == nil: // to where nothing is that has not been sent
+		if r := &runs[i]; r.leg == nil {
 			kept += copy(a.data[kept:], a.data[r.from:r.to])
-		case r.target != nil:
-			r.target.socket.send(a.data[r.from:r.to], a.size, a.ecn, r.target.addr, r.target.from)
 		}
 	}
 	a.data = a.data[:kept]
@@ -198,7 +229,7 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 	switch {
 	case !diverted:
 		return runs[:first]
-	case len(runs) == first: // nothing is left of it, which carry must be told
+	case len(runs) == first: // nothing is left of it, which keep must be told
 		runs = append(runs, stretch{message: message})
 	}
 	return runs
@@ -669,7 +700,7 @@ func (b *bridge) release(f *flow, d *dial) {
 	d.leg.other.called, d.leg.other.switched = now, false
 	b.unlock()
 	for _, p := range held {
-		to.socket.send(p, len(p), 0, to.addr, to.from)
+		to.socket.send([][]byte{p}, len(p), 0, to.addr, to.from)
 		b.tally.bridgedBytes.Add(int64(len(p)))
 	}
 }

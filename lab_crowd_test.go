@@ -89,6 +89,9 @@ type lightIdentity struct {
 
 	// listen is where it says that it listens; nil is an address in some LAN.
 	listen []ma.Multiaddr
+
+	// sees is under which address it says that it sees the relay; nil is not said.
+	sees ma.Multiaddr
 }
 
 func newLightIdentity(t testing.TB) lightIdentity {
@@ -172,6 +175,9 @@ func (c *lightClient) serve() {
 		AgentVersion:    googleproto.String("PrivStack/crowd"),
 		PublicKey:       public,
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
+	}
+	if c.sees != nil {
+		said.ObservedAddr = c.sees.Bytes()
 	}
 	// More than fits into one message goes into more of them, which the reader
 	// merges, as identify's spec has it for large ones.

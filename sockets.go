@@ -95,12 +95,21 @@ type udpSocket interface {
 	// show sets what is shown to tap. It is called before the first read.
 	show(tapped)
 
-	// send sends p to an address of the socket's family: datagrams of size bytes
-	// each, but for the last, with these ECN bits, from the address of this machine
-	// that from names. It never waits: what the system does not take is lost, as any
-	// packet may be. It may be called by several goroutines.
-	send(p []byte, size int, ecn byte, to netip.AddrPort, from source)
+	// send sends datagrams to an address of the socket's family, with these ECN bits,
+	// from the address of this machine that from names. They are of size bytes each,
+	// but for the last; each of parts begins a new one. Together they are maxSend
+	// bytes and maxSegments datagrams at most, unless there is one part. It never
+	// waits: what the system does not take is lost, as any packet may be. It may be
+	// called by several goroutines.
+	send(parts [][]byte, size int, ecn byte, to netip.AddrPort, from source)
 }
+
+const (
+	// maxSend is what UDP over IPv6 carries in one message, in bytes, and maxSegments
+	// how many datagrams a kernel before 6.10 makes of it (UDP_MAX_SEGMENTS).
+	maxSend     = 1<<16 - 1 - 40 - 8
+	maxSegments = 64
+)
 
 // tapped is shown what has arrived, and takes out what is not for quic-go. What
 // it is given is its own until it returns.

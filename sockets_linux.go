@@ -10,6 +10,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -151,12 +152,12 @@ func readControl(control []byte) (size int, ecn byte) {
 	return size, ecn
 }
 
-func (s *groSocket) send(p []byte, size int, ecn byte, to netip.AddrPort, from source) {
+func (s *groSocket) send(parts [][]byte, size int, ecn byte, to netip.AddrPort, from source) {
 	out := s.senders.Get().(*sender)
 	defer s.senders.Put(out)
 	out.address(to)
-	if len(p) > size && s.segments.Load() {
-		err := out.send(s.raw, p, from, ecn, size)
+	if (len(parts) > 1 || len(parts[0]) > size) && s.segments.Load() {
+		err := out.send(s.raw, parts, from, ecn, size)
 		switch {
 		case errors.Is(err, unix.EIO):
 			// The network device cannot split (udp(7)), and most likely never will.
@@ -166,10 +167,11 @@ func (s *groSocket) send(p []byte, size int, ecn byte, to netip.AddrPort, from s
 		}
 		// Too long for the path, or for one message: the shorter ones may go.
 	}
-	for len(p) > 0 {
-		n := min(size, len(p))
-		out.send(s.raw, p[:n], from, ecn, 0)
-		p = p[n:]
+	for _, p := range parts {
+		for d := range slices.Chunk(p, size) {
+			out.one[0] = d
+			out.send(s.raw, out.one[:], from, ecn, 0)
+		}
 	}
 }
 
@@ -180,7 +182,8 @@ type sender struct {
 	to6 unix.SockaddrInet6
 	to  unix.Sockaddr
 
-	p       []byte
+	one     [1][]byte
+	parts   [][]byte
 	control []byte
 	err     error
 	sendmsg func(fd uintptr)
@@ -189,7 +192,11 @@ type sender struct {
 func newSender() *sender {
 	s := &sender{control: make([]byte, 0, 192)}
 	s.sendmsg = func(fd uintptr) {
-		_, s.err = unix.SendmsgN(int(fd), s.p, s.control, s.to, unix.MSG_DONTWAIT)
+		if len(s.parts) == 1 {
+			_, s.err = unix.SendmsgN(int(fd), s.parts[0], s.control, s.to, unix.MSG_DONTWAIT)
+		} else {
+			_, s.err = unix.SendmsgBuffers(int(fd), s.parts, s.control, s.to, unix.MSG_DONTWAIT)
+		}
 	}
 	return s
 }
@@ -204,9 +211,9 @@ func (s *sender) address(to netip.AddrPort) {
 	}
 }
 
-// send sends p, split into datagrams of segment bytes unless that is 0.
-func (s *sender) send(raw syscall.RawConn, p []byte, from source, ecn byte, segment int) error {
-	s.p, s.control = p, append(s.control[:0], from...)
+// send sends parts, split into datagrams of segment bytes unless that is 0.
+func (s *sender) send(raw syscall.RawConn, parts [][]byte, from source, ecn byte, segment int) error {
+	s.parts, s.control = parts, append(s.control[:0], from...)
 	if ecn != 0 {
 		level, typ := unix.IPPROTO_IP, unix.IP_TOS
 		if s.to == unix.Sockaddr(&s.to6) {

@@ -6,6 +6,7 @@ package main
 import (
 	"net"
 	"net/netip"
+	"slices"
 
 	xipv4 "golang.org/x/net/ipv4" // its Message is that of IPv6 too
 )
@@ -73,12 +74,12 @@ func (s *plainSocket) keeps(from net.Addr, d []byte) bool {
 
 // send leaves the ECN bits away, which these systems mark each in its own way:
 // clients notice, and do without (RFC 9000, 13.4.2).
-func (s *plainSocket) send(p []byte, size int, _ byte, to netip.AddrPort, from source) {
-	for len(p) > 0 {
-		n := min(size, len(p))
-		// These systems hand a datagram to the network or refuse it, and have no
-		// queue that could be waited for.
-		s.WriteMsgUDPAddrPort(p[:n], from, to)
-		p = p[n:]
+func (s *plainSocket) send(parts [][]byte, size int, _ byte, to netip.AddrPort, from source) {
+	for _, p := range parts {
+		for d := range slices.Chunk(p, size) {
+			// These systems hand a datagram to the network or refuse it, and have no
+			// queue that could be waited for.
+			s.WriteMsgUDPAddrPort(d, from, to)
+		}
 	}
 }
