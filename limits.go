@@ -177,8 +177,10 @@ const (
 	// QUIC connection uses three, and two may begin at once.
 	legIDs = 8
 
-	// bridgeMemory is what the bridge takes for one client, in bytes.
-	bridgeMemory = 4 << 10
+	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows
+	// of 650 (TestFlowsTakeLittleMemory), an eighth of a dial of 6000 that is held, the
+	// mates it was told, its end and its groups.
+	bridgeMemory = 6 << 10
 
 	// rateWindow is the time in which one network can open as many connections
 	// as it may hold: an office is back at once after a restart of the relay,
@@ -250,9 +252,9 @@ func (l limits) shared() int64 { return sharedBase + int64(l.clients)*sharedMemo
 // circuits is the most open at once: every client in one with another.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
 
-// flows is the most that the bridge carries at once: two for each client, as one
-// has two ends.
-func (l limits) flows() int { return max(2*l.clients, flowsPerClient) }
+// flows is the most that the bridge carries at once: as many as if all clients were
+// in groups of nine, and no two of one group could meet otherwise.
+func (l limits) flows() int { return max(4*l.clients, flowsPerClient) }
 
 // holding is how many dials may be held at once, each for maxHold and longer.
 func (l limits) holding() int { return max(l.clients/8, flowsPerClient) }
