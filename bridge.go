@@ -267,11 +267,11 @@ type dial struct {
 
 // connection is a client's with this relay.
 type connection interface {
-	// place is where the client is now, unless the connection is closed.
-	place() (place, bool)
+	// where says where the client is now, unless the connection is closed.
+	where() (whereabouts, bool)
 }
 
-type place struct {
+type whereabouts struct {
 	addr  netip.AddrPort
 	local netip.Addr // of this machine, at which the client reaches it; or not valid
 	rtt   time.Duration
@@ -281,7 +281,7 @@ type place struct {
 // does not follow.
 type quicConnection struct{ *quic.Conn }
 
-func (c quicConnection) place() (p place, ok bool) {
+func (c quicConnection) where() (p whereabouts, ok bool) {
 	if c.Context().Err() != nil {
 		return p, false
 	}
@@ -547,7 +547,7 @@ func (f *flow) legTo(e *end) *leg { return f.legOf(e).other }
 // end returns that of a client's connection, or makes it. It is nil if the
 // connection is closed. It is called with both locks held.
 func (b *bridge) end(id peer.ID, conn connection) *end {
-	p, ok := conn.place()
+	p, ok := conn.where()
 	if !ok {
 		return nil
 	}
@@ -577,7 +577,7 @@ func (b *bridge) end(id peer.ID, conn connection) *end {
 }
 
 // aim says where packets for e go.
-func (e *end) aim(p place) {
+func (e *end) aim(p whereabouts) {
 	if e.target != nil && e.target.addr == p.addr && e.target.from.addr == p.local {
 		return
 	}
@@ -595,8 +595,8 @@ func (t *target) send(parts [][]byte, size int, ecn byte) {
 }
 
 // here reports whether the client has the connection of e, at its address.
-func (e *end) here() (place, bool) {
-	p, ok := e.conn.place()
+func (e *end) here() (whereabouts, bool) {
+	p, ok := e.conn.where()
 	return p, ok && p.addr == e.addr()
 }
 
@@ -651,10 +651,10 @@ func (b *bridge) removeFlow(f *flow, why string) {
 // changed.
 func (b *bridge) sweep(now clock) {
 	type found struct {
-		e     *end
-		conn  connection
-		place place
-		ok    bool
+		e    *end
+		conn connection
+		at   whereabouts
+		ok   bool
 	}
 	var ends []found
 	b.lock()
@@ -667,12 +667,12 @@ func (b *bridge) sweep(now clock) {
 	// Without the locks, for libp2p has its own.
 	for i := range ends {
 		f := &ends[i]
-		if f.place, f.ok = f.conn.place(); f.ok {
+		if f.at, f.ok = f.conn.where(); f.ok {
 			continue
 		}
 		for _, conn := range b.connections(f.e.client.id) {
-			if p, ok := conn.place(); ok && p.addr == f.e.addr() {
-				f.conn, f.place, f.ok = conn, p, true
+			if p, ok := conn.where(); ok && p.addr == f.e.addr() {
+				f.conn, f.at, f.ok = conn, p, true
 			}
 		}
 	}
@@ -686,8 +686,8 @@ func (b *bridge) sweep(now clock) {
 		switch {
 		case f.ok:
 			e.conn, e.absent = f.conn, 0
-			if f.place.addr == e.addr() || b.move(e, f.place.addr) {
-				e.aim(f.place)
+			if f.at.addr == e.addr() || b.move(e, f.at.addr) {
+				e.aim(f.at)
 			}
 		case e.absent == 0:
 			e.absent = now

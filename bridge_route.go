@@ -585,7 +585,7 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 		return b.stray(e, source, now)
 	}
 	o.dialled, o.direct = now, false
-	at, ok := o.conn.place()
+	at, ok := o.conn.where()
 	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}
 	}

@@ -82,14 +82,14 @@ func newBridgeUnderTest(t testing.TB, clients int) *bridgeUnderTest {
 type actor struct {
 	u      *bridgeUnderTest
 	id     peer.ID
-	at     place
+	at     whereabouts
 	closed bool
 }
 
-func (a *actor) place() (place, bool) { return a.at, !a.closed }
+func (a *actor) where() (whereabouts, bool) { return a.at, !a.closed }
 
 func (u *bridgeUnderTest) actor(addr string) *actor {
-	return &actor{u: u, id: peer.ID(addr), at: place{addr: netip.MustParseAddrPort(addr)}}
+	return &actor{u: u, id: peer.ID(addr), at: whereabouts{addr: netip.MustParseAddrPort(addr)}}
 }
 
 // told offers the asker its mates, and returns the one that it may dial.
