@@ -24,6 +24,10 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
+// identifyTimeout is how long an answer may wait until a client has said where it
+// reaches this relay: more than two long round trips. A client gives a request 10 s.
+const identifyTimeout = 2 * time.Second
+
 // peers follows the connected clients of one host. Make it with newPeers, give
 // its addrBook to the host, then call follow.
 type peers struct {
@@ -47,6 +51,8 @@ type peers struct {
 	// identified holds what connected peers said in identify. An entry goes
 	// with the peer's last connection.
 	identified map[peer.ID]identified
+	// awaited are closed when the client of that connection has been identified.
+	awaited map[string]chan struct{}
 }
 
 // identified is what a client said of itself.
@@ -56,11 +62,12 @@ type identified struct {
 
 	// reachedAt is the address of this relay to which each of its connections goes,
 	// by the connection's ID: as the client sees it, and through a NAT on our side.
+	// nil is not said.
 	reachedAt map[string]ma.Multiaddr
 }
 
 func newPeers(log *slog.Logger) *peers {
-	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified)}
+	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified), awaited: make(map[string]chan struct{})}
 }
 
 // follow keeps p up to date with h's connections until p.close.
@@ -123,14 +130,18 @@ func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
 	said.reachedAt = make(map[string]ma.Multiaddr)
 	p.mu.Lock()
 	for _, o := range open {
-		if was := p.identified[id].reachedAt[o.ID()]; was != nil {
+		if was, ok := p.identified[id].reachedAt[o.ID()]; ok {
 			said.reachedAt[o.ID()] = was
 		}
 	}
-	if at != nil {
+	if at != nil || said.reachedAt[c.ID()] == nil {
 		said.reachedAt[c.ID()] = at
 	}
 	p.identified[id] = said
+	if done := p.awaited[c.ID()]; done != nil {
+		close(done)
+		delete(p.awaited, c.ID())
+	}
 	p.mu.Unlock()
 	if !p.connected(id) {
 		// It left while this was written. The event that says so comes after it
@@ -151,11 +162,31 @@ func (p *peers) forget(id peer.ID) {
 }
 
 // reachedAt is the address at which the client of c says that it reaches this
-// relay, or nil.
+// relay, or nil. A client that has just come is waited for: its first question may be
+// here before what it says of itself.
 func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
+	id := c.RemotePeer()
+	p.mu.Lock()
+	at, ok := p.identified[id].reachedAt[c.ID()]
+	done := p.awaited[c.ID()]
+	if !ok && done == nil {
+		done = make(chan struct{})
+		p.awaited[c.ID()] = done
+	}
+	p.mu.Unlock()
+	if ok {
+		return at
+	}
+	select {
+	case <-done:
+	case <-time.After(identifyTimeout):
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.identified[c.RemotePeer()].reachedAt[c.ID()]
+	if p.awaited[c.ID()] == done { // nobody else needs it: whoever comes later makes another
+		delete(p.awaited, c.ID())
+	}
+	return p.identified[id].reachedAt[c.ID()]
 }
 
 // punches reports whether a connected peer makes a direct connection by itself
