@@ -433,8 +433,10 @@ func (b *bridge) mayGo(dial *dial, d []byte, now clock) bool {
 		return true
 	case !dial.holding:
 		b.tally.refuse(refusedBridgeUnanswered)
-	case waited < firstFlight && len(dial.held) < heldDatagrams && !dial.gaveUp:
-		dial.held = append(dial.held, slices.Clone(d))
+	case waited < firstFlight:
+		if len(dial.held) < heldDatagrams {
+			dial.held = append(dial.held, slices.Clone(d))
+		}
 	case waited < dial.hold:
 		// Too soon to be a repetition. It has another connection with the mate, and
 		// ends this one. If it comes again nonetheless, it did not give up.
