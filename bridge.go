@@ -140,6 +140,8 @@ type side struct {
 	ends map[netip.AddrPort]*end
 	legs map[uint64]*leg // by the connection ID that a packet carries and the end it comes from: see key
 
+	own []*ownAddr // that clients reach
+
 	runs  []stretch // the reader's, as parts: kept to be used again
 	parts [][]byte
 }
@@ -170,28 +172,51 @@ type end struct {
 	client *client
 	side   *side
 	conn   connection
-	addr   netip.AddrPort
 	target *target // replaced, never changed
 	salt   uint64
 	absent clock // since when conn is closed, and there is no other; 0: it is not
 
 	flows   []*flow
-	lengths uint32       // bit n: a packet from here may begin with a connection ID of n bytes
-	strays  [4]stray     // the last ones
-	unknown [4]unknownID // the last ones
-	guesses int          // unknown IDs forwarded since the last sweep
+	lengths uint32  // bit n: a packet from here may begin with a connection ID of n bytes
+	guesses int32   // unknown IDs forwarded since the last sweep
+	doubts  *doubts // nil: none lately
 
 	// With the lock of side: the last leg found, and by which ID.
 	last   *leg
 	lastID connID
 }
 
+// addr is where the end's packets come from.
+func (e *end) addr() netip.AddrPort { return e.target.addr }
+
+// doubts is what is remembered of packets from an end that nobody could tell for whom
+// they are: the last ones.
+type doubts struct {
+	strays  [4]stray
+	unknown [4]unknownID
+	last    clock
+}
+
+// doubt returns those of e, or makes them.
+func (e *end) doubt(now clock) *doubts {
+	if e.doubts == nil {
+		e.doubts = new(doubts)
+	}
+	e.doubts.last = now
+	return e.doubts
+}
+
 // target is where packets for an end go.
 type target struct {
-	socket udpSocket
-	addr   netip.AddrPort
-	from   source
-	local  netip.Addr // that from names
+	side *side
+	addr netip.AddrPort
+	from *ownAddr
+}
+
+// ownAddr is an address of this machine, and the control message that names it.
+type ownAddr struct {
+	addr netip.Addr
+	source
 }
 
 // flow is what goes between two ends: one QUIC connection or, when both dial at
@@ -213,18 +238,18 @@ type leg struct {
 	other *leg
 
 	ids      [legIDs]uint64 // the keys by which its packets are known, in a ring
-	idCount  int
-	idLength int   // of those the other end gave out last, in bytes
+	called   clock          // when the end was called last; 0: never
+	idCount  uint32
+	idLength uint8 // of those that the other end gave out last, in bytes
 	switched bool  // since the last handshake, to an ID that was issued encrypted
 	short    bool  // a packet after the handshake has come
-	called   clock // when the end was called last; 0: never
 
 	// With the lock of end's side.
+	full    bool  // it has carried maxBytes
 	heard   clock // when a packet came last
 	known   clock // when one with a known ID came last
 	packets int   // since it switched its ID
 	bytes   int64
-	full    bool // it has carried maxBytes
 
 	// credit is how many bytes may go before the other end sends something that
 	// belongs to this flow. Other goroutines refill it.
@@ -245,11 +270,11 @@ type dial struct {
 
 // connection is a client's with this relay.
 type connection interface {
-	// place is where the client is now, unless the connection is closed.
-	place() (place, bool)
+	// where says where the client is now, unless the connection is closed.
+	where() (whereabouts, bool)
 }
 
-type place struct {
+type whereabouts struct {
 	addr  netip.AddrPort
 	local netip.Addr // of this machine, at which the client reaches it; or not valid
 	rtt   time.Duration
@@ -259,7 +284,7 @@ type place struct {
 // does not follow.
 type quicConnection struct{ *quic.Conn }
 
-func (c quicConnection) place() (p place, ok bool) {
+func (c quicConnection) where() (p whereabouts, ok bool) {
 	if c.Context().Err() != nil {
 		return p, false
 	}
@@ -525,7 +550,7 @@ func (f *flow) legTo(e *end) *leg { return f.legOf(e).other }
 // end returns that of a client's connection, or makes it. It is nil if the
 // connection is closed. It is called with both locks held.
 func (b *bridge) end(id peer.ID, conn connection) *end {
-	p, ok := conn.place()
+	p, ok := conn.where()
 	if !ok {
 		return nil
 	}
@@ -544,9 +569,9 @@ func (b *bridge) end(id peer.ID, conn connection) *end {
 			c = &client{id: id}
 			b.clients[id] = c
 		}
-		e = &end{client: c, side: sd, addr: p.addr, salt: rand.Uint64()}
+		e = &end{client: c, side: sd, salt: rand.Uint64()}
 		c.ends = append(c.ends, e)
-		sd.ends[e.addr] = e
+		sd.ends[p.addr] = e
 		sd.used.Store(true)
 	}
 	e.conn, e.absent = conn, 0
@@ -555,16 +580,27 @@ func (b *bridge) end(id peer.ID, conn connection) *end {
 }
 
 // aim says where packets for e go.
-func (e *end) aim(p place) {
-	if e.target == nil || e.target.addr != p.addr || e.target.local != p.local {
-		e.target = &target{e.side.socket, p.addr, sourceOf(p.local), p.local}
+func (e *end) aim(p whereabouts) {
+	if e.target != nil && e.target.addr == p.addr && e.target.from.addr == p.local {
+		return
 	}
+	sd := e.side
+	at := slices.IndexFunc(sd.own, func(o *ownAddr) bool { return o.addr == p.local })
+	if at < 0 {
+		at = len(sd.own)
+		sd.own = append(sd.own, &ownAddr{p.local, sourceOf(p.local)})
+	}
+	e.target = &target{sd, p.addr, sd.own[at]}
+}
+
+func (t *target) send(parts [][]byte, size int, ecn byte) {
+	t.side.socket.send(parts, size, ecn, t.addr, t.from.source)
 }
 
 // here reports whether the client has the connection of e, at its address.
-func (e *end) here() (place, bool) {
-	p, ok := e.conn.place()
-	return p, ok && p.addr == e.addr
+func (e *end) here() (whereabouts, bool) {
+	p, ok := e.conn.where()
+	return p, ok && p.addr == e.addr()
 }
 
 // removeEnd forgets e and its flows.
@@ -572,7 +608,7 @@ func (b *bridge) removeEnd(e *end) {
 	for _, f := range slices.Clone(e.flows) {
 		b.removeFlow(f, "its client has left")
 	}
-	delete(e.side.ends, e.addr)
+	delete(e.side.ends, e.addr())
 	e.side.used.Store(len(e.side.ends) > 0)
 	c := e.client
 	c.ends = slices.DeleteFunc(c.ends, func(o *end) bool { return o == e })
@@ -618,10 +654,10 @@ func (b *bridge) removeFlow(f *flow, why string) {
 // changed.
 func (b *bridge) sweep(now clock) {
 	type found struct {
-		e     *end
-		conn  connection
-		place place
-		ok    bool
+		e    *end
+		conn connection
+		at   whereabouts
+		ok   bool
 	}
 	var ends []found
 	b.lock()
@@ -634,12 +670,12 @@ func (b *bridge) sweep(now clock) {
 	// Without the locks, for libp2p has its own.
 	for i := range ends {
 		f := &ends[i]
-		if f.place, f.ok = f.conn.place(); f.ok {
+		if f.at, f.ok = f.conn.where(); f.ok {
 			continue
 		}
 		for _, conn := range b.connections(f.e.client.id) {
-			if p, ok := conn.place(); ok && p.addr == f.e.addr {
-				f.conn, f.place, f.ok = conn, p, true
+			if p, ok := conn.where(); ok && p.addr == f.e.addr() {
+				f.conn, f.at, f.ok = conn, p, true
 			}
 		}
 	}
@@ -647,14 +683,14 @@ func (b *bridge) sweep(now clock) {
 	defer b.unlock()
 	for _, f := range ends {
 		e := f.e
-		if e.side.ends[e.addr] != e {
+		if e.side.ends[e.addr()] != e {
 			continue // it has gone meanwhile
 		}
 		switch {
 		case f.ok:
 			e.conn, e.absent = f.conn, 0
-			if f.place.addr == e.addr || b.move(e, f.place.addr) {
-				e.aim(f.place)
+			if f.at.addr == e.addr() || b.move(e, f.at.addr) {
+				e.aim(f.at)
 			}
 		case e.absent == 0:
 			e.absent = now
@@ -663,8 +699,8 @@ func (b *bridge) sweep(now clock) {
 	}
 }
 
-// move gives e another address, which a NAT has given its client. It reports
-// whether it could.
+// move lets e be found at another address, which a NAT has given its client, if it
+// can be. It is to be aimed there.
 func (b *bridge) move(e *end, to netip.AddrPort) bool {
 	if b.sideOf(to.Addr()) != e.side {
 		return false
@@ -676,14 +712,15 @@ func (b *bridge) move(e *end, to netip.AddrPort) bool {
 		b.removeEnd(other)
 	}
 	b.debug("bridge follows a client", "peer", e.client.id, "remote_addr", to)
-	delete(e.side.ends, e.addr)
-	e.addr = to
+	delete(e.side.ends, e.addr())
 	e.side.ends[to] = e
 	return true
 }
 
 func (b *bridge) sweepEnd(e *end, now clock) {
-	e.guesses = 0
+	if e.guesses = 0; e.doubts != nil && now-e.doubts.last > switchTime {
+		e.doubts = nil
+	}
 	for _, f := range slices.Clone(e.flows) {
 		if f.legs[0].end != e {
 			continue // its other end's turn

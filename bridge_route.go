@@ -34,8 +34,11 @@ const (
 	settledTime = 100 * time.Millisecond
 
 	// switchTime is how long after a handshake's last packet a client may use another
-	// ID for the first time: it needs the first one that the other issued encrypted.
+	// ID for the first time: it needs the first one that the other issued encrypted. A
+	// client that goes on with the one it has for stayTime will stay with it: those of
+	// quinn that dialled do.
 	switchTime = 10 * time.Second
+	stayTime   = time.Second
 
 	// switchPackets is after how many packets with one ID quic-go may take another:
 	// PacketsPerConnectionID / 2 is 5000, less those that were lost on the way here.
@@ -44,12 +47,13 @@ const (
 
 // connID is a connection ID.
 type connID struct {
-	length int
+	length uint8
 	bytes  [maxID]byte
 }
 
 func (id *connID) is(d []byte) bool {
-	return len(d) > id.length && string(d[:id.length]) == string(id.bytes[:id.length])
+	n := int(id.length)
+	return len(d) > n && string(d[:n]) == string(id.bytes[:n])
 }
 
 // unknownID is one that a client began to use and that no header has shown.
@@ -167,7 +171,7 @@ func (sd *side) send(batch []arrival, runs []stretch) {
 		parts, total = append(parts, p), total+len(p)
 		r.target = nil
 	}
-	to.socket.send(parts, size, first.ecn, to.addr, to.from)
+	to.send(parts, size, first.ecn)
 	clear(parts)
 	sd.parts = parts
 }
@@ -262,7 +266,7 @@ func (sd *side) follow(e *end, d []byte) hop {
 		if l, id = sd.bridge.find(e, d); l == nil {
 			return hop{verdict: unsure}
 		}
-		e.last, e.lastID.length = l, copy(e.lastID.bytes[:], id)
+		e.last, e.lastID.length = l, uint8(copy(e.lastID.bytes[:], id))
 	}
 	switch {
 	case l.flow.over:
@@ -429,8 +433,10 @@ func (b *bridge) mayGo(dial *dial, d []byte, now clock) bool {
 		return true
 	case !dial.holding:
 		b.tally.refuse(refusedBridgeUnanswered)
-	case waited < firstFlight && len(dial.held) < heldDatagrams && !dial.gaveUp:
-		dial.held = append(dial.held, slices.Clone(d))
+	case waited < firstFlight:
+		if len(dial.held) < heldDatagrams {
+			dial.held = append(dial.held, slices.Clone(d))
+		}
 	case waited < dial.hold:
 		// Too soon to be a repetition. It has another connection with the mate, and
 		// ends this one. If it comes again nonetheless, it did not give up.
@@ -479,7 +485,7 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 		}
 		l := f.legOf(e)
 		legs = append(legs, l)
-		if !l.switched && now-f.lastLong < switchTime || l.packets >= switchPackets {
+		if !l.switched && now-f.lastLong < switchTime && l.known-f.lastLong < stayTime || l.packets >= switchPackets {
 			due = append(due, l)
 		}
 	}
@@ -490,7 +496,7 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 		b.tally.refuse(refusedBridgePacket)
 		return hop{verdict: toNobody}
 	}
-	u := e.unknownID(b.key(e, d[1:1+minID]), now)
+	u := e.doubt(now).unknownID(b.key(e, d[1:1+minID]), now)
 	u.seen++
 	if len(legs) > 1 {
 		legs = u.likely(legs, now)
@@ -498,7 +504,7 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 	// A stateless reset begins with random bytes, too (RFC 9000, 10.3), and those do
 	// not come again.
 	if l := legs[0]; u.seen > 1 && (len(legs) == 1 || now-u.since > settledTime) {
-		n := l.idLength
+		n := int(l.idLength)
 		if n == 0 || len(d) <= n {
 			n = minID
 		}
@@ -530,10 +536,10 @@ func (u *unknownID) likely(legs []*leg, now clock) []*leg {
 }
 
 // unknownID finds what is known of an unknown ID, and forgets the oldest if it is new.
-func (e *end) unknownID(key uint64, now clock) *unknownID {
-	oldest := &e.unknown[0]
-	for i := range e.unknown {
-		u := &e.unknown[i]
+func (s *doubts) unknownID(key uint64, now clock) *unknownID {
+	oldest := &s.unknown[0]
+	for i := range s.unknown {
+		u := &s.unknown[i]
 		if u.key == key {
 			return u
 		}
@@ -565,7 +571,7 @@ func (b *bridge) learn(l *leg, id []byte, short bool) {
 	l.idCount++
 	e.side.legs[key] = l
 	if short {
-		l.idLength = n
+		l.idLength = uint8(n)
 		e.lengths |= 1 << n
 	}
 }
@@ -581,8 +587,8 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 		return b.stray(e, source, now)
 	}
 	o.dialled, o.direct = now, false
-	at, ok := o.conn.place()
-	if !ok || at.addr == e.addr {
+	at, ok := o.conn.where()
+	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}
 	}
 	callee := b.end(o.mate, o.conn)
@@ -640,9 +646,10 @@ func (b *bridge) meant(e *end, now clock) *offer {
 // relay, it comes again.
 func (b *bridge) stray(e *end, source []byte, now clock) hop {
 	id := b.key(e, source)
-	oldest := &e.strays[0]
-	for i := range e.strays {
-		s := &e.strays[i]
+	strays := &e.doubt(now).strays
+	oldest := &strays[0]
+	for i := range strays {
+		s := &strays[i]
 		if s.id == id {
 			return hop{verdict: toRelay}
 		}
@@ -686,7 +693,11 @@ func (b *bridge) newFlow(caller, callee *end, now clock) *flow {
 func (b *bridge) release(f *flow, d *dial) {
 	b.lock()
 	now := b.clock()
-	if d.holding && !d.gaveUp && b.busy(d.leg.other.end, f, now) && now-d.began < busyHold {
+	if !d.holding { // it has gone meanwhile
+		b.unlock()
+		return
+	}
+	if !d.gaveUp && b.busy(d.leg.other.end, f, now) && now-d.began < busyHold {
 		b.unlock()
 		time.AfterFunc(busyCheck, func() { b.release(f, d) })
 		return
@@ -696,11 +707,14 @@ func (b *bridge) release(f *flow, d *dial) {
 		held = nil
 	}
 	b.letGo(d)
-	d.sent, f.lastLong = len(held), now
-	d.leg.other.called, d.leg.other.switched = now, false
+	d.sent = len(held)
+	if len(held) > 0 {
+		f.lastLong = now
+		d.leg.other.called, d.leg.other.switched = now, false
+	}
 	b.unlock()
 	for _, p := range held {
-		to.socket.send([][]byte{p}, len(p), 0, to.addr, to.from)
+		to.send([][]byte{p}, len(p), 0)
 		b.tally.bridgedBytes.Add(int64(len(p)))
 	}
 }

@@ -192,8 +192,10 @@ const (
 	// QUIC connection uses three, and two may begin at once.
 	legIDs = 8
 
-	// bridgeMemory is what the bridge takes for one client, in bytes.
-	bridgeMemory = 4 << 10
+	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows
+	// of 650 (TestFlowsTakeLittleMemory), an eighth of a dial of 6000 that is held, the
+	// mates it was told, its end and its groups.
+	bridgeMemory = 6 << 10
 
 	// rateWindow is the time in which one network can open as many connections as it
 	// may hold: after a restart of the relay an office is back at once, and yet
@@ -266,9 +268,9 @@ func (l limits) shared() int64 { return sharedBase + int64(l.clients)*sharedMemo
 // another. circuits.AllowConnect enforces it.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
 
-// flows returns the most flows that the bridge carries at once: two for each client,
-// and each flow has two ends.
-func (l limits) flows() int { return max(2*l.clients, flowsPerClient) }
+// flows returns the most flows that the bridge carries at once: as many as if all
+// clients were in groups of nine in which no two could meet otherwise.
+func (l limits) flows() int { return max(4*l.clients, flowsPerClient) }
 
 // holding returns how many dials may be held at once, each for maxHold or longer.
 func (l limits) holding() int { return max(l.clients/8, flowsPerClient) }

@@ -22,6 +22,10 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
+// identifyTimeout is how long an answer waits for a client's identify: longer than two
+// slow round trips. A client gives a request 10 s.
+const identifyTimeout = 2 * time.Second
+
 // peers follows the connected clients of one host. Make it with newPeers, give
 // its addrBook to the host, then call follow, and close at the end.
 type peers struct {
@@ -41,6 +45,10 @@ type peers struct {
 	// identified holds what connected peers said in identify. An entry goes
 	// with the peer's last connection.
 	identified map[peer.ID]identified
+
+	// awaited has a channel for each connection, by ID, on whose client somebody waits to
+	// be identified. It is closed then.
+	awaited map[string]chan struct{}
 }
 
 // identified is what a client says of itself.
@@ -49,12 +57,13 @@ type identified struct {
 	punches bool           // makes a direct connection by itself where it has a circuit
 
 	// reachedAt is, for each of its connections by ID, the address at which it reaches
-	// this relay: as the client sees it, so on the far side of a NAT of ours.
+	// this relay: as the client sees it, so on the far side of a NAT of ours. nil: the
+	// client has not said it.
 	reachedAt map[string]ma.Multiaddr
 }
 
 func newPeers(log *slog.Logger) *peers {
-	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified)}
+	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified), awaited: make(map[string]chan struct{})}
 }
 
 // follow keeps p up to date with h's connections until p.close.
@@ -118,14 +127,18 @@ func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
 	said.reachedAt = make(map[string]ma.Multiaddr)
 	p.mu.Lock()
 	for _, o := range open {
-		if before := p.identified[id].reachedAt[o.ID()]; before != nil {
+		if before, ok := p.identified[id].reachedAt[o.ID()]; ok {
 			said.reachedAt[o.ID()] = before
 		}
 	}
-	if at != nil {
+	if at != nil || said.reachedAt[c.ID()] == nil {
 		said.reachedAt[c.ID()] = at
 	}
 	p.identified[id] = said
+	if done := p.awaited[c.ID()]; done != nil {
+		close(done)
+		delete(p.awaited, c.ID())
+	}
 	p.mu.Unlock()
 	if !p.connected(id) {
 		// It left meanwhile. If loop has handled the event that says so before
@@ -146,11 +159,31 @@ func (p *peers) forget(id peer.ID) {
 }
 
 // reachedAt returns the address at which the client of c says that it reaches this
-// relay, or nil.
+// relay, or nil. It waits for a client that has just come, whose first question may be
+// here before its identify is.
 func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
+	id := c.RemotePeer()
+	p.mu.Lock()
+	at, ok := p.identified[id].reachedAt[c.ID()]
+	done := p.awaited[c.ID()]
+	if !ok && done == nil {
+		done = make(chan struct{})
+		p.awaited[c.ID()] = done
+	}
+	p.mu.Unlock()
+	if ok {
+		return at
+	}
+	select {
+	case <-done:
+	case <-time.After(identifyTimeout):
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.identified[c.RemotePeer()].reachedAt[c.ID()]
+	if p.awaited[c.ID()] == done { // a later caller makes its own
+		delete(p.awaited, c.ID())
+	}
+	return p.identified[id].reachedAt[c.ID()]
 }
 
 // punches reports whether a connected peer makes a direct connection by itself where
