@@ -27,7 +27,7 @@ func TestHostThatFailsLeavesNothingBehind(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 20 {
 		resources := &closedResources{}
-		if h, err := newQUICHost(hostParts{key: key, transport: noProtocols{}, resources: resources, observe: true}); err == nil {
+		if h, err := newQUICHost(hostParts{key: key, transport: noProtocols{}, resources: resources}); err == nil {
 			h.Close()
 			t.Fatal("a host without a protocol was made")
 		}

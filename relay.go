@@ -150,7 +150,6 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		addrBook: func(self peer.ID, store addrStore) peerstore.Peerstore {
 			return addrBook{store, self, r.peers, r.federation.members}
 		},
-		observe:      true,
 		busOptions:   onBus,
 		swarmOptions: onSwarm,
 		options: basichost.HostOpts{
@@ -170,8 +169,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 
 // advertised returns what peers are told of this relay's addresses, in identify and
 // in reservations: the announced ones, else the best of addrs, which are the
-// machine's own and those that peers have observed. It is never empty while the
-// relay listens.
+// machine's own. It is never empty while the relay listens.
 func (r *relay) advertised(addrs []ma.Multiaddr) []ma.Multiaddr {
 	if len(r.announce) > 0 {
 		return r.announce
