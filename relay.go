@@ -137,7 +137,10 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	resources := fairStreams{manager, r.limits.unshared(), &r.tally}
+	resources := newestFirst{
+		fairStreams{manager, r.limits.unshared(), &r.tally},
+		func(id peer.ID) []network.Conn { return r.host.Network().ConnsToPeer(id) },
+	}
 	transport, err := r.sockets.newTransport(key, r.federation, resources)
 	if err != nil {
 		return nil, errors.Join(err, resources.Close())
