@@ -105,6 +105,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if id.exposed {
 		log.Warn("identity key is readable by other users, run: chmod 600 "+path, "path", path)
 	}
+	if id.owner != "" {
+		log.Warn("identity key belongs to another user, who can read and change it", "path", path, "owner", id.owner)
+	}
+	if id.openDirOwner != "" {
+		log.Warn("identity key is in a directory that every user can write to, move it to one that is yours alone",
+			"path", path, "directory_owner", id.openDirOwner)
+	}
 
 	return serve(ctx, cfg, id, log, func(n node) {
 		io.WriteString(stdout, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
