@@ -203,11 +203,13 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	defer boundMemory(relay.limits.goMemory())()
 
 	n := node{relay: relay, httpPort: ln.Addr().(*net.TCPAddr).Port}
-	api := newAPIHandler(identityResponse{
-		PeerID:          relay.peerID(),
-		Addresses:       relay.listedAddrs(),
-		ProtocolVersion: protocolVersion,
-		AgentVersion:    agentVersion(),
+	api := newAPIHandler(func() identityResponse {
+		return identityResponse{
+			PeerID:          relay.peerID(),
+			Addresses:       relay.listedAddrs(),
+			ProtocolVersion: protocolVersion,
+			AgentVersion:    agentVersion(),
+		}
 	})
 	srv := newHTTPServer(api, log)
 	broken := make(chan error, 2)
