@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -156,11 +157,7 @@ func (n node) logStart(log *slog.Logger, cfg config) {
 	case receiveBuf >= wantedBuffer && sendBuf >= wantedBuffer:
 		log.Info("udp buffers", "receive_bytes", receiveBuf, "send_bytes", sendBuf)
 	default:
-		advice := ""
-		if runtime.GOOS == "linux" {
-			advice = ", run: sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
-		}
-		log.Warn("udp buffers are small, which costs speed under load"+advice,
+		log.Warn("udp buffers are small, which costs speed under load"+bufferAdvice(runtime.GOOS, os.DirFS("/")),
 			"receive_bytes", receiveBuf, "send_bytes", sendBuf, "wanted_bytes", wantedBuffer)
 	}
 	if n.hidden() {
@@ -173,6 +170,27 @@ func (n node) logStart(log *slog.Logger, cfg config) {
 			log.Warn("metrics are not on loopback: anyone who reaches that address can read them", "addr", n.metrics)
 		}
 	}
+}
+
+// bufferAdvice returns what an operator can do about small UDP buffers, as the end of a
+// sentence, where root is the machine's file system. Inside a container the kernel's
+// limit cannot be set: the host has it. There the file is missing (a network namespace
+// of its own, up to Linux 6.12), or cannot be written.
+func bufferAdvice(system string, root fs.FS) string {
+	if system != "linux" {
+		return ""
+	}
+	where := ", run"
+	limit, err := fs.Stat(root, "proc/sys/net/core/rmem_max")
+	contained := err != nil || limit.Mode().Perm()&0o200 == 0
+	for _, mark := range []string{".dockerenv", "run/.containerenv", "run/systemd/container"} {
+		_, err := fs.Stat(root, mark)
+		contained = contained || err == nil
+	}
+	if contained {
+		where = ", run on the host, outside the container"
+	}
+	return where + ": sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
 }
 
 // serve binds all sockets, calls ready once, and serves until ctx is done (a nil
