@@ -47,21 +47,33 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// Give the second signal back to the runtime: an operator who asks
-	// twice wants the process gone, not a tidier goodbye.
-	context.AfterFunc(ctx, stop)
+	stopSignals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup has us ignore it
+		stopSignals = append(stopSignals, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), stopSignals...)
+	context.AfterFunc(ctx, func() {
+		// A terminal that closes sends SIGHUP twice, and so may a service manager
+		// after SIGTERM: that is nobody's second request.
+		signal.Ignore(syscall.SIGHUP)
+		// Give the second signal back to the runtime: an operator who asks
+		// twice wants the process gone, not a tidier goodbye.
+		stop()
+	})
 
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	if err == nil {
 		return
 	}
-	fmt.Fprintf(os.Stderr, "privstack-relay: %v\n", err)
+	stderr := newOutlet(os.Stderr)
+	fmt.Fprintf(stderr, "privstack-relay: %v\n", err)
+	status := 1
 	if errors.As(err, new(usageError)) {
-		fmt.Fprintln(os.Stderr, "Try 'privstack-relay --help'.")
-		os.Exit(2)
+		fmt.Fprintln(stderr, "Try 'privstack-relay --help'.")
+		status = 2
 	}
-	os.Exit(1)
+	stderr.finish()
+	os.Exit(status)
 }
 
 // run is the whole program short of the process. It parses args, loads the key and
@@ -83,11 +95,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 
+	// A write to a pipe that nobody reads any more then fails, and does not end us.
+	signal.Ignore(syscall.SIGPIPE)
+	out, lines := newOutlet(stdout), newOutlet(stderr)
+	defer lines.finish()
+	defer out.finish()
+
 	level := slog.LevelInfo
 	if cfg.verbose {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	log := slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: level}))
 	joinLibraryLogs(log.Handler(), cfg.verbose)
 
 	id, err := loadOrCreateIdentity(cfg.keyFile)
@@ -115,7 +133,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 
 	return serve(ctx, cfg, id, log, func(n node) {
-		io.WriteString(stdout, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
+		io.WriteString(out, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
+		out.flush()
 		n.logStart(log, cfg)
 	})
 }
@@ -174,8 +193,8 @@ func (n node) logStart(log *slog.Logger, cfg config) {
 
 // bufferAdvice returns what an operator can do about small UDP buffers, as the end of a
 // sentence, where root is the machine's file system. Inside a container the kernel's
-// limit cannot be set: the host has it. There the file is missing (a network namespace
-// of its own, up to Linux 6.12), or cannot be written.
+// limit cannot be set: the host has it. In a network namespace its file is missing (old
+// kernels) or cannot be written (seen with Linux 6.18).
 func bufferAdvice(system string, root fs.FS) string {
 	if system != "linux" {
 		return ""

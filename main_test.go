@@ -515,8 +515,8 @@ func TestBufferAdviceFitsWhereItIsRead(t *testing.T) {
 		{"a machine", "linux", fstest.MapFS{limit: {Mode: 0o644}}, ", run: " + command},
 		{"a container", "linux", fstest.MapFS{".dockerenv": {}}, ", run on the host, outside the container: " + command},
 		{"a container with the host's network", "linux", fstest.MapFS{limit: {Mode: 0o644}, "run/.containerenv": {}}, ", run on the host, outside the container: " + command},
-		{"a network namespace", "linux", fstest.MapFS{}, ", run on the host, outside the container: " + command},
-		{"a network namespace of Linux 6.13", "linux", fstest.MapFS{limit: {Mode: 0o444}}, ", run on the host, outside the container: " + command},
+		{"a network namespace of an old Linux", "linux", fstest.MapFS{}, ", run on the host, outside the container: " + command},
+		{"a network namespace of Linux 6.18", "linux", fstest.MapFS{limit: {Mode: 0o444}}, ", run on the host, outside the container: " + command},
 		{"elsewhere", "darwin", fstest.MapFS{}, ""},
 	} {
 		if got := bufferAdvice(tt.system, tt.root); got != tt.want {
