@@ -17,6 +17,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	ma "github.com/multiformats/go-multiaddr"
 )
 
 // hostParts are what the two hosts do not have in common.
@@ -29,6 +30,10 @@ type hostParts struct {
 	// addrBook may put another address book in front of the peerstore. nil: the
 	// peerstore's own.
 	addrBook func(self peer.ID, store addrStore) peerstore.Peerstore
+
+	// advertise returns what peers are told of the host's addresses, given those that
+	// it listens on. nil: the addresses of the machine.
+	advertise func(listen []ma.Multiaddr) []ma.Multiaddr
 
 	busOptions   []eventbus.Option
 	swarmOptions []swarm.Option
@@ -92,6 +97,9 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	// through others. No observed addresses: four clients in four networks could
 	// make the relay tell everybody an address that is somebody else's.
 	parts.options.EventBus = bus
+	if parts.advertise != nil {
+		parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
+	}
 	h, err := basichost.NewHost(sw, &parts.options)
 	if err != nil {
 		return nil, err

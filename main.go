@@ -179,10 +179,7 @@ func (n node) logStart(log *slog.Logger, cfg config) {
 		log.Warn("udp buffers are small, which costs speed under load"+bufferAdvice(runtime.GOOS, os.DirFS("/")),
 			"receive_bytes", receiveBuf, "send_bytes", sendBuf, "wanted_bytes", wantedBuffer)
 	}
-	if n.hidden() {
-		log.Warn("no announced address, and none of ours is public, so only clients in this network can use the relay: "+
-			"say with --announce where others reach it", "addrs", reachable)
-	}
+	n.reach.warnIfHidden()
 	if n.metrics != nil {
 		log.Info("metrics served", "url", fmt.Sprintf("http://%s/metrics", n.metrics))
 		if !n.metrics.(*net.TCPAddr).IP.IsLoopback() {
