@@ -128,12 +128,20 @@ func (r *reach) poll() {
 			continue
 		}
 		failing = false
-		if !slices.EqualFunc(own, *r.own.Load(), ma.Multiaddr.Equal) {
-			r.own.Store(&own)
-			r.update()
+		last := *r.own.Load()
+		if slices.EqualFunc(own, last, ma.Multiaddr.Equal) {
+			continue
 		}
+		r.own.Store(&own)
+		if slices.ContainsFunc(own, isIPv6) && !slices.ContainsFunc(last, isIPv6) {
+			// This takes back what sockets.listen has warned of.
+			r.log.Info("an interface has an IPv6 address now, so clients can reach it that way")
+		}
+		r.update()
 	}
 }
+
+func isIPv6(a ma.Multiaddr) bool { return ipOf(a).Is6() }
 
 // now returns what clients are told at this moment.
 func (r *reach) now() []ma.Multiaddr { return r.addrs(r.host.Network().ListenAddresses()) }

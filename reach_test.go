@@ -18,6 +18,7 @@ func TestAddressesThatComeLaterAreTold(t *testing.T) {
 	t.Parallel()
 	l := newLab(t)
 	ns := l.namespace("relay")
+	l.in(ns, "ip addr del ::1/128 dev lo")
 	l.attach(ns, "lan", l.inet, "192.168.7.1/24")
 	cmd := command(t, "--port=4001", "--http-port=4002")
 	cmd.Args = append([]string{"ip", "netns", "exec", ns}, cmd.Args...)
@@ -26,6 +27,9 @@ func TestAddressesThatComeLaterAreTold(t *testing.T) {
 	eventually(t, "the start's warning", func() bool {
 		return strings.Contains(p.stderr.line("no announced address, and none of ours is public"), "192.168.7.1")
 	})
+	if p.stderr.line("no interface has an IPv6 address") == "" {
+		t.Errorf("no warning that IPv6 is missing:\n%s", p.stderr)
+	}
 	near := l.namespace("near")
 	l.attach(near, "lan", l.inet, "192.168.7.2/24", "11.0.0.2/8")
 	id, err := peer.Decode(p.peerID)
@@ -52,6 +56,11 @@ func TestAddressesThatComeLaterAreTold(t *testing.T) {
 	eventually(t, "the client is told "+public, func() bool { return told(public) })
 	eventually(t, "the log takes the warning back", func() bool {
 		return strings.Contains(p.stderr.line("a public address has come"), "11.0.0.1")
+	})
+	l.in(ns, "ip addr add 2a00::1/16 dev wan nodad")
+	eventually(t, "the client is told of the IPv6 address", func() bool { return told("/ip6/2a00::1/udp/4001/quic-v1") })
+	eventually(t, "the log takes the warning of IPv6 back", func() bool {
+		return p.stderr.line("an interface has an IPv6 address now") != ""
 	})
 	l.in(ns, "ip link set wan down")
 	eventually(t, "the client is told that it has gone", func() bool { return !told(public) })
