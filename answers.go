@@ -89,7 +89,7 @@ func (a *answers) choose(asker peer.ID, req *kadpb.Message, rec *recpb.Record) [
 
 // addrs returns the addresses that we give asker of id, for which it did not ask.
 func (a *answers) addrs(id, asker peer.ID) []ma.Multiaddr {
-	if named := a.federation.members[id]; named != nil && a.peers.connected(id) {
+	if named := a.federation.addrs(id); len(named) > 0 && a.peers.connected(id) {
 		return fitAddrs(a.peers.observed(id), named)
 	}
 	return a.peers.unasked(id, asker)

@@ -96,6 +96,17 @@ type config struct {
 
 	// verbose logs every peer and libp2p's own debug lines.
 	verbose bool
+
+	// testOnlyResolver looks up names. nil: the machine's own.
+	testOnlyResolver *net.Resolver
+}
+
+// resolver returns what looks up names.
+func (c config) resolver() *net.Resolver {
+	if c.testOnlyResolver != nil {
+		return c.testOnlyResolver
+	}
+	return net.DefaultResolver
 }
 
 // usageError is a mistake on the command line. The exit status is 2.

@@ -54,6 +54,7 @@ const (
 type federation struct {
 	log     *slog.Logger
 	members map[peer.ID][]ma.Multiaddr // as the operator wrote them; not changed
+	names   *names                     // those in members among them
 
 	host    host.Host
 	cancel  context.CancelFunc
@@ -72,7 +73,7 @@ type foundAddrs struct {
 
 // newFederation takes addresses that parseBootstrap accepts; several of one relay
 // are several ways to it.
-func newFederation(addrs []string, log *slog.Logger) (*federation, error) {
+func newFederation(addrs []string, names *names, log *slog.Logger) (*federation, error) {
 	found, err := lru.New[peer.ID, foundAddrs](foundPeers)
 	if err != nil {
 		panic(err) // only for a size below one
@@ -80,6 +81,7 @@ func newFederation(addrs []string, log *slog.Logger) (*federation, error) {
 	f := &federation{
 		log:     log,
 		members: make(map[peer.ID][]ma.Multiaddr),
+		names:   names,
 		left:    make(map[peer.ID]chan struct{}),
 		found:   found,
 		finding: make(chan struct{}, maxFinding),
@@ -90,6 +92,7 @@ func newFederation(addrs []string, log *slog.Logger) (*federation, error) {
 			return nil, fmt.Errorf("bootstrap %s: %w", s, err)
 		}
 		f.members[info.ID] = append(f.members[info.ID], info.Addrs...)
+		names.add(info.Addrs...)
 		f.left[info.ID] = make(chan struct{}, 1)
 	}
 	return f, nil
@@ -161,6 +164,10 @@ func (f *federation) keep(ctx context.Context, id peer.ID) {
 		}
 	}
 }
+
+// addrs returns the addresses of another relay: IP addresses first, which clients can
+// dial, then names. There are none of a peer that is no relay.
+func (f *federation) addrs(id peer.ID) []ma.Multiaddr { return f.names.withIPs(f.members[id]) }
 
 func (f *federation) connected(id peer.ID) bool {
 	return f.host.Network().Connectedness(id) == network.Connected
