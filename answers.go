@@ -67,9 +67,9 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 			name(m.id, addrs)
 		}
 	}
-	for id, addrs := range a.federation.members {
+	for id := range a.federation.members {
 		if id != asker && a.peers.connected(id) {
-			name(id, fitAddrs(a.peers.observed(id), addrs))
+			name(id, fitAddrs(a.peers.observed(id), a.federation.addrs(id)))
 		}
 	}
 	return chosen

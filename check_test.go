@@ -434,7 +434,7 @@ func TestCheckThroughReverseProxy(t *testing.T) {
 		t.Skip("how to trust a certificate by environment is known for Linux")
 	}
 	r := newTestRelay(t, defaultConfig(t))
-	api := newAPIHandler(identityResponse{PeerID: r.peerID(), Addresses: r.listedAddrs()})
+	api := newAPIHandler(func() identityResponse { return identityResponse{PeerID: r.peerID(), Addresses: r.listedAddrs()} })
 	srv := httptest.NewTLSServer(http.StripPrefix("/relay", api))
 	defer srv.Close()
 	roots := filepath.Join(t.TempDir(), "roots.pem")

@@ -100,6 +100,17 @@ type config struct {
 	// testOnlyPlainSockets reads and sends one datagram at a time, as on systems
 	// other than Linux.
 	testOnlyPlainSockets bool
+
+	// testOnlyResolver looks up names. nil: the machine's own.
+	testOnlyResolver *net.Resolver
+}
+
+// resolver returns what looks up names.
+func (c config) resolver() *net.Resolver {
+	if c.testOnlyResolver != nil {
+		return c.testOnlyResolver
+	}
+	return net.DefaultResolver
 }
 
 // usageError is a mistake on the command line. The exit status is 2.

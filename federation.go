@@ -37,6 +37,7 @@ const (
 type federation struct {
 	log     *slog.Logger
 	members map[peer.ID][]ma.Multiaddr // as the operator wrote them; not changed
+	names   *names                     // those in members among them
 
 	host    host.Host
 	cancel  context.CancelFunc
@@ -46,14 +47,15 @@ type federation struct {
 
 // newFederation takes addresses that parseBootstrap accepts; several of one relay
 // are several ways to it.
-func newFederation(addrs []string, log *slog.Logger) (*federation, error) {
-	f := &federation{log: log, members: make(map[peer.ID][]ma.Multiaddr), left: make(map[peer.ID]chan struct{})}
+func newFederation(addrs []string, names *names, log *slog.Logger) (*federation, error) {
+	f := &federation{log: log, members: make(map[peer.ID][]ma.Multiaddr), names: names, left: make(map[peer.ID]chan struct{})}
 	for _, s := range addrs {
 		info, err := parseBootstrap(s)
 		if err != nil {
 			return nil, fmt.Errorf("bootstrap %s: %w", s, err)
 		}
 		f.members[info.ID] = append(f.members[info.ID], info.Addrs...)
+		names.add(info.Addrs...)
 		f.left[info.ID] = make(chan struct{}, 1)
 	}
 	return f, nil
@@ -125,6 +127,10 @@ func (f *federation) keep(ctx context.Context, id peer.ID) {
 		}
 	}
 }
+
+// addrs returns the addresses of another relay: IP addresses first, which clients can
+// dial, then names. There are none of a peer that is no relay.
+func (f *federation) addrs(id peer.ID) []ma.Multiaddr { return f.names.withIPs(f.members[id]) }
 
 func (f *federation) connected(id peer.ID) bool {
 	return f.host.Network().Connectedness(id) == network.Connected

@@ -13,9 +13,11 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -377,6 +379,10 @@ func defaultConfig(t testing.TB, args ...string) config {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// No test asks the DNS of this machine. Names in /etc/hosts are found.
+	cfg.testOnlyResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		return nil, errors.New("no DNS in this test")
+	}}
 	return cfg
 }
 

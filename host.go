@@ -15,9 +15,9 @@ import (
 	"github.com/libp2p/go-libp2p/core/transport"
 	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
-	"github.com/libp2p/go-libp2p/p2p/host/observedaddrs"
 	"github.com/libp2p/go-libp2p/p2p/host/peerstore/pstoremem"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	ma "github.com/multiformats/go-multiaddr"
 )
 
 // hostParts are what the two hosts do not have in common.
@@ -31,8 +31,9 @@ type hostParts struct {
 	// peerstore's own.
 	addrBook func(self peer.ID, store addrStore) peerstore.Peerstore
 
-	// observe lets the host advertise the addresses at which several peers see it.
-	observe bool
+	// advertise returns what peers are told of the host's addresses, given those that
+	// it listens on. nil: the addresses of the machine.
+	advertise func(listen []ma.Multiaddr) []ma.Multiaddr
 
 	busOptions   []eventbus.Option
 	swarmOptions []swarm.Option
@@ -46,10 +47,7 @@ type addrStore interface {
 }
 
 // quicHost is a running host. Close ends it and everything in its hostParts.
-type quicHost struct {
-	*basichost.BasicHost
-	observed *observedaddrs.Manager // nil: none
-}
+type quicHost struct{ *basichost.BasicHost }
 
 // newQUICHost returns a host that listens on nothing yet. If it fails, it closes
 // the resource manager and leaves the transport to the caller.
@@ -94,34 +92,24 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	if err := sw.AddTransport(parts.transport); err != nil {
 		return nil, err
 	}
-	h := new(quicHost)
-	if parts.observe {
-		if h.observed, err = observedaddrs.NewManager(bus, sw); err != nil {
-			return nil, err
-		}
-		undo = append(undo, h.observed.Close)
-		parts.options.ObservedAddrsManager = h.observed
-	}
 	// No AutoNAT: it would ask clients to dial back, and whether the relay can be
 	// reached is the operator's to see to. No relay client: nobody reaches it
-	// through others.
+	// through others. No observed addresses: four clients in four networks could
+	// make the relay tell everybody an address that is somebody else's.
 	parts.options.EventBus = bus
-	if h.BasicHost, err = basichost.NewHost(sw, &parts.options); err != nil {
+	if parts.advertise != nil {
+		parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
+	}
+	h, err := basichost.NewHost(sw, &parts.options)
+	if err != nil {
 		return nil, err
 	}
-	if h.observed != nil {
-		h.observed.Start(sw)
-	}
 	h.Start()
-	return h, nil
+	return &quicHost{h}, nil
 }
 
 // Close ends the network before the host: a host waits until its peers have read
 // what it tells them, and one that reads nothing would hold it up by seconds.
 func (h *quicHost) Close() error {
-	var err error
-	if h.observed != nil {
-		err = h.observed.Close()
-	}
-	return errors.Join(err, h.Network().Close(), h.BasicHost.Close())
+	return errors.Join(h.Network().Close(), h.BasicHost.Close())
 }

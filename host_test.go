@@ -1,15 +1,20 @@
 package main
 
-// Whether a libp2p host leaves anything behind.
+// Whether a libp2p host leaves anything behind, and what its TLS says to whom.
 
 import (
 	"crypto/rand"
+	"crypto/x509"
+	"errors"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/transport"
+	manet "github.com/multiformats/go-multiaddr/net"
+	quicgo "github.com/quic-go/quic-go"
 )
 
 // A monitor that runs check each minute would pile up what a host leaves behind
@@ -22,7 +27,7 @@ func TestHostThatFailsLeavesNothingBehind(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 20 {
 		resources := &closedResources{}
-		if h, err := newQUICHost(hostParts{key: key, transport: noProtocols{}, resources: resources, observe: true}); err == nil {
+		if h, err := newQUICHost(hostParts{key: key, transport: noProtocols{}, resources: resources}); err == nil {
 			h.Close()
 			t.Fatal("a host without a protocol was made")
 		}
@@ -31,6 +36,64 @@ func TestHostThatFailsLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	eventually(t, "its goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// A relay whose clock was hours off when it started serves clients whose clocks are
+// right, and the other way round: its certificate is made once, by its own clock.
+func TestCertificateIsGoodByAnyClock(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	for _, shift := range []time.Duration{0, -3 * time.Hour, 2 * time.Hour, -30 * 365 * 24 * time.Hour, 150 * 365 * 24 * time.Hour} {
+		clock := time.Now().Add(shift)
+		_, err := dialTLS(t, r, []string{alpn}, func(raw [][]byte, _ [][]*x509.Certificate) error {
+			cert, err := x509.ParseCertificate(raw[0])
+			if err != nil {
+				return err
+			}
+			roots := x509.NewCertPool()
+			roots.AddCert(cert)
+			_, err = cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: clock})
+			return err
+		})
+		if err != nil {
+			t.Errorf("a client whose clock says %v: %v", clock, err)
+		}
+	}
+}
+
+// A client of another protocol is told what is wrong, in the words of TLS.
+func TestWrongALPNGetsItsAlert(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	for _, offered := range [][]string{{"h3"}, {"quic-echo", "h3"}, nil} {
+		_, err := dialTLS(t, r, offered, nil)
+		const noApplicationProtocol = 0x100 + 120 // RFC 9001, 4.8; RFC 8446, 6.2
+		var refused *quicgo.TransportError
+		if !errors.As(err, &refused) || refused.ErrorCode != noApplicationProtocol || !refused.Remote {
+			t.Errorf("offering %q: %v, want the relay's alert no_application_protocol", offered, err)
+		}
+	}
+	if conn, err := dialTLS(t, r, []string{"h3", alpn}, nil); err != nil || conn.ConnectionState().TLS.NegotiatedProtocol != alpn {
+		t.Errorf("offering ours among others: %v", err)
+	}
+}
+
+// dialTLS connects to r with a client's certificate and these protocols. verify may
+// replace the check of the relay's certificate.
+func dialTLS(t *testing.T, r testRelay, protocols []string, verify func([][]byte, [][]*x509.Certificate) error) (*quicgo.Conn, error) {
+	t.Helper()
+	addr, err := manet.ToNetAddr(r.info.Addrs[0][:2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	conf, _ := newLightIdentity(t).tls.ConfigForPeer(r.info.ID)
+	conf.NextProtos = protocols
+	if verify != nil {
+		conf.VerifyPeerCertificate = verify
+	}
+	conn, err := quicgo.DialAddr(testContext(t), addr.String(), conf, lightConfig())
+	if err == nil {
+		t.Cleanup(func() { conn.CloseWithError(0, "") })
+	}
+	return conn, err
 }
 
 // closedResources remembers that it was closed.

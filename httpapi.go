@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path"
 	"sync/atomic"
 	"time"
 
@@ -24,15 +25,18 @@ type apiHandler struct {
 	stopping atomic.Bool
 }
 
-// newAPIHandler answers with identity, which does not change while it serves. The
-// mux adds HEAD to each GET, and answers 404 and 405 by itself.
-func newAPIHandler(identity identityResponse) *apiHandler {
-	body, err := json.Marshal(identity)
-	if err != nil {
-		panic(err) // a struct of strings always marshals
-	}
+// newAPIHandler answers with what identity returns at that moment. The mux adds HEAD
+// to each GET, and answers 404 and 405 by itself.
+//
+// There is no CORS header, so no web page can read the answers: no client runs in a
+// browser, and a page must not find out which relay is in its visitor's network.
+func newAPIHandler(identity func() identityResponse) *apiHandler {
 	h := &apiHandler{}
 	h.HandleFunc("GET "+identityRoute, func(w http.ResponseWriter, _ *http.Request) {
+		body, err := json.Marshal(identity())
+		if err != nil {
+			panic(err) // a struct of strings always marshals
+		}
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(body)
 	})
@@ -47,6 +51,17 @@ func newAPIHandler(identity identityResponse) *apiHandler {
 		io.WriteString(w, "ok")
 	})
 	return h
+}
+
+// ServeHTTP takes doubled slashes for one, and one at the end for none. A reverse proxy
+// that takes a prefix off the path often leaves such slashes. The mux would answer the
+// first with a redirect, which leads out of the prefix, and the second with 404.
+func (h *apiHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
+		r = r.Clone(r.Context())
+		r.URL.Path, r.URL.RawPath = clean, ""
+	}
+	h.ServeMux.ServeHTTP(w, r)
 }
 
 // newHTTPServer serves h within bounds that a slow or hostile client cannot exceed.

@@ -23,11 +23,13 @@ import (
 )
 
 func newTestAPI() *apiHandler {
-	return newAPIHandler(identityResponse{
-		PeerID:          oldPeerID,
-		Addresses:       []string{"/ip4/0.0.0.0/udp/4001/quic-v1", "/ip6/::/udp/4001/quic-v1"},
-		ProtocolVersion: "/privstack/relay/1.0.0",
-		AgentVersion:    "privstack-relay/0.1.0",
+	return newAPIHandler(func() identityResponse {
+		return identityResponse{
+			PeerID:          oldPeerID,
+			Addresses:       []string{"/ip4/0.0.0.0/udp/4001/quic-v1", "/ip6/::/udp/4001/quic-v1"},
+			ProtocolVersion: "/privstack/relay/1.0.0",
+			AgentVersion:    "privstack-relay/0.1.0",
+		}
 	})
 }
 
@@ -66,10 +68,18 @@ func TestRoutesAndMethods(t *testing.T) {
 		{"HEAD", "/api/v1/identity", 200, false},
 		{"POST", "/api/v1/identity", 405, true},
 		{"DELETE", "/api/v1/identity", 405, true},
-		{"GET", "/api/v1/identity/", 404, true},
 		{"GET", "/", 404, true},
-		{"GET", "/api/v1/identity/../../../etc/passwd", 307, true},
+		{"GET", "/api/v1/identity/../../../etc/passwd", 404, true},
+		{"GET", "/api/v1/identity/more", 404, true},
 		{"GET", "/healthz", 200, true},
+		// What reverse proxies make of a path when they take a prefix off.
+		{"GET", "//api/v1/identity", 200, true},
+		{"GET", "/api//v1///identity", 200, true},
+		{"GET", "/api/v1/identity/", 200, true},
+		{"GET", "//api/v1/identity//", 200, true},
+		{"POST", "//api/v1/identity/", 405, true},
+		{"GET", "//healthz/", 200, true},
+		{"GET", "//", 404, true},
 		{"HEAD", "/healthz", 200, false},
 		{"PUT", "/healthz", 405, true},
 	}
@@ -89,6 +99,22 @@ func TestRoutesAndMethods(t *testing.T) {
 		resp.Body.Close()
 		if resp.StatusCode != tt.status || (len(body) > 0) != tt.body {
 			t.Errorf("%s %s = %d with %d bytes, want %d, body %v", tt.method, tt.path, resp.StatusCode, len(body), tt.status, tt.body)
+		}
+	}
+}
+
+// A web page that a user happens to visit must not learn which relay is in reach.
+func TestWebPagesCannotReadAnswers(t *testing.T) {
+	for _, method := range []string{"GET", "OPTIONS"} {
+		req := httptest.NewRequest(method, identityRoute, nil)
+		req.Header.Set("Origin", "https://example.org")
+		req.Header.Set("Access-Control-Request-Method", "GET")
+		w := httptest.NewRecorder()
+		newTestAPI().ServeHTTP(w, req)
+		for name := range w.Header() {
+			if strings.HasPrefix(name, "Access-Control-") {
+				t.Errorf("%s: the answer has the header %s", method, name)
+			}
 		}
 	}
 }

@@ -13,8 +13,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/user"
 	"path/filepath"
 	"runtime"
+	"strconv"
 )
 
 // The file is a libp2p PrivateKey message, as rust-libp2p's to_protobuf_encoding
@@ -37,6 +39,14 @@ type identity struct {
 
 	// exposed says that users other than the owner may read the file.
 	exposed bool
+
+	// owner names the user that the file belongs to, if that is neither the user of
+	// this process nor root: that user knows the key and can change it. Else it is "".
+	owner string
+
+	// openDirOwner names the owner of the file's directory if every user can write
+	// there, and so put a key there first, or in place of this one. Else it is "".
+	openDirOwner string
 }
 
 // loadOrCreateIdentity reads the key at path and, where there is no file,
@@ -64,6 +74,12 @@ func loadOrCreateIdentity(path string) (identity, error) {
 
 func loadIdentity(path string) (identity, error) {
 	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if target, linkErr := os.Readlink(path); linkErr == nil {
+			// To make a key there could be wrong: the disk that holds it may be missing.
+			return identity{}, fmt.Errorf("%s is a symbolic link to %s, which does not exist", path, target)
+		}
+	}
 	if err != nil {
 		return identity{}, err
 	}
@@ -73,7 +89,11 @@ func loadIdentity(path string) (identity, error) {
 	if !info.Mode().IsRegular() { // opening a pipe would wait for a writer
 		return identity{}, fmt.Errorf("%s is not a regular file", path)
 	}
+	owner := foreignOwner(info)
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrPermission) && owner != "" {
+		return identity{}, fmt.Errorf("%w: the file belongs to %s, this process runs as %s", err, owner, userName(os.Geteuid()))
+	}
 	if err != nil {
 		return identity{}, err
 	}
@@ -87,12 +107,34 @@ func loadIdentity(path string) (identity, error) {
 	if err != nil {
 		return identity{}, fmt.Errorf("%s %w", path, err)
 	}
-	return identity{
-		key:  key,
-		mode: info.Mode(),
-		// Windows has no such bits; Go derives them from the read-only flag.
-		exposed: runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0,
-	}, nil
+	id := identity{key: key, mode: info.Mode(), owner: owner}
+	if runtime.GOOS != "windows" { // which has no such bits: Go derives them from the read-only flag
+		id.exposed = info.Mode().Perm()&0o077 != 0
+		if dir, err := os.Stat(filepath.Dir(path)); err == nil && dir.Mode().Perm()&0o002 != 0 {
+			uid, _ := fileOwner(dir)
+			id.openDirOwner = userName(uid)
+		}
+	}
+	return id, nil
+}
+
+// foreignOwner names the user that a file belongs to, or returns "" if that is the user
+// of this process or root, who can read every key anyway.
+func foreignOwner(info fs.FileInfo) string {
+	uid, known := fileOwner(info)
+	if !known || uid == 0 || uid == os.Geteuid() {
+		return ""
+	}
+	return userName(uid)
+}
+
+// userName returns the name of a user with its number, or the number alone if it has no
+// name here, as is usual in a container.
+func userName(uid int) string {
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return fmt.Sprintf("%s (uid %d)", u.Username, uid)
+	}
+	return fmt.Sprintf("uid %d", uid)
 }
 
 // decodeIdentity returns the key in data. Its errors continue the sentence

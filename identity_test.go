@@ -5,10 +5,12 @@ package main
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -178,6 +180,77 @@ func TestKeyPathThatIsNoFile(t *testing.T) {
 		}
 		if _, err := loadOrCreateIdentity(secret); err == nil || !strings.Contains(err.Error(), "permission denied") {
 			t.Errorf("unreadable: error = %v, want permission denied", err)
+		}
+	}
+}
+
+// The disk with the key may not be mounted yet. A new key made in its place would be
+// another relay, which no client knows.
+func TestDanglingLinkIsNamed(t *testing.T) {
+	dir := t.TempDir()
+	path, target := filepath.Join(dir, "key"), filepath.Join(dir, "disk", "key")
+	if err := os.Symlink(target, path); err != nil {
+		t.Skip(err)
+	}
+	_, err := loadOrCreateIdentity(path)
+	if want := path + " is a symbolic link to " + target + ", which does not exist"; err == nil || err.Error() != want {
+		t.Errorf("error = %v, want %s", err, want)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("directory holds %v (%v), want the link alone", entries, err)
+	}
+}
+
+// Who else can read or replace the key is told to the operator, and by name.
+func TestForeignKeyFileIsNamed(t *testing.T) {
+	if runtime.GOOS == "windows" || os.Geteuid() != 0 {
+		t.Skip("needs root, to give files away")
+	}
+	const nobody, stranger = 65534, 54321 // the second has no name
+	for _, tt := range []struct {
+		name           string
+		owner          int
+		dirOwner       int
+		dirMode        os.FileMode
+		says, saysOfIt string
+	}{
+		{"ours", 0, 0, 0o755, "", ""},
+		{"somebody's", nobody, 0, 0o755, "nobody (uid 65534)", ""},
+		{"a container's user", stranger, 0, 0o755, "uid 54321", ""},
+		{"in a sticky directory", 0, 0, 0o777 | os.ModeSticky, "", "root (uid 0)"},
+		{"planted in a sticky directory", nobody, 0, 0o777 | os.ModeSticky, "nobody (uid 65534)", "root (uid 0)"},
+		{"in somebody's open directory", 0, nobody, 0o777, "", "nobody (uid 65534)"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "key")
+			err := errors.Join(os.WriteFile(path, oldKeyFile, 0o600), os.Chown(path, tt.owner, -1),
+				os.Chown(dir, tt.dirOwner, -1), os.Chmod(dir, tt.dirMode))
+			if err != nil {
+				t.Fatal(err)
+			}
+			id, err := loadOrCreateIdentity(path)
+			if err != nil || id.owner != tt.says || id.openDirOwner != tt.saysOfIt {
+				t.Errorf("owner = %q, openDirOwner = %q (%v), want %q and %q", id.owner, id.openDirOwner, err, tt.says, tt.saysOfIt)
+			}
+		})
+	}
+
+	// The same in the log.
+	shared := t.TempDir()
+	path := filepath.Join(shared, "key")
+	if err := errors.Join(os.WriteFile(path, oldKeyFile, 0o600), os.Chown(path, nobody, -1), os.Chmod(shared, 0o777|os.ModeSticky)); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, "--identity="+path)
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	for msg, says := range map[string]string{
+		"identity key belongs to another user":                        `owner="nobody (uid 65534)"`,
+		"identity key is in a directory that every user can write to": `directory_owner="root (uid 0)"`,
+	} {
+		if line := p.stderr.line(msg); !strings.Contains(line, says) {
+			t.Errorf("log line %q, want one that says %s", line, says)
 		}
 	}
 }

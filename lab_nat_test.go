@@ -306,7 +306,7 @@ type labClient struct {
 
 // labRequest and labResponse are JSON lines between the test and its clients.
 type labRequest struct {
-	Do    string         // join, find, dial, reserve, circuit, direct, sync, put, get, identity, hangup
+	Do    string         // join, find, dial, known, reserve, circuit, direct, sync, put, get, identity, hangup
 	Peer  *peer.AddrInfo `json:",omitempty"`
 	Relay *peer.AddrInfo `json:",omitempty"`
 	Bytes int64          `json:",omitempty"`
@@ -510,6 +510,9 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 			resp.Addrs = strs(res.Addrs)
 		}
 		return resp, err
+	case "known":
+		resp.Addrs = strs(h.Peerstore().Addrs(relay.ID))
+		return resp, nil
 	case "circuit":
 		via := ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", h.Network().ConnsToPeer(relay.ID)[0].RemoteMultiaddr(), relay.ID))
 		h.Network().(*swarm.Swarm).Backoff().Clear(req.Peer.ID)

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -46,21 +47,33 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// Give the second signal back to the runtime: an operator who asks
-	// twice wants the process gone, not a tidier goodbye.
-	context.AfterFunc(ctx, stop)
+	stopSignals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup has us ignore it
+		stopSignals = append(stopSignals, syscall.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), stopSignals...)
+	context.AfterFunc(ctx, func() {
+		// A terminal that closes sends SIGHUP twice, and so may a service manager
+		// after SIGTERM: that is nobody's second request.
+		signal.Ignore(syscall.SIGHUP)
+		// Give the second signal back to the runtime: an operator who asks
+		// twice wants the process gone, not a tidier goodbye.
+		stop()
+	})
 
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	if err == nil {
 		return
 	}
-	fmt.Fprintf(os.Stderr, "privstack-relay: %v\n", err)
+	stderr := newOutlet(os.Stderr)
+	fmt.Fprintf(stderr, "privstack-relay: %v\n", err)
+	status := 1
 	if errors.As(err, new(usageError)) {
-		fmt.Fprintln(os.Stderr, "Try 'privstack-relay --help'.")
-		os.Exit(2)
+		fmt.Fprintln(stderr, "Try 'privstack-relay --help'.")
+		status = 2
 	}
-	os.Exit(1)
+	stderr.finish()
+	os.Exit(status)
 }
 
 // run is the whole program short of the process. It parses args, loads the key and
@@ -82,11 +95,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 
+	// A write to a pipe that nobody reads any more then fails, and does not end us.
+	signal.Ignore(syscall.SIGPIPE)
+	out, lines := newOutlet(stdout), newOutlet(stderr)
+	defer lines.finish()
+	defer out.finish()
+
 	level := slog.LevelInfo
 	if cfg.verbose {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	log := slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: level}))
 	joinLibraryLogs(log.Handler(), cfg.verbose)
 
 	id, err := loadOrCreateIdentity(cfg.keyFile)
@@ -105,9 +124,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if id.exposed {
 		log.Warn("identity key is readable by other users, run: chmod 600 "+path, "path", path)
 	}
+	if id.owner != "" {
+		log.Warn("identity key belongs to another user, who can read and change it", "path", path, "owner", id.owner)
+	}
+	if id.openDirOwner != "" {
+		log.Warn("identity key is in a directory that every user can write to, move it to one that is yours alone",
+			"path", path, "directory_owner", id.openDirOwner)
+	}
 
 	return serve(ctx, cfg, id, log, func(n node) {
-		io.WriteString(stdout, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
+		io.WriteString(out, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
+		out.flush()
 		n.logStart(log, cfg)
 	})
 }
@@ -149,23 +176,37 @@ func (n node) logStart(log *slog.Logger, cfg config) {
 	case receiveBuf >= wantedBuffer && sendBuf >= wantedBuffer:
 		log.Info("udp buffers", "receive_bytes", receiveBuf, "send_bytes", sendBuf)
 	default:
-		advice := ""
-		if runtime.GOOS == "linux" {
-			advice = ", run: sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
-		}
-		log.Warn("udp buffers are small, which costs speed under load"+advice,
+		log.Warn("udp buffers are small, which costs speed under load"+bufferAdvice(runtime.GOOS, os.DirFS("/")),
 			"receive_bytes", receiveBuf, "send_bytes", sendBuf, "wanted_bytes", wantedBuffer)
 	}
-	if n.hidden() {
-		log.Warn("no announced address, and none of ours is public, so only clients in this network can use the relay: "+
-			"say with --announce where others reach it", "addrs", reachable)
-	}
+	n.reach.warnIfHidden()
 	if n.metrics != nil {
 		log.Info("metrics served", "url", fmt.Sprintf("http://%s/metrics", n.metrics))
 		if !n.metrics.(*net.TCPAddr).IP.IsLoopback() {
 			log.Warn("metrics are not on loopback: anyone who reaches that address can read them", "addr", n.metrics)
 		}
 	}
+}
+
+// bufferAdvice returns what an operator can do about small UDP buffers, as the end of a
+// sentence, where root is the machine's file system. Inside a container the kernel's
+// limit cannot be set: the host has it. In a network namespace its file is missing (old
+// kernels) or cannot be written (seen with Linux 6.18).
+func bufferAdvice(system string, root fs.FS) string {
+	if system != "linux" {
+		return ""
+	}
+	where := ", run"
+	limit, err := fs.Stat(root, "proc/sys/net/core/rmem_max")
+	contained := err != nil || limit.Mode().Perm()&0o200 == 0
+	for _, mark := range []string{".dockerenv", "run/.containerenv", "run/systemd/container"} {
+		_, err := fs.Stat(root, mark)
+		contained = contained || err == nil
+	}
+	if contained {
+		where = ", run on the host, outside the container"
+	}
+	return where + ": sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
 }
 
 // serve binds all sockets, calls ready once, and serves until ctx is done (a nil
@@ -196,11 +237,13 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	defer boundMemory(relay.limits.goMemory())()
 
 	n := node{relay: relay, httpPort: ln.Addr().(*net.TCPAddr).Port}
-	api := newAPIHandler(identityResponse{
-		PeerID:          relay.peerID(),
-		Addresses:       relay.listedAddrs(),
-		ProtocolVersion: protocolVersion,
-		AgentVersion:    agentVersion(),
+	api := newAPIHandler(func() identityResponse {
+		return identityResponse{
+			PeerID:          relay.peerID(),
+			Addresses:       relay.listedAddrs(),
+			ProtocolVersion: protocolVersion,
+			AgentVersion:    agentVersion(),
+		}
 	})
 	srv := newHTTPServer(api, log)
 	broken := make(chan error, 2)

@@ -22,6 +22,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/fstest"
 	"testing/synctest"
 	"time"
 
@@ -498,6 +499,29 @@ func TestProcessTellsHowItRuns(t *testing.T) {
 	}
 	if p.stderr.line("no announced address, and none of ours is public") != "" {
 		t.Errorf("warned that there is no public address although one is announced:\n%s", p.stderr)
+	}
+}
+
+// In a container the command fails, and the operator has to run it elsewhere.
+func TestBufferAdviceFitsWhereItIsRead(t *testing.T) {
+	const command = "sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
+	limit := "proc/sys/net/core/rmem_max"
+	for _, tt := range []struct {
+		name   string
+		system string
+		root   fstest.MapFS
+		want   string
+	}{
+		{"a machine", "linux", fstest.MapFS{limit: {Mode: 0o644}}, ", run: " + command},
+		{"a container", "linux", fstest.MapFS{".dockerenv": {}}, ", run on the host, outside the container: " + command},
+		{"a container with the host's network", "linux", fstest.MapFS{limit: {Mode: 0o644}, "run/.containerenv": {}}, ", run on the host, outside the container: " + command},
+		{"a network namespace of an old Linux", "linux", fstest.MapFS{}, ", run on the host, outside the container: " + command},
+		{"a network namespace of Linux 6.18", "linux", fstest.MapFS{limit: {Mode: 0o444}}, ", run on the host, outside the container: " + command},
+		{"elsewhere", "darwin", fstest.MapFS{}, ""},
+	} {
+		if got := bufferAdvice(tt.system, tt.root); got != tt.want {
+			t.Errorf("%s: advice = %q, want %q", tt.name, got, tt.want)
+		}
 	}
 }
 

@@ -255,15 +255,15 @@ type addrBook struct {
 	addrStore
 	self   peer.ID
 	peers  *peers
-	relays map[peer.ID][]ma.Multiaddr
+	relays func(peer.ID) []ma.Multiaddr // those of another relay, to keep
 }
 
 func (b addrBook) Addrs(id peer.ID) []ma.Multiaddr {
 	if id == b.self {
 		return b.addrStore.Addrs(id)
 	}
-	if addrs := b.relays[id]; addrs != nil {
-		return slices.Clone(addrs) // the swarm resolves and sorts them in place
+	if addrs := b.relays(id); len(addrs) > 0 {
+		return addrs
 	}
 	return b.peers.addrs(id)
 }

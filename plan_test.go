@@ -38,6 +38,7 @@ check_report.go    ... what it prints
 httpapi.go         the HTTP endpoint; knows nothing of libp2p
 systemd.go         what the service manager is told
 logs.go            the libraries' logs, joined to ours
+outlet.go          stdout and stderr, for which nobody waits
 
 relay.go           the libp2p node: put together, drained, closed
 metrics.go         the metrics, if the operator wants them
@@ -46,8 +47,11 @@ dht.go             a DHT request, from its stream to the answer
 answers.go         whom answers name
 bridge.go          the clients' own packets, carried between them
 records.go         the DHT's values, and how many are kept
+reach.go           where the relay can be reached, as clients are told it
 federation.go      other relays
+names.go           what DNS names lead to
 circuits.go        circuits and their shares of bandwidth and streams
+comeback.go        a device that comes back while its old connections still count
 peers.go           who is connected, and at which address
 
 config.go          what an operator can choose: flags, help, version

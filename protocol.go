@@ -4,6 +4,8 @@ package main
 // endpoint's answer. The deployed clients rely on each of them.
 
 import (
+	"time"
+
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -45,13 +47,14 @@ type identityResponse struct {
 // neither field, so they travel as unknown ones.
 // https://github.com/libp2p/rust-libp2p/blob/master/protocols/kad/src/generated/dht.proto
 type recordExtras struct {
-	publisher peer.ID // of the device that put it, as it says; "" if it does not
-	encoded   []byte  // both fields, byte for byte as they came
+	publisher peer.ID       // of the device that put it, as it says; "" if it does not
+	ttl       time.Duration // how long the device wants it kept; 0 if it does not say
+	encoded   []byte        // both fields, byte for byte as they came
 }
 
 const (
 	publisherField protowire.Number = 666 // bytes
-	ttlField       protowire.Number = 777 // varint: seconds left to live
+	ttlField       protowire.Number = 777 // varint of 32 bits: seconds left to live
 )
 
 // readExtras returns the two fields of rec, and an error if what stands where
@@ -71,6 +74,9 @@ func readExtras(rec *recpb.Record) (recordExtras, error) {
 			x.publisher = peer.ID(id)
 			x.encoded = append(x.encoded, unknown[:n]...)
 		case num == ttlField && typ == protowire.VarintType:
+			_, _, tag := protowire.ConsumeTag(unknown)
+			seconds, _ := protowire.ConsumeVarint(unknown[tag:])
+			x.ttl = time.Duration(uint32(seconds)) * time.Second
 			x.encoded = append(x.encoded, unknown[:n]...)
 		}
 		unknown = unknown[n:]
@@ -83,5 +89,5 @@ func newExtras(publisher peer.ID, ttlSeconds uint64) recordExtras {
 	encoded := protowire.AppendTag(nil, publisherField, protowire.BytesType)
 	encoded = protowire.AppendBytes(encoded, []byte(publisher))
 	encoded = protowire.AppendTag(encoded, ttlField, protowire.VarintType)
-	return recordExtras{publisher, protowire.AppendVarint(encoded, ttlSeconds)}
+	return recordExtras{publisher, time.Duration(ttlSeconds) * time.Second, protowire.AppendVarint(encoded, ttlSeconds)}
 }

@@ -49,6 +49,7 @@ type storedRecord struct {
 	key  ds.Key
 	data []byte // an encoded record
 	put  time.Time
+	keep time.Duration // from put
 
 	owner        *holder
 	inAge, inOwn *list.Element
@@ -159,12 +160,17 @@ func (s *recordStore) hash(rec *recpb.Record) uint64 {
 	return h.Sum64()
 }
 
-// Get returns the encoded record, or ds.ErrNotFound. It does not count as use.
+// Get returns the encoded record, or ds.ErrNotFound, and drops one whose time is over.
+// It does not count as use.
 func (s *recordStore) Get(_ context.Context, key ds.Key) ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rec, ok := s.records[key]
-	if !ok || time.Since(rec.put) > maxRecordAge {
+	if !ok {
+		return nil, ds.ErrNotFound
+	}
+	if time.Since(rec.put) > rec.keep {
+		s.remove(rec)
 		return nil, ds.ErrNotFound
 	}
 	return rec.data, nil
@@ -178,13 +184,19 @@ func (s *recordStore) Put(_ context.Context, key ds.Key, data []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var owner holderID // nobody, unless expect has told us
+	keep := maxRecordAge
 	if decodeErr == nil {
 		owner, _ = s.senders.Peek(s.hash(rec))
+		// rust-libp2p keeps a record for its ttl, but for no longer than its own age
+		// limit (record_received in its kad behaviour.rs).
+		if extras, err := readExtras(rec); err == nil && extras.ttl > 0 {
+			keep = min(extras.ttl, maxRecordAge)
+		}
 	}
 	if old, ok := s.records[key]; ok {
 		s.remove(old)
 	}
-	s.add(&storedRecord{key: key, data: data, put: time.Now()}, owner)
+	s.add(&storedRecord{key: key, data: data, put: time.Now(), keep: keep}, owner)
 	for front := s.byAge.Front(); front != nil && time.Since(front.Value.(*storedRecord).put) > maxRecordAge; front = s.byAge.Front() {
 		s.remove(front.Value.(*storedRecord))
 	}

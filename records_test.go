@@ -288,6 +288,61 @@ func TestOldRecordsAreNotServed(t *testing.T) {
 	})
 }
 
+// A device that puts its record for two seconds, because it is about to leave, is not
+// named after that. The old relay took it at its word, and so do we.
+func TestRecordEndsWithItsTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx := context.Background()
+		for _, tt := range []struct {
+			ttl  uint64 // seconds
+			keep time.Duration
+		}{
+			{2, 2 * time.Second},
+			{3600, time.Hour},
+			{0, maxRecordAge}, // says nothing
+			{1 << 30, maxRecordAge},
+			{1<<32 + 2, 2 * time.Second}, // the field has 32 bits
+		} {
+			s := newRecordStore(10, 1<<20)
+			key := ds.NewKey("/privstack/x")
+			data, err := proto.Marshal(rustRecord([]byte("/privstack/x"), "x", "somebody", tt.ttl))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.Put(ctx, key, data)
+			time.Sleep(tt.keep)
+			if _, err := s.Get(ctx, key); err != nil {
+				t.Errorf("a ttl of %d s, after %v: %v, want it served", tt.ttl, tt.keep, err)
+			}
+			time.Sleep(time.Millisecond)
+			if _, err := s.Get(ctx, key); !errors.Is(err, ds.ErrNotFound) {
+				t.Errorf("a ttl of %d s, past %v: error = %v, want ErrNotFound", tt.ttl, tt.keep, err)
+			}
+			if n, _ := s.held(); n != 0 {
+				t.Errorf("a ttl of %d s: %d records are kept past it, want 0", tt.ttl, n)
+			}
+		}
+	})
+
+	// It comes through kad-dht as the device sent it.
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t)
+	connect(t, c, r)
+	if err := put(t, c, r, rustRecord(groupKey, "x", c.ID(), 2)); err != nil {
+		t.Fatal(err)
+	}
+	r.records.mu.Lock()
+	defer r.records.mu.Unlock()
+	for key, rec := range r.records.records {
+		if rec.keep != 2*time.Second {
+			t.Errorf("%v is kept for %v, want 2s", key, rec.keep)
+		}
+	}
+	if n := len(r.records.records); n != 1 {
+		t.Errorf("%d records are kept, want 1", n)
+	}
+}
+
 // Four bytes that announce a message of 4 MiB must not make the relay allocate it.
 func TestOverlongKadMessageEndsTheStream(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))

@@ -20,18 +20,19 @@ import (
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	basichost "github.com/libp2p/go-libp2p/p2p/host/basic"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	ma "github.com/multiformats/go-multiaddr"
-	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 // relay is a running node. Make it with startRelay, end it with drain and close.
 type relay struct {
-	limits   limits
-	announce []ma.Multiaddr // what the operator announces, without /p2p
+	limits limits
 
 	tally      tally
+	names      *names
+	reach      *reach
 	peers      *peers
 	groups     groups
 	records    *recordStore
@@ -81,10 +82,16 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	}
 	r.circuits = newCircuits(lim.circuits(), log, &r.tally)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
-	if r.announce, err = announcedAddrs(cfg.announce, port, self); err != nil {
+	r.names = newNames(cfg.resolver(), log)
+	announce, err := announcedAddrs(cfg.announce, port, self)
+	if err != nil {
 		return nil, err
 	}
-	if r.federation, err = newFederation(cfg.bootstrap, log); err != nil {
+	r.names.add(announce...)
+	if r.reach, err = newReach(announce, r.names, log); err != nil {
+		return nil, fmt.Errorf("list interface addresses: %w", err)
+	}
+	if r.federation, err = newFederation(cfg.bootstrap, r.names, log); err != nil {
 		return nil, err
 	}
 	if r.federation.members[self] != nil {
@@ -133,6 +140,10 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		default:
 		}
 	}})
+	r.names.follow(r.reach.update)
+	if err := r.reach.follow(r.host); err != nil {
+		return nil, fmt.Errorf("follow addresses: %w", err)
+	}
 	r.federation.connect() // from the sockets that listen
 	return r, nil
 }
@@ -148,7 +159,10 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	resources := fairStreams{manager, r.limits.unshared(), &r.tally}
+	resources := newestFirst{
+		fairStreams{manager, r.limits.unshared(), &r.tally},
+		func(id peer.ID) []network.Conn { return r.host.Network().ConnsToPeer(id) },
+	}
 	transport, err := r.sockets.newTransport(key, r.federation, resources)
 	if err != nil {
 		return nil, errors.Join(err, resources.Close())
@@ -159,16 +173,15 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		gater:     r.federation,
 		resources: resources,
 		addrBook: func(self peer.ID, store addrStore) peerstore.Peerstore {
-			return addrBook{store, self, r.peers, r.federation.members}
+			return addrBook{store, self, r.peers, r.federation.addrs}
 		},
-		observe:      true,
+		advertise:    r.reach.addrs,
 		busOptions:   onBus,
-		swarmOptions: onSwarm,
+		swarmOptions: append(onSwarm, swarm.WithMultiaddrResolver(swarm.ResolverFromMaDNS{Resolver: r.names.resolver})),
 		options: basichost.HostOpts{
 			ProtocolVersion:      protocolVersion,
 			UserAgent:            agentVersion(),
 			EnablePing:           true,
-			AddrsFactory:         r.advertised,
 			EnableMetrics:        r.registry != nil,
 			PrometheusRegisterer: r.registry,
 		},
@@ -177,17 +190,6 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		return nil, err
 	}
 	return h, nil
-}
-
-// advertised returns what peers are told of this relay's addresses, in identify and
-// in reservations: the announced ones, else the best of addrs, which are the
-// machine's own and those that peers have observed. It is never empty while the
-// relay listens.
-func (r *relay) advertised(addrs []ma.Multiaddr) []ma.Multiaddr {
-	if len(r.announce) > 0 {
-		return r.announce
-	}
-	return bestAddrs(addrs)
 }
 
 func (r *relay) peerID() string { return r.host.ID().String() }
@@ -202,19 +204,13 @@ func (r *relay) socketAddrs() []string {
 // reachableAddrs returns the addresses for clients to bootstrap from, without /p2p,
 // best first.
 func (r *relay) reachableAddrs() []string {
-	return strs(r.advertised(r.host.Addrs()))
+	return strs(r.reach.now())
 }
 
 // listedAddrs returns the addresses that the identity endpoint lists: what is
 // announced, then the sockets as they were bound.
 func (r *relay) listedAddrs() []string {
-	return append(strs(r.announce), r.socketAddrs()...)
-}
-
-// hidden reports whether there is no announced address, and none of ours is public:
-// then clients in other networks are told none that they can reach.
-func (r *relay) hidden() bool {
-	return len(r.announce) == 0 && !slices.ContainsFunc(r.advertised(r.host.Addrs()), manet.IsPublicAddr)
+	return append(strs(r.names.withIPs(r.reach.announce)), r.socketAddrs()...)
 }
 
 // counters returns all counts at this moment.
@@ -269,6 +265,8 @@ func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
 // relay that is not whole. It can take as long as libp2p likes.
 func (r *relay) close() error {
 	r.federation.close()
+	r.names.close()
+	r.reach.close()
 	var errs []error
 	if r.service != nil {
 		errs = append(errs, r.service.Close())

@@ -7,16 +7,21 @@ package main
 import (
 	"context"
 	"crypto/hkdf"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -24,6 +29,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/transport"
+	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	libp2pquic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
@@ -166,7 +172,31 @@ func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionG
 	if err != nil {
 		return nil, err
 	}
-	return libp2pquic.NewTransport(key, manager, nil, gater, resources)
+	certificate, err := certificateTemplate()
+	if err != nil {
+		return nil, err
+	}
+	return libp2pquic.NewTransport(key, manager, nil, gater, resources,
+		libp2pquic.WithTLSIdentityOption(libp2ptls.WithCertTemplate(certificate)))
+}
+
+// certificateTemplate returns what the relay's TLS certificate says beside its key. The
+// certificate is made once and is valid from 1975 to 4096, as the old relay's was
+// (CertificateParams::default in rcgen, which rust-libp2p uses). go-libp2p's is valid
+// from an hour before it was made: a relay that starts while its clock is ahead, and
+// is then put right, would be refused by everybody until its clock has caught up.
+func certificateTemplate() (*x509.Certificate, error) {
+	number, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		return nil, err
+	}
+	return &x509.Certificate{
+		SerialNumber: number,
+		NotBefore:    time.Date(1975, time.January, 1, 0, 0, 0, 0, time.UTC),
+		NotAfter:     time.Date(4096, time.January, 1, 0, 0, 0, 0, time.UTC),
+		// An issuer must be named (RFC 5280, 4.1.2.4), and the certificate is its own.
+		Subject: pkix.Name{SerialNumber: number.String()},
+	}, nil
 }
 
 // quicKeys returns the keys of a relay's sockets, which are the same after each
@@ -283,7 +313,7 @@ func (q *quicSockets) close() error {
 type lentTransport struct{ *quic.Transport }
 
 func (t lentTransport) Listen(tlsConf *tls.Config, conf *quic.Config) (quicreuse.QUICListener, error) {
-	l, err := t.Transport.Listen(tlsConf, tuned(conf))
+	l, err := t.Transport.Listen(namingALPN(tlsConf), tuned(conf))
 	if err != nil {
 		return nil, err
 	}
@@ -293,6 +323,25 @@ func (t lentTransport) Listen(tlsConf *tls.Config, conf *quic.Config) (quicreuse
 func (t lentTransport) Dial(ctx context.Context, addr net.Addr, tlsConf *tls.Config, conf *quic.Config) (*quic.Conn, error) {
 	return t.Transport.Dial(ctx, addr, tlsConf, tuned(conf))
 }
+
+// namingALPN returns conf, with which a client that offers another protocol than ours
+// is told so, by the alert no_application_protocol (RFC 7301, 3.2). By itself libp2p
+// refuses it with internal_error, which reads like a fault of the relay.
+func namingALPN(conf *tls.Config) *tls.Config {
+	conf = conf.Clone()
+	choose := conf.GetConfigForClient
+	conf.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if !slices.Contains(hello.SupportedProtos, alpn) {
+			return &tls.Config{NextProtos: []string{alpn}}, nil // the handshake ends with the alert
+		}
+		return choose(hello)
+	}
+	return conf
+}
+
+// alpn is the one protocol that is offered inside QUIC's TLS.
+// https://github.com/libp2p/specs/blob/master/tls/tls.md#alpn
+const alpn = "libp2p"
 
 func tuned(conf *quic.Config) *quic.Config {
 	conf = conf.Clone()

@@ -2,10 +2,11 @@
 
 package main
 
-// What Unix has and Windows lacks: a signal to ask for a summary, and the sizes of a
-// socket's buffers.
+// What Unix has and Windows lacks: a signal to ask for a summary, the owner of a file,
+// and the sizes of a socket's buffers.
 
 import (
+	"io/fs"
 	"os"
 	"os/signal"
 	"syscall"
@@ -13,6 +14,15 @@ import (
 
 // notifySummary sends on c when the operator asks for a summary, by SIGUSR1.
 func notifySummary(c chan<- os.Signal) { signal.Notify(c, syscall.SIGUSR1) }
+
+// fileOwner returns the number of the user that a file belongs to, if it is known.
+func fileOwner(info fs.FileInfo) (uid int, known bool) {
+	stat, known := info.Sys().(*syscall.Stat_t)
+	if !known {
+		return 0, false
+	}
+	return int(stat.Uid), true
+}
 
 // socketBuffers returns the sizes of a socket's receive and send buffer, in bytes, as
 // the kernel counts them. Linux doubles what it was asked for, for its own bookkeeping

@@ -5,6 +5,9 @@ package main
 // SIGUSR1, and what the summary in the log says.
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,5 +41,28 @@ func TestProcessSumsUpOnSIGUSR1(t *testing.T) {
 	p.Process.Signal(syscall.SIGTERM)
 	if code := p.wait(t); code != 0 {
 		t.Errorf("exit status %d after a summary, want 0", code)
+	}
+}
+
+// "permission denied" alone sends an operator to the mode of the file, when it is
+// somebody else's.
+func TestUnreadableForeignKeyFileIsNamed(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to give files away")
+	}
+	const nobody, stranger = 65534, 54321
+	dir := t.TempDir()
+	path := filepath.Join(dir, "key")
+	cmd := command(t, "--identity="+path)
+	err := errors.Join(os.WriteFile(path, oldKeyFile, 0o600), os.Chown(path, nobody, -1),
+		os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o755), os.Chmod(buildDir, 0o755))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: stranger, Gid: stranger}}
+	out, err := cmd.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "permission denied: the file belongs to nobody (uid 65534), this process runs as uid 54321") {
+		t.Errorf("output = %q (%v), want whose file it is", out, err)
 	}
 }

@@ -3,10 +3,13 @@ package main
 // Stand-ins on Windows for what system_unix.go does.
 
 import (
+	"io/fs"
 	"os"
 	"syscall"
 )
 
 func notifySummary(chan<- os.Signal) {}
+
+func fileOwner(fs.FileInfo) (uid int, known bool) { return 0, false }
 
 func socketBuffers(syscall.RawConn) (receive, send int) { return 0, 0 }

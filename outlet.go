@@ -1,0 +1,116 @@
+package main
+
+// How the relay writes to stdout and stderr: so that nobody waits for a reader that is
+// slow, and nothing ends because a reader has gone.
+
+import (
+	"io"
+	"log/slog"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// outletLines and outletBytes are how much an outlet keeps for a reader that does
+	// not read: a burst of debug lines.
+	outletLines = 1024
+	outletBytes = 256 << 10
+
+	// outletTimeout is how long somebody who ends waits for a reader.
+	outletTimeout = time.Second
+)
+
+// outlet writes what it is given in order, each part by itself, in a goroutine of its
+// own. When its reader does not read, it keeps some and drops the rest; when the reader
+// has gone, all is dropped. Make it with newOutlet, end it with finish.
+type outlet struct {
+	parts chan outletPart
+	bytes atomic.Int64 // in parts
+	lost  atomic.Int64 // parts dropped since the last that was written
+
+	end   chan struct{} // closed by finish
+	ended chan struct{} // closed when the goroutine has ended
+}
+
+// outletPart is text to write, or a question of flush.
+type outletPart struct {
+	text    []byte
+	reached chan<- struct{} // closed when all before it has been written; nil: nobody asks
+}
+
+// newOutlet returns an outlet to w, whose Write may block.
+func newOutlet(w io.Writer) *outlet {
+	o := &outlet{parts: make(chan outletPart, outletLines), end: make(chan struct{}), ended: make(chan struct{})}
+	go o.run(w) // finish ends it, or the process does while w blocks
+	return o
+}
+
+func (o *outlet) run(w io.Writer) {
+	defer close(o.ended)
+	for {
+		select {
+		case part := <-o.parts:
+			o.write(w, part)
+			continue
+		default:
+		}
+		select { // nothing is left
+		case part := <-o.parts:
+			o.write(w, part)
+		case <-o.end:
+			return
+		}
+	}
+}
+
+// write writes one part. An error means that the reader has gone; it may come back, as
+// the next one of a named pipe does.
+func (o *outlet) write(w io.Writer, part outletPart) {
+	if part.reached != nil {
+		close(part.reached)
+		return
+	}
+	w.Write(part.text)
+	o.bytes.Add(int64(-len(part.text)))
+	if lost := o.lost.Swap(0); lost > 0 {
+		slog.New(slog.NewTextHandler(w, nil)).Warn("log lines dropped, they were not read fast enough", "lines", lost)
+	}
+}
+
+// Write takes a copy of text. It does not wait and does not fail.
+func (o *outlet) Write(text []byte) (int, error) {
+	if o.bytes.Add(int64(len(text))) <= outletBytes {
+		select {
+		case o.parts <- outletPart{text: append([]byte(nil), text...)}:
+			return len(text), nil
+		default:
+		}
+	}
+	o.bytes.Add(int64(-len(text)))
+	o.lost.Add(1)
+	return len(text), nil
+}
+
+// flush waits until everything so far has been written, for outletTimeout at most.
+func (o *outlet) flush() {
+	reached, tooLate := make(chan struct{}), time.After(outletTimeout)
+	select {
+	case o.parts <- outletPart{reached: reached}:
+	case <-tooLate:
+		return
+	}
+	select {
+	case <-reached:
+	case <-tooLate:
+	}
+}
+
+// finish ends o when everything has been written, or after outletTimeout. What is
+// written later is dropped.
+func (o *outlet) finish() {
+	close(o.end)
+	select {
+	case <-o.ended:
+	case <-time.After(outletTimeout):
+	}
+}
