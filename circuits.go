@@ -143,8 +143,9 @@ func (s *pacedStream) keep(t time.Time) {
 // circuit relay's metrics tracer, for its only view of a circuit's ends, and its
 // access control.
 type circuits struct {
-	log   *slog.Logger
-	tally *tally
+	log     *slog.Logger
+	tally   *tally
+	reserve func(peer.ID) // is told who asks for a reservation
 
 	mu          sync.Mutex
 	established int
@@ -153,8 +154,8 @@ type circuits struct {
 	drained     chan struct{} // closed when draining and none are open
 }
 
-func newCircuits(log *slog.Logger, t *tally) *circuits {
-	return &circuits{log: log, tally: t, drained: make(chan struct{})}
+func newCircuits(log *slog.Logger, t *tally, reserve func(peer.ID)) *circuits {
+	return &circuits{log: log, tally: t, reserve: reserve, drained: make(chan struct{})}
 }
 
 func (c *circuits) counts() (established, open int) {
@@ -193,7 +194,13 @@ func (c *circuits) allow() bool {
 	return !c.draining
 }
 
-func (c *circuits) AllowReserve(peer.ID, ma.Multiaddr) bool { return c.allow() }
+func (c *circuits) AllowReserve(id peer.ID, _ ma.Multiaddr) bool {
+	if !c.allow() {
+		return false
+	}
+	c.reserve(id)
+	return true
+}
 
 func (c *circuits) AllowConnect(peer.ID, ma.Multiaddr, peer.ID) bool { return c.allow() }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -51,6 +52,8 @@ type peers struct {
 	// identified holds what connected peers said in identify. An entry goes
 	// with the peer's last connection.
 	identified map[peer.ID]identified
+	// reserved are the connected ones that wait for circuits.
+	reserved map[peer.ID]struct{}
 	// awaited are closed when the client of that connection has been identified.
 	awaited map[string]chan struct{}
 }
@@ -59,6 +62,7 @@ type peers struct {
 type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 	punches bool           // punches holes, once it has a circuit
+	circuit bool           // takes circuits
 
 	// reachedAt is the address of this relay to which each of its connections goes,
 	// by the connection's ID: as the client sees it, and through a NAT on our side.
@@ -67,7 +71,8 @@ type identified struct {
 }
 
 func newPeers(log *slog.Logger) *peers {
-	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified), awaited: make(map[string]chan struct{})}
+	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified),
+		reserved: make(map[peer.ID]struct{}), awaited: make(map[string]chan struct{})}
 }
 
 // follow keeps p up to date with h's connections until p.close.
@@ -109,6 +114,7 @@ func (p *peers) loop() {
 			p.learn(e.Conn, identified{
 				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
 				punches: slices.Contains(e.Protocols, holepunch.Protocol),
+				circuit: slices.Contains(e.Protocols, proto.ProtoIDv2Stop),
 			}, reachedAddr(e.ObservedAddr, e.Conn.RemoteMultiaddr()))
 		case event.EvtPeerConnectednessChanged:
 			if e.Connectedness == network.NotConnected {
@@ -157,6 +163,7 @@ func (p *peers) forget(id peer.ID) {
 	}
 	p.mu.Lock()
 	delete(p.identified, id)
+	delete(p.reserved, id)
 	p.mu.Unlock()
 	p.left(id)
 }
@@ -189,12 +196,25 @@ func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	return p.identified[id].reachedAt[c.ID()]
 }
 
-// punches reports whether a connected peer makes a direct connection by itself
-// where it has a circuit.
-func (p *peers) punches(id peer.ID) bool {
+// reserve notes that a connected peer waits for circuits here.
+func (p *peers) reserve(id peer.ID) {
+	p.mu.Lock()
+	p.reserved[id] = struct{}{}
+	p.mu.Unlock()
+	if !p.connected(id) { // as in learn
+		p.forget(id)
+	}
+}
+
+// punch reports whether the asker and its mate can make a direct connection by
+// themselves: both say that they punch holes, or there can be a circuit from one to
+// the other. rust-libp2p's clients do not tell a relay that they punch.
+func (p *peers) punch(asker, mate peer.ID) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.identified[id].punches
+	a, m := p.identified[asker], p.identified[mate]
+	_, reserved := p.reserved[mate]
+	return a.punches && m.punches || a.circuit && reserved
 }
 
 // addrs are the addresses told of a connected peer to whom asks for it: those it

@@ -61,7 +61,7 @@ func startRelay(cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay,
 
 func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
 	r := &relay{limits: lim, peers: newPeers(log), failed: make(chan error, 1)}
-	r.circuits = newCircuits(log, &r.tally)
+	r.circuits = newCircuits(log, &r.tally, r.peers.reserve)
 	r.sockets.tally = &r.tally
 	if cfg.metrics != "" {
 		r.registry = newRegistry(r)
