@@ -174,6 +174,7 @@ type end struct {
 	conn   connection
 	target *target // replaced, never changed
 	salt   uint64
+	since  clock // when it was first seen
 	absent clock // since when conn is closed, and there is no other; 0: it is not
 
 	flows   []*flow
@@ -445,7 +446,7 @@ type candidate struct {
 func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now clock) (next peer.ID, others []peer.ID) {
 	b.lock()
 	defer b.unlock()
-	e := b.end(asker, from)
+	e := b.end(asker, from, now)
 	if e == nil || b.closed {
 		for _, m := range mates {
 			others = append(others, m.id)
@@ -458,7 +459,7 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 	dialling := false
 	var unmet []*offer
 	for _, m := range mates {
-		if c.met(m.id, now) {
+		if e.met(m.id, now) {
 			others = append(others, m.id)
 			continue
 		}
@@ -509,29 +510,32 @@ func (c *client) offerTo(mate peer.ID) *offer {
 	return o
 }
 
-// met reports whether the client seems to be connected with that mate over the
-// bridge.
-func (c *client) met(mate peer.ID, now clock) bool {
-	return c.with(mate, func(f *flow) bool {
+// met reports whether the client at e seems to be connected with that mate over the
+// bridge. What it did at another address before it came to e it may have forgotten: a
+// client that was killed and is back under its ID has.
+func (e *end) met(mate peer.ID, now clock) bool {
+	return e.client.with(mate, func(own *end, f *flow) bool {
 		return f.established && !f.over && f.legs[0].end.absent == 0 && f.legs[1].end.absent == 0 &&
-			now-f.legs[0].heard < metTime && now-f.legs[1].heard < metTime
+			now-f.legs[0].heard < metTime && now-f.legs[1].heard < metTime &&
+			(own == e || f.legOf(own).heard > e.since)
 	})
 }
 
 // dialling reports whether the client is dialling that mate over the bridge.
 func (c *client) dialling(mate peer.ID, now clock) bool {
-	return c.with(mate, func(f *flow) bool {
+	return c.with(mate, func(_ *end, f *flow) bool {
 		return slices.ContainsFunc(f.dials, func(d *dial) bool {
 			return d.leg.end.client == c && !d.gaveUp && now-d.began < offerTime
 		})
 	})
 }
 
-// with reports whether is is true of one of the client's flows with that mate.
-func (c *client) with(mate peer.ID, is func(*flow) bool) bool {
+// with reports whether is is true of one of the client's flows with that mate, and its
+// own end of it.
+func (c *client) with(mate peer.ID, is func(*end, *flow) bool) bool {
 	for _, e := range c.ends {
 		for _, f := range e.flows {
-			if f.legTo(e).end.client.id == mate && is(f) {
+			if f.legTo(e).end.client.id == mate && is(e, f) {
 				return true
 			}
 		}
@@ -550,7 +554,7 @@ func (f *flow) legTo(e *end) *leg { return f.legOf(e).other }
 
 // end returns that of a client's connection, or makes it. It is nil if the
 // connection is closed. It is called with both locks held.
-func (b *bridge) end(id peer.ID, conn connection) *end {
+func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 	p, ok := conn.where()
 	if !ok {
 		return nil
@@ -570,7 +574,7 @@ func (b *bridge) end(id peer.ID, conn connection) *end {
 			c = &client{id: id}
 			b.clients[id] = c
 		}
-		e = &end{client: c, side: sd, salt: rand.Uint64()}
+		e = &end{client: c, side: sd, salt: rand.Uint64(), since: now}
 		c.ends = append(c.ends, e)
 		sd.ends[p.addr] = e
 	}

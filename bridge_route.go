@@ -634,7 +634,7 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}
 	}
-	callee := b.end(o.mate, o.conn)
+	callee := b.end(o.mate, o.conn, now)
 	if callee == nil {
 		return hop{verdict: toNobody}
 	}
@@ -677,7 +677,7 @@ func (b *bridge) meant(e *end, now clock) *offer {
 			told = o
 		}
 		if !o.direct && (unmet == nil || o.dialled < unmet.dialled) && now-o.known < groupAge &&
-			!e.client.met(o.mate, now) && !e.client.dialling(o.mate, now) {
+			!e.met(o.mate, now) && !e.client.dialling(o.mate, now) {
 			unmet = o
 		}
 	}

@@ -530,6 +530,21 @@ func TestWhoseInitialItIs(t *testing.T) {
 	}
 }
 
+// A device that was killed and is back under the same ID has forgotten its mate. It is
+// offered again, though what it was seems to be connected.
+func TestBackUnderTheSameID(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	u.tick(busyHold)
+	if got := a.told(b); got != "" {
+		t.Errorf("offered %v, which it has met", got)
+	}
+	back := u.actor("192.0.2.1:3")
+	back.id = a.id
+	u.connected(back, b, "aaaaaaaA", "bbbbbbbB")
+}
+
 // A relay that has restarted knows nobody. Who dials it, and its mates in the same
 // moment, is not told that it is not the mate.
 func TestDialsOfNewcomersWait(t *testing.T) {
@@ -786,7 +801,7 @@ func TestFloodsOfInitials(t *testing.T) {
 		}
 	}
 	attacker := u.actor("192.0.2.1:1")
-	u.end(attacker.id, attacker)
+	u.end(attacker.id, attacker, u.now)
 	for range 1000 {
 		attacker.says(random())
 	}
@@ -969,7 +984,7 @@ func BenchmarkBridgeRoute(b *testing.B) {
 	u.connected(a, other, "aaaaaaaA", "cccccccc")
 	for i := range 10_000 {
 		c := u.actor(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 1).String())
-		u.end(c.id, c)
+		u.end(c.id, c, u.now)
 	}
 	for _, e := range u.sides[0].ends {
 		for _, f := range e.flows {
