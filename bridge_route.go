@@ -278,7 +278,6 @@ func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
 	}
 	n.ids[n.dials] = id
 	n.dials++
-	sd.bridge.tally.refuse(refusedBridgeStray)
 	return toNobody
 }
 
