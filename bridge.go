@@ -133,14 +133,15 @@ type bridge struct {
 // side is what the reader of one socket needs.
 type side struct {
 	bridge *bridge
-	socket udpSocket   // nil: this machine has no such addresses
-	used   atomic.Bool // there are ends
+	socket udpSocket // nil: this machine has no such addresses
 
 	mu   sync.Mutex
 	ends map[netip.AddrPort]*end
 	legs map[uint64]*leg // by the connection ID that a packet carries and the end it comes from: see key
 
 	own []*ownAddr // that clients reach
+
+	newcomers []newcomer // by a hash of the address, which the last one has
 
 	runs  []stretch // the reader's, as parts: kept to be used again
 	parts [][]byte
@@ -157,10 +158,12 @@ type client struct {
 type offer struct {
 	mate    peer.ID
 	conn    connection // the mate's
+	known   clock      // when the two were known to be of one group last
 	asker   *end       // over which the client was told
 	named   clock      // when it was told last; 0: not yet
-	dialled clock      // when it dialled after it; 0: never
+	dialled clock      // when it dialled the mate last; 0: never
 	direct  bool       // was told and did not dial: it has another connection with the mate
+	near    bool       // the mate is in its network
 }
 
 func (o *offer) open(e *end, now clock) bool {
@@ -174,6 +177,7 @@ type end struct {
 	conn   connection
 	target *target // replaced, never changed
 	salt   uint64
+	since  clock // when it was first seen
 	absent clock // since when conn is closed, and there is no other; 0: it is not
 
 	flows   []*flow
@@ -304,7 +308,7 @@ func newBridge(log *slog.Logger, t *tally, l limits, p *peers, relays map[peer.I
 		clients: make(map[peer.ID]*client),
 	}
 	for i := range b.sides {
-		b.sides[i] = &side{bridge: b, ends: make(map[netip.AddrPort]*end), legs: make(map[uint64]*leg)}
+		b.sides[i] = &side{bridge: b, ends: make(map[netip.AddrPort]*end), legs: make(map[uint64]*leg), newcomers: make([]newcomer, newcomers)}
 	}
 	return b
 }
@@ -396,18 +400,26 @@ type mate struct {
 // whom an Initial is. If it was told to dial several mates here, nobody could tell.
 func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 	asker := conn.RemotePeer()
+	if len(ids) == 0 {
+		return nil
+	}
 	self := b.peers.reachedAt(conn)
 	from := connectionOf(conn)
+	var here whereabouts
 	possible := self != nil && from != nil && b.relays[asker] == nil
-	punches := b.peers.punches(asker)
+	if possible {
+		here, possible = from.where()
+	}
 	var bridged []candidate
 	for _, id := range ids {
 		// Two that punch holes would never do so over a bridge, which they take to be
 		// a direct connection.
-		if !possible || b.relays[id] != nil || punches && b.peers.punches(id) {
+		if !possible || b.relays[id] != nil || b.peers.punch(asker, id) {
 			named = append(named, mate{id: id})
 		} else if conns := b.connections(id); len(conns) > 0 {
-			bridged = append(bridged, candidate{id, conns[0]})
+			if at, ok := conns[0].where(); ok {
+				bridged = append(bridged, candidate{id, conns[0], networkOf(at.addr.Addr()) == networkOf(here.addr.Addr())})
+			}
 		}
 	}
 	if len(bridged) == 0 {
@@ -427,14 +439,17 @@ func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 type candidate struct {
 	id   peer.ID
 	conn connection
+	near bool // in the asker's network, so most likely at home with it
 }
 
 // offer notes that the asker may dial the first of mates that it has not met. next
-// is that one, or "", and others are those that it has met.
+// is that one, or "", and others are those that need no bridge: met, or near. One
+// that was killed and is back is near what it was, which seems to be here for some
+// seconds yet.
 func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now clock) (next peer.ID, others []peer.ID) {
 	b.lock()
 	defer b.unlock()
-	e := b.end(asker, from)
+	e := b.end(asker, from, now)
 	if e == nil || b.closed {
 		for _, m := range mates {
 			others = append(others, m.id)
@@ -443,22 +458,11 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 	}
 	c := e.client
 	var best *offer
-	better := func(o *offer) bool {
-		if best == nil {
-			return true
-		}
-		// One with which it has another connection needs no bridge while others do.
-		a, b := o.named, best.named
-		if o.direct {
-			a += afterRest
-		}
-		if best.direct {
-			b += afterRest
-		}
-		return a < b
-	}
+	var bestTurn clock
+	dialling := false
+	var unmet []*offer
 	for _, m := range mates {
-		if c.met(m.id, now) {
+		if e.met(m.id, now) {
 			others = append(others, m.id)
 			continue
 		}
@@ -466,26 +470,27 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 		if o == nil {
 			continue
 		}
-		o.conn = m.conn
 		if o.named != 0 && now-o.named > notDialled {
 			o.direct = o.dialled < o.named
 		}
-		if better(o) {
-			best = o
+		o.conn, o.known, o.near = m.conn, now, m.near
+		unmet = append(unmet, o)
+		turn := o.named // the longer ago the sooner
+		if o.direct || o.near {
+			turn += afterRest
 		}
-	}
-	for _, m := range mates {
-		if o := c.offerTo(m.id); o != nil && o.open(e, now) && now-o.named < notDialled && !c.met(m.id, now) {
-			best = o // it may be dialling this one
-		}
-	}
-	for _, m := range mates {
-		if o := c.offerTo(m.id); o != nil && o != best && o.direct && !slices.Contains(others, m.id) {
-			others = append(others, m.id)
+		// It may be dialling the one that it was told just now.
+		if now := o.open(e, now) && now-o.named < notDialled; best == nil || now || !dialling && turn < bestTurn {
+			best, bestTurn, dialling = o, turn, dialling || now
 		}
 	}
 	if best == nil {
 		return "", others
+	}
+	for _, o := range unmet {
+		if o != best && (o.direct || o.near) {
+			others = append(others, o.mate)
+		}
 	}
 	best.named, best.asker = now, e
 	b.debug("bridge offered", "source_peer", asker, "destination_peer", best.mate)
@@ -508,29 +513,32 @@ func (c *client) offerTo(mate peer.ID) *offer {
 	return o
 }
 
-// met reports whether the client seems to be connected with that mate over the
-// bridge.
-func (c *client) met(mate peer.ID, now clock) bool {
-	return c.with(mate, func(f *flow) bool {
+// met reports whether the client at e seems to be connected with that mate over the
+// bridge. What it did at another address before it came to e it may have forgotten: a
+// client that was killed and is back under its ID has.
+func (e *end) met(mate peer.ID, now clock) bool {
+	return e.client.with(mate, func(own *end, f *flow) bool {
 		return f.established && !f.over && f.legs[0].end.absent == 0 && f.legs[1].end.absent == 0 &&
-			now-f.legs[0].heard < metTime && now-f.legs[1].heard < metTime
+			now-f.legs[0].heard < metTime && now-f.legs[1].heard < metTime &&
+			(own == e || f.legOf(own).heard > e.since)
 	})
 }
 
 // dialling reports whether the client is dialling that mate over the bridge.
 func (c *client) dialling(mate peer.ID, now clock) bool {
-	return c.with(mate, func(f *flow) bool {
+	return c.with(mate, func(_ *end, f *flow) bool {
 		return slices.ContainsFunc(f.dials, func(d *dial) bool {
 			return d.leg.end.client == c && !d.gaveUp && now-d.began < offerTime
 		})
 	})
 }
 
-// with reports whether is is true of one of the client's flows with that mate.
-func (c *client) with(mate peer.ID, is func(*flow) bool) bool {
+// with reports whether is is true of one of the client's flows with that mate, and its
+// own end of it.
+func (c *client) with(mate peer.ID, is func(*end, *flow) bool) bool {
 	for _, e := range c.ends {
 		for _, f := range e.flows {
-			if f.legTo(e).end.client.id == mate && is(f) {
+			if f.legTo(e).end.client.id == mate && is(e, f) {
 				return true
 			}
 		}
@@ -549,7 +557,7 @@ func (f *flow) legTo(e *end) *leg { return f.legOf(e).other }
 
 // end returns that of a client's connection, or makes it. It is nil if the
 // connection is closed. It is called with both locks held.
-func (b *bridge) end(id peer.ID, conn connection) *end {
+func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 	p, ok := conn.where()
 	if !ok {
 		return nil
@@ -569,10 +577,9 @@ func (b *bridge) end(id peer.ID, conn connection) *end {
 			c = &client{id: id}
 			b.clients[id] = c
 		}
-		e = &end{client: c, side: sd, salt: rand.Uint64()}
+		e = &end{client: c, side: sd, salt: rand.Uint64(), since: now}
 		c.ends = append(c.ends, e)
 		sd.ends[p.addr] = e
-		sd.used.Store(true)
 	}
 	e.conn, e.absent = conn, 0
 	e.aim(p)
@@ -609,7 +616,6 @@ func (b *bridge) removeEnd(e *end) {
 		b.removeFlow(f, "its client has left")
 	}
 	delete(e.side.ends, e.addr())
-	e.side.used.Store(len(e.side.ends) > 0)
 	c := e.client
 	c.ends = slices.DeleteFunc(c.ends, func(o *end) bool { return o == e })
 	if len(c.ends) == 0 {
@@ -750,7 +756,7 @@ func (b *bridge) sweepEnd(e *end, now clock) {
 		}
 	}
 	c := e.client
-	c.offers = slices.DeleteFunc(c.offers, func(o *offer) bool { return now-o.named > groupAge })
+	c.offers = slices.DeleteFunc(c.offers, func(o *offer) bool { return now-o.known > groupAge })
 	if len(e.flows) == 0 && (len(c.offers) == 0 || e.absent != 0) {
 		b.removeEnd(e)
 	}

@@ -11,6 +11,7 @@ import (
 	"encoding/binary"
 	"hash/maphash"
 	"math/bits"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -40,6 +41,11 @@ const (
 	switchTime = 10 * time.Second
 	stayTime   = time.Second
 
+	// newcomerTime is how long what somebody dials is taken to be at one moment, and
+	// newcomerDials how many at most: those of one who dials more are all let through.
+	newcomerTime  = time.Second
+	newcomerDials = 4
+
 	// switchPackets is after how many packets with one ID quic-go may take another:
 	// PacketsPerConnectionID / 2 is 5000, less those that were lost on the way here.
 	switchPackets = 4000
@@ -67,6 +73,14 @@ type unknownID struct {
 type stray struct {
 	id uint64 // key of its source ID
 	at clock
+}
+
+// newcomer is an address from which somebody dials who is not known here.
+type newcomer struct {
+	addr  uint64 // its hash
+	at    clock
+	ids   [newcomerDials]uint64 // of the source IDs
+	dials int
 }
 
 // stretch is a part of a message whose datagrams all go the same way.
@@ -112,16 +126,16 @@ func (b *bridge) key(e *end, id []byte) uint64 { return maphash.Bytes(b.seed, id
 // take is shown what was read from the side's socket, and leaves what is for
 // quic-go. Its one caller is the reader.
 func (sd *side) take(batch []arrival) {
-	if !sd.used.Load() {
-		return
-	}
 	b := sd.bridge
 	runs := sd.runs[:0]
 	var now clock
 	sd.mu.Lock()
 	for i := range batch {
-		e := sd.ends[batch[i].from]
-		if e == nil || len(batch[i].data) == 0 {
+		var e *end
+		if len(sd.ends) > 0 {
+			e = sd.ends[batch[i].from]
+		}
+		if len(batch[i].data) == 0 || e == nil && !isLong(batch[i].data) {
 			continue
 		}
 		if now == 0 {
@@ -204,6 +218,9 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 		to := min(from+a.size, len(a.data))
 		d := a.data[from:to]
 		way := sd.follow(e, d)
+		if e == nil && isLong(d) {
+			way.verdict = sd.greet(a.from, d, now)
+		}
 		if way.verdict == unsure {
 			// Another one may need the two locks in their order.
 			sd.mu.Unlock()
@@ -237,6 +254,31 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 		runs = append(runs, stretch{message: message})
 	}
 	return runs
+}
+
+// greet says what becomes of a packet with a long header from one who is not known
+// here. A client that comes back when the relay has restarted dials it, and at the
+// same moment, under the same address, the mates that it knew. The second Initial is
+// dropped once: when it comes again, a second later, the client is connected, and has
+// asked for its mates. Without, a dial that met this relay in a mate's stead was not
+// tried again before the client's next tick. It is called with the lock of sd.
+func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
+	dest, source, ok := longIDs(d)
+	if !ok || !isInitial(d, dest) {
+		return toRelay
+	}
+	addr, id := maphash.Comparable(sd.bridge.seed, from), maphash.Bytes(sd.bridge.seed, source)
+	n := &sd.newcomers[addr%uint64(len(sd.newcomers))]
+	if n.addr != addr || now-n.at > newcomerTime {
+		*n = newcomer{addr: addr, at: now, ids: [newcomerDials]uint64{id}, dials: 1}
+		return toRelay
+	}
+	if n.dials == newcomerDials || slices.Contains(n.ids[:n.dials], id) {
+		return toRelay
+	}
+	n.ids[n.dials] = id
+	n.dials++
+	return toNobody
 }
 
 // hop is where a datagram goes.
@@ -591,7 +633,7 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}
 	}
-	callee := b.end(o.mate, o.conn)
+	callee := b.end(o.mate, o.conn, now)
 	if callee == nil {
 		return hop{verdict: toNobody}
 	}
@@ -624,19 +666,21 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 }
 
 // meant is for whom an Initial from e is: the mate that its client was told to dial
-// here, else the only one that it has not met, of whom another mate may have told.
+// here, else one that it has not met, of whom another mate may have told. If there are
+// several it is the one dialled longest ago: where that is wrong, the dial fails as it
+// would here.
 func (b *bridge) meant(e *end, now clock) *offer {
 	var told, unmet *offer
-	n := 0
 	for _, o := range e.client.offers {
 		if o.open(e, now) && (told == nil || o.named > told.named) {
 			told = o
 		}
-		if o.named != 0 && !o.direct && now-o.named < groupAge && !e.client.met(o.mate, now) && !e.client.dialling(o.mate, now) {
-			unmet, n = o, n+1
+		if !o.direct && (unmet == nil || o.dialled < unmet.dialled) && now-o.known < groupAge &&
+			!e.met(o.mate, now) && !e.client.dialling(o.mate, now) {
+			unmet = o
 		}
 	}
-	if told == nil && n == 1 {
+	if told == nil {
 		return unmet
 	}
 	return told

@@ -96,7 +96,7 @@ func (u *bridgeUnderTest) actor(addr string) *actor {
 func (a *actor) told(mates ...*actor) peer.ID {
 	var all []candidate
 	for _, m := range mates {
-		all = append(all, candidate{m.id, m})
+		all = append(all, candidate{m.id, m, networkOf(m.at.addr.Addr()) == networkOf(a.at.addr.Addr())})
 	}
 	next, _ := a.u.offer(a.id, a, all, a.u.now)
 	return next
@@ -530,6 +530,86 @@ func TestWhoseInitialItIs(t *testing.T) {
 	}
 }
 
+// A device that was killed and is back under the same ID has forgotten its mate. It is
+// offered again, though what it was seems to be connected.
+func TestBackUnderTheSameID(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	u.tick(busyHold)
+	if got := a.told(b); got != "" {
+		t.Errorf("offered %v, which it has met", got)
+	}
+	back := u.actor("192.0.2.1:3")
+	back.id = a.id
+	u.connected(back, b, "aaaaaaaA", "bbbbbbbB")
+}
+
+// A relay that has restarted knows nobody. Who dials it, and its mates in the same
+// moment, is not told that it is not the mate.
+func TestDialsOfNewcomersWait(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	relay, mate := longPacket(initial, "firstdest", "toRelay!"), longPacket(initial, "firstdest", "toMate!!")
+	if left := a.says(relay, mate); !bytes.Equal(left, relay) {
+		t.Errorf("%d bytes are left, want the first Initial", len(left))
+	}
+	a.told(b) // meanwhile
+	u.tick(time.Second)
+	a.says(mate)
+	u.tick(maxHold)
+	u.due()
+	b.got(mate)
+
+	// One who has no mates gets through.
+	c := u.actor("192.0.2.3:3")
+	for i := range 6 {
+		d := longPacket(initial, "firstdest", fmt.Sprintf("dial%04d", i))
+		left := c.says(d)
+		if dropped := len(left) == 0; dropped != (i > 0 && i < newcomerDials) {
+			t.Errorf("dial %d is dropped: %v", i, dropped)
+		}
+		if left := c.says(d); !bytes.Equal(left, d) {
+			t.Errorf("dial %d is dropped twice", i)
+		}
+	}
+}
+
+// Of whom no answer told, and other mates may have, each is tried in its turn.
+func TestInitialsThatNoAnswerLedTo(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a := u.actor("192.0.2.1:1")
+	var mates []*actor
+	for i := range 3 {
+		mates = append(mates, u.actor(fmt.Sprintf("192.0.2.%d:2", i+2)))
+	}
+	a.told(mates...)
+	u.tick(offerTime)
+	for i := range mates {
+		a.says(longPacket(initial, fmt.Sprintf("firstdest%d", i), fmt.Sprintf("dial%04d", i)))
+	}
+	for _, m := range mates {
+		if f := u.flow(a, m); f == nil || len(f.dials) != 1 {
+			t.Errorf("%v is not dialled", m.id)
+		}
+	}
+}
+
+// A device that was killed and is back is at the address of what it was, which seems
+// to be here for a while: its other mates come first.
+func TestNearMatesComeLast(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	before, now, mate := u.actor("192.0.2.1:1"), u.actor("192.0.2.1:2"), u.actor("192.0.2.9:9")
+	next, others := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now)
+	if next != mate.id || !slices.Equal(others, []peer.ID{before.id}) {
+		t.Errorf("offered %v beside %v, want the one elsewhere, and the near one without", next, others)
+	}
+	u.connected(now, mate, "aaaaaaaa", "bbbbbbbb")
+	if next, _ := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now); next != before.id {
+		t.Errorf("offered %v, want the near one, as the only one not met", next)
+	}
+}
+
 // Mates are offered one at a time, the newest first, and those with which the asker
 // has another connection last.
 func TestOffersTakeTurns(t *testing.T) {
@@ -633,7 +713,7 @@ func TestFlowsEnd(t *testing.T) {
 			u.tick(2 * groupAge)
 			u.sweep(u.now)
 			u.sweep(u.now)
-			if u.flows != 0 || len(u.clients) != 0 || len(u.sides[0].ends) != 0 || len(u.sides[0].legs) != 0 || u.sides[0].used.Load() {
+			if u.flows != 0 || len(u.clients) != 0 || len(u.sides[0].ends) != 0 || len(u.sides[0].legs) != 0 {
 				t.Errorf("left: %d flows, %d clients, %d ends, %d IDs", u.flows, len(u.clients), len(u.sides[0].ends), len(u.sides[0].legs))
 			}
 		})
@@ -721,7 +801,7 @@ func TestFloodsOfInitials(t *testing.T) {
 		}
 	}
 	attacker := u.actor("192.0.2.1:1")
-	u.end(attacker.id, attacker)
+	u.end(attacker.id, attacker, u.now)
 	for range 1000 {
 		attacker.says(random())
 	}
@@ -904,7 +984,7 @@ func BenchmarkBridgeRoute(b *testing.B) {
 	u.connected(a, other, "aaaaaaaA", "cccccccc")
 	for i := range 10_000 {
 		c := u.actor(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 1).String())
-		u.end(c.id, c)
+		u.end(c.id, c, u.now)
 	}
 	for _, e := range u.sides[0].ends {
 		for _, f := range e.flows {

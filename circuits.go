@@ -27,9 +27,10 @@ import (
 // the relay service's access control, and its metrics tracer: only as such can it
 // see when a circuit ends.
 type circuits struct {
-	log   *slog.Logger
-	tally *tally
-	most  int // open at once
+	log     *slog.Logger
+	tally   *tally
+	most    int           // open at once
+	reserve func(peer.ID) // is called with each peer that asks for a reservation
 
 	mu          sync.Mutex
 	established int
@@ -38,8 +39,8 @@ type circuits struct {
 	drained     chan struct{} // closed when draining and none are open
 }
 
-func newCircuits(most int, log *slog.Logger, t *tally) *circuits {
-	return &circuits{log: log, tally: t, most: most, drained: make(chan struct{})}
+func newCircuits(most int, log *slog.Logger, t *tally, reserve func(peer.ID)) *circuits {
+	return &circuits{log: log, tally: t, most: most, reserve: reserve, drained: make(chan struct{})}
 }
 
 // serve starts the relay service on h, where cfg limits each circuit, and bandwidth,
@@ -93,13 +94,16 @@ func (c *circuits) closeIfDrained() {
 	}
 }
 
-func (c *circuits) AllowReserve(peer.ID, ma.Multiaddr) bool {
+func (c *circuits) AllowReserve(id peer.ID, _ ma.Multiaddr) bool {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.draining {
+	draining := c.draining
+	c.mu.Unlock()
+	if draining {
 		c.tally.refuse(refusedStopping)
+		return false
 	}
-	return !c.draining
+	c.reserve(id)
+	return true
 }
 
 // AllowConnect comes just before ConnectionOpened, but not in one step with it:

@@ -192,6 +192,10 @@ const (
 	// QUIC connection uses three, and two may begin at once.
 	legIDs = 8
 
+	// newcomers is of how many addresses, each for IPv4 and IPv6, it is known that
+	// somebody dials from there who is not here: 64 KiB of each.
+	newcomers = 1024
+
 	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows
 	// of 650 (TestFlowsTakeLittleMemory), an eighth of a dial of 6000 that is held, the
 	// mates it was told, its end and its groups.

@@ -17,6 +17,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -46,6 +47,10 @@ type peers struct {
 	// with the peer's last connection.
 	identified map[peer.ID]identified
 
+	// reserved are the connected peers that have asked for a reservation, so that
+	// circuits to them may be possible.
+	reserved map[peer.ID]struct{}
+
 	// awaited has a channel for each connection, by ID, on whose client somebody waits to
 	// be identified. It is closed then.
 	awaited map[string]chan struct{}
@@ -55,6 +60,7 @@ type peers struct {
 type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 	punches bool           // makes a direct connection by itself where it has a circuit
+	circuit bool           // takes circuits
 
 	// reachedAt is, for each of its connections by ID, the address at which it reaches
 	// this relay: as the client sees it, so on the far side of a NAT of ours. nil: the
@@ -63,7 +69,8 @@ type identified struct {
 }
 
 func newPeers(log *slog.Logger) *peers {
-	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified), awaited: make(map[string]chan struct{})}
+	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified),
+		reserved: make(map[peer.ID]struct{}), awaited: make(map[string]chan struct{})}
 }
 
 // follow keeps p up to date with h's connections until p.close.
@@ -105,6 +112,7 @@ func (p *peers) loop() {
 			p.learn(e.Conn, identified{
 				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
 				punches: slices.Contains(e.Protocols, holepunch.Protocol),
+				circuit: slices.Contains(e.Protocols, proto.ProtoIDv2Stop),
 			}, reachedAddr(e.ObservedAddr, e.Conn.RemoteMultiaddr()))
 		case event.EvtPeerConnectednessChanged:
 			if e.Connectedness == network.NotConnected {
@@ -154,6 +162,7 @@ func (p *peers) forget(id peer.ID) {
 	}
 	p.mu.Lock()
 	delete(p.identified, id)
+	delete(p.reserved, id)
 	p.mu.Unlock()
 	p.left(id)
 }
@@ -186,12 +195,25 @@ func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	return p.identified[id].reachedAt[c.ID()]
 }
 
-// punches reports whether a connected peer makes a direct connection by itself where
-// it has a circuit.
-func (p *peers) punches(id peer.ID) bool {
+// reserve notes that a connected peer has asked for a reservation.
+func (p *peers) reserve(id peer.ID) {
+	p.mu.Lock()
+	p.reserved[id] = struct{}{}
+	p.mu.Unlock()
+	if !p.connected(id) { // as in learn
+		p.forget(id)
+	}
+}
+
+// punch reports whether asker and mate can make a direct connection by themselves:
+// both say that they punch holes, or there can be a circuit from one to the other.
+// (rust-libp2p's clients do not tell a relay that they punch.)
+func (p *peers) punch(asker, mate peer.ID) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.identified[id].punches
+	a, m := p.identified[asker], p.identified[mate]
+	_, reserved := p.reserved[mate]
+	return a.punches && m.punches || a.circuit && reserved
 }
 
 // addrs returns the addresses we give someone who asks for a peer by its ID: where

@@ -80,7 +80,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		records: newRecordStore(lim.records()),
 		broken:  make(chan error, 1),
 	}
-	r.circuits = newCircuits(lim.circuits(), log, &r.tally)
+	r.circuits = newCircuits(lim.circuits(), log, &r.tally, r.peers.reserve)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
