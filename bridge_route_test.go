@@ -69,6 +69,7 @@ type bridgeUnderTest struct {
 func newBridgeUnderTest(t testing.TB, clients int) *bridgeUnderTest {
 	b := newBridge(slog.New(slog.DiscardHandler), new(tally), limits{clients: clients}, newPeers(slog.New(slog.DiscardHandler)), nil)
 	b.network = nobody{}
+	b.testOnlyAfter = func(time.Duration, func()) {} // due does it
 	u := &bridgeUnderTest{b, t, new(wire), time.Hour}
 	// So that what reads the clock is never far from u.now.
 	b.began = time.Now().Add(-u.now)
@@ -536,7 +537,7 @@ func TestBackUnderTheSameID(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
 	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
-	u.tick(busyHold)
+	u.tick(busyHold + time.Second)
 	if got := a.told(b); got != "" {
 		t.Errorf("offered %v, which it has met", got)
 	}
