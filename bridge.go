@@ -92,6 +92,32 @@ const (
 	// metTime is how lately both sides of a flow have sent something where the two
 	// are taken to be connected: the clients do so every 5 s.
 	metTime = 12 * time.Second
+
+	// reorderTime is by how much packets may be late that were sent before others, and
+	// settledTime after how long it is decided to whom an unknown ID belongs.
+	reorderTime = 20 * time.Millisecond
+	settledTime = 100 * time.Millisecond
+
+	// switchTime is how long after a handshake's last packet a client may use another
+	// ID for the first time: it needs the first one that the other issued encrypted. A
+	// client that goes on with the one it has for stayTime will stay with it: those of
+	// quinn that dialled do.
+	switchTime = 10 * time.Second
+	stayTime   = time.Second
+
+	// newcomerTime is how long what somebody dials is taken to be at one moment, and
+	// newcomerDials how many at most: those of one who dials more are all let through.
+	newcomerTime  = time.Second
+	newcomerDials = 4
+
+	// switchPackets is after how many packets with one ID quic-go may take another:
+	// PacketsPerConnectionID / 2 is 5000, less those that were lost on the way here.
+	switchPackets = 4000
+
+	// An ID of fewer than minID bytes could be met by accident. quic-go's have 4,
+	// quinn's 8, and none more than maxID (RFC 9000, 17.2).
+	minID = 4
+	maxID = 20
 )
 
 // clock is the time since the bridge began. It is never 0.
@@ -349,15 +375,6 @@ func (b *bridge) drain() {
 	b.lock()
 	defer b.unlock()
 	b.closed = true
-}
-
-// tap takes a socket, and returns what is to be shown what arrives there.
-func (b *bridge) tap(s udpSocket) tapped {
-	sd := b.sideOf(addrPort(s.LocalAddr()).Addr())
-	b.lock()
-	defer b.unlock()
-	sd.socket = s
-	return sd.take
 }
 
 func (b *bridge) sideOf(addr netip.Addr) *side {
@@ -619,4 +636,54 @@ func (b *bridge) debug(msg string, args ...any) {
 	if b.log.Enabled(context.Background(), slog.LevelDebug) {
 		b.log.Debug(msg, args...)
 	}
+}
+
+// letGo holds a dial no longer.
+func (b *bridge) letGo(d *dial) {
+	if d.holding {
+		d.holding = false
+		b.holding--
+	}
+	d.held = nil
+}
+
+// connID is a connection ID.
+type connID struct {
+	length uint8
+	bytes  [maxID]byte
+}
+
+func (id *connID) is(d []byte) bool {
+	n := int(id.length)
+	return len(d) > n && string(d[:n]) == string(id.bytes[:n])
+}
+
+// unknownID is one that a client began to use and that no header has shown.
+type unknownID struct {
+	key   uint64
+	since clock
+	seen  int
+}
+
+// stray is an Initial of a client for which it has no mate.
+type stray struct {
+	id uint64 // key of its source ID
+	at clock
+}
+
+// newcomer is an address from which somebody dials who is not known here.
+type newcomer struct {
+	addr  uint64 // its hash
+	at    clock
+	ids   [newcomerDials]uint64 // of the source IDs
+	dials int
+}
+
+// stretch is a part of a message whose datagrams all go the same way.
+type stretch struct {
+	message  int
+	from, to int     // in the message's data
+	leg      *leg    // by which they came; nil: they are quic-go's
+	target   *target // nil: they are dropped
+	known    bool    // one of them has an ID that belongs to the leg
 }

@@ -1,12 +1,12 @@
 package main
 
+// Handshakes over the bridge, and whose packets they are that no header has shown: all
+// that needs both locks, and so some thought.
+
 import (
 	"cmp"
 	"slices"
 )
-
-// Handshakes over the bridge, and whose packets they are that no header has shown: all
-// that needs both locks, and so some thought.
 
 // decide says where a datagram from e goes. It is called with both locks held.
 func (b *bridge) decide(e *end, d []byte, now clock) hop {
@@ -312,15 +312,6 @@ func (b *bridge) release(f *flow, d *dial) {
 		to.send([][]byte{p}, len(p), 0)
 		b.tally.bridgedBytes.Add(int64(len(p)))
 	}
-}
-
-// letGo holds a dial no longer.
-func (b *bridge) letGo(d *dial) {
-	if d.holding {
-		d.holding = false
-		b.holding--
-	}
-	d.held = nil
 }
 
 // busy reports whether e is being called by others than f, and has not switched yet

@@ -1,5 +1,10 @@
 package main
 
+// Whom a client may dial over the bridge: which of its mates an answer names with the
+// relay's own address, and for which of them an Initial is that comes then. A client
+// cannot say so: to its mate it is the first packet of a connection, and no name is in
+// it. So each is offered one mate at a time.
+
 import (
 	"slices"
 
@@ -7,11 +12,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 )
-
-// Whom a client may dial over the bridge: which of its mates an answer names with the
-// relay's own address, and for which of them an Initial is that comes then. A client
-// cannot say so: to its mate it is the first packet of a connection, and no name is in
-// it. So each is offered one mate at a time.
 
 // mate is one to name in an answer.
 type mate struct {

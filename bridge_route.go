@@ -6,121 +6,10 @@ package main
 // comparison of a few bytes for a packet that follows another of its kind.
 
 import (
-	"crypto/rand"
-	"encoding/binary"
 	"hash/maphash"
-	"math/bits"
 	"net/netip"
 	"slices"
-	"time"
-
-	"github.com/quic-go/quic-go"
 )
-
-const (
-	// relayIDLength is the length of the connection IDs that the relay gives out for
-	// its own connections, in bytes. Half of each is random, and half a keyed hash of
-	// that, by which it is known.
-	relayIDLength = 8
-
-	// An ID of fewer than minID bytes could be met by accident. quic-go's have 4,
-	// quinn's 8, and none more than maxID (RFC 9000, 17.2).
-	minID = 4
-	maxID = 20
-
-	// reorderTime is by how much packets may be late that were sent before others, and
-	// settledTime after how long it is decided to whom an unknown ID belongs.
-	reorderTime = 20 * time.Millisecond
-	settledTime = 100 * time.Millisecond
-
-	// switchTime is how long after a handshake's last packet a client may use another
-	// ID for the first time: it needs the first one that the other issued encrypted. A
-	// client that goes on with the one it has for stayTime will stay with it: those of
-	// quinn that dialled do.
-	switchTime = 10 * time.Second
-	stayTime   = time.Second
-
-	// newcomerTime is how long what somebody dials is taken to be at one moment, and
-	// newcomerDials how many at most: those of one who dials more are all let through.
-	newcomerTime  = time.Second
-	newcomerDials = 4
-
-	// switchPackets is after how many packets with one ID quic-go may take another:
-	// PacketsPerConnectionID / 2 is 5000, less those that were lost on the way here.
-	switchPackets = 4000
-)
-
-// connID is a connection ID.
-type connID struct {
-	length uint8
-	bytes  [maxID]byte
-}
-
-func (id *connID) is(d []byte) bool {
-	n := int(id.length)
-	return len(d) > n && string(d[:n]) == string(id.bytes[:n])
-}
-
-// unknownID is one that a client began to use and that no header has shown.
-type unknownID struct {
-	key   uint64
-	since clock
-	seen  int
-}
-
-// stray is an Initial of a client for which it has no mate.
-type stray struct {
-	id uint64 // key of its source ID
-	at clock
-}
-
-// newcomer is an address from which somebody dials who is not known here.
-type newcomer struct {
-	addr  uint64 // its hash
-	at    clock
-	ids   [newcomerDials]uint64 // of the source IDs
-	dials int
-}
-
-// stretch is a part of a message whose datagrams all go the same way.
-type stretch struct {
-	message  int
-	from, to int     // in the message's data
-	leg      *leg    // by which they came; nil: they are quic-go's
-	target   *target // nil: they are dropped
-	known    bool    // one of them has an ID that belongs to the leg
-}
-
-// verdict is what becomes of a datagram.
-type verdict int
-
-const (
-	toRelay verdict = iota
-	toNobody
-	toMate
-	unsure // needs both locks
-)
-
-// GenerateConnectionID and ConnectionIDLen make b what gives quic-go's Transport
-// its connection IDs.
-func (b *bridge) GenerateConnectionID() (quic.ConnectionID, error) {
-	var id [relayIDLength]byte
-	rand.Read(id[:relayIDLength/2])
-	binary.LittleEndian.PutUint32(id[relayIDLength/2:], b.mark(id[:relayIDLength/2]))
-	return quic.ConnectionIDFromBytes(id[:]), nil
-}
-
-func (*bridge) ConnectionIDLen() int { return relayIDLength }
-
-func (b *bridge) mark(random []byte) uint32 { return uint32(maphash.Bytes(b.seed, random)) }
-
-// isOurs reports whether id begins with a connection ID that this relay gave out.
-func (b *bridge) isOurs(id []byte) bool {
-	return len(id) >= relayIDLength && binary.LittleEndian.Uint32(id[relayIDLength/2:]) == b.mark(id[:relayIDLength/2])
-}
-
-// key names an ID in packets that come from e.
-func (b *bridge) key(e *end, id []byte) uint64 { return maphash.Bytes(b.seed, id) ^ e.salt }
 
 // take is shown what was read from the side's socket, and leaves what is for
 // quic-go. Its one caller is the reader.
@@ -272,19 +161,16 @@ func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
 		*n = newcomer{addr: addr, at: now, ids: [newcomerDials]uint64{id}, dials: 1}
 		return toRelay
 	}
-	if n.dials == newcomerDials || slices.Contains(n.ids[:n.dials], id) {
+	if n.dials == newcomerDials { // a crowd behind one address, for as long as it comes
+		n.at = now
+		return toRelay
+	}
+	if slices.Contains(n.ids[:n.dials], id) {
 		return toRelay
 	}
 	n.ids[n.dials] = id
 	n.dials++
 	return toNobody
-}
-
-// hop is where a datagram goes.
-type hop struct {
-	verdict verdict
-	legs    [2]*leg // by which it goes to a mate; of two, nobody can tell yet which
-	known   bool    // it has an ID that belongs to the leg
 }
 
 // follow finds where a packet goes that needs no thought, with the lock of sd. The
@@ -316,21 +202,6 @@ func (sd *side) follow(e *end, d []byte) hop {
 		return hop{verdict: unsure}
 	}
 	return hop{verdict: toMate, legs: [2]*leg{l}, known: true}
-}
-
-// find finds the leg to which the ID belongs that begins a short header, the longest
-// of those that it could be.
-func (b *bridge) find(e *end, d []byte) (*leg, []byte) {
-	for left := e.lengths; left != 0; {
-		n := bits.Len32(left) - 1
-		left &^= 1 << n
-		if len(d) > n {
-			if l := e.side.legs[b.key(e, d[1:1+n])]; l != nil {
-				return l, d[1 : 1+n]
-			}
-		}
-	}
-	return nil, nil
 }
 
 // charge counts a run, and drops it if it is more than may be carried. It is called
@@ -382,55 +253,11 @@ func (b *bridge) allowed(n, size int64, now clock) (allowed int64) {
 	return allowed
 }
 
-// isLong reports whether d has a long header (RFC 8999, 5.1).
-func isLong(d []byte) bool { return d[0]&0x80 != 0 }
-
-// longIDs reads the connection IDs of a long header (RFC 8999, 5.1).
-func longIDs(d []byte) (dest, source []byte, ok bool) {
-	const before = 1 + 4 // first byte, version
-	if len(d) < before+1 {
-		return nil, nil, false
-	}
-	n := int(d[before])
-	if n > maxID || len(d) < before+1+n+1 {
-		return nil, nil, false
-	}
-	rest := d[before+1:]
-	dest, rest = rest[:n], rest[n:]
-	n = int(rest[0])
-	if n > maxID || len(rest) < 1+n {
-		return nil, nil, false
-	}
-	return dest, rest[1 : 1+n], true
-}
-
-// isInitial reports whether d, which has a long header, begins a connection of QUIC
-// version 1 (RFC 9000, 14.1 and 17.2.2), if dest is its destination's ID.
-func isInitial(d, dest []byte) bool {
-	return binary.BigEndian.Uint32(d[1:]) == 1 && d[0]&0x30 == 0 && len(d) >= 1200 && len(dest) >= 8
-}
-
-// learn notes that packets that come by l carry id. If short, it may begin a short
-// header.
-func (b *bridge) learn(l *leg, id []byte, short bool) {
-	n, e := len(id), l.end
-	if n < minID || n > maxID || b.isOurs(id) {
-		return
-	}
-	key := b.key(e, id)
-	if e.side.legs[key] != nil {
-		return // and stays whose it is
-	}
-	at := l.idCount % legIDs
-	if l.idCount >= legIDs {
-		delete(e.side.legs, l.ids[at])
-		e.last = nil
-	}
-	l.ids[at] = key
-	l.idCount++
-	e.side.legs[key] = l
-	if short {
-		l.idLength = uint8(n)
-		e.lengths |= 1 << n
-	}
+// tap takes a socket, and returns what is to be shown what arrives there.
+func (b *bridge) tap(s udpSocket) tapped {
+	sd := b.sideOf(addrPort(s.LocalAddr()).Addr())
+	b.lock()
+	defer b.unlock()
+	sd.socket = s
+	return sd.take
 }

@@ -17,7 +17,6 @@ import (
 	"log/slog"
 	"math/big"
 	"net"
-	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -34,8 +33,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
-	xipv4 "golang.org/x/net/ipv4"
-	xipv6 "golang.org/x/net/ipv6"
 	"golang.org/x/time/rate"
 )
 
@@ -96,70 +93,6 @@ type quicSockets struct {
 	testOnlyPlain bool
 
 	transports []*quic.Transport // one for each socket
-}
-
-// udpSocket is a UDP socket as quic-go uses it, from which a tap can send.
-type udpSocket interface {
-	quic.OOBCapablePacketConn
-
-	// show sets the tap that sees what arrives. It is called before the first read.
-	show(tapped)
-
-	// send sends datagrams of size bytes, the last one of each part perhaps shorter,
-	// with these ECN bits, from the address of this machine that from names. The
-	// address to is of the socket's family. Together the parts have at most maxSend
-	// bytes and maxSegments datagrams, unless there is only one part. send never
-	// waits: what the system does not accept is lost, as any packet may be. Several
-	// goroutines may call it.
-	send(parts [][]byte, size int, ecn byte, to netip.AddrPort, from source)
-}
-
-const (
-	// maxSend is the most that UDP over IPv6 carries in one message, in bytes, and
-	// maxSegments how many datagrams a kernel before 6.10 makes of it
-	// (UDP_MAX_SEGMENTS).
-	maxSend     = 1<<16 - 1 - 40 - 8
-	maxSegments = 64
-)
-
-// tapped is a function that sees what has arrived before quic-go does, and takes out
-// what is not for quic-go. It must not keep what it is given.
-type tapped func([]arrival)
-
-// arrival is what came from one sender in one message: datagrams of size bytes, the
-// last one perhaps shorter.
-type arrival struct {
-	from netip.AddrPort // an IPv4 address is never mapped into IPv6
-	size int
-	ecn  byte // the two bits of the IP header (RFC 3168)
-	data []byte
-}
-
-// source is a control message that says from which address of this machine a datagram
-// is sent. With nil the system chooses.
-type source []byte
-
-// sourceOf returns the control message for addr, or nil if addr is not valid or the
-// system knows no such message.
-func sourceOf(addr netip.Addr) source {
-	switch {
-	case addr.Is4():
-		return (&xipv4.ControlMessage{Src: addr.AsSlice()}).Marshal()
-	case addr.Is6():
-		return (&xipv6.ControlMessage{Src: addr.AsSlice()}).Marshal()
-	}
-	return nil
-}
-
-// addrPort returns addr in the form of arrival.from. It is not valid if addr is not a
-// UDP address.
-func addrPort(addr net.Addr) netip.AddrPort {
-	u, ok := addr.(*net.UDPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	at := u.AddrPort()
-	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
 // newTransport returns libp2p's QUIC transport over these sockets.
