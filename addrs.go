@@ -168,6 +168,25 @@ func fitAddrs(lists ...[]ma.Multiaddr) []ma.Multiaddr {
 	return addrs
 }
 
+// reachedAddr returns the address at which a client reaches this relay, as the client
+// says at observed_addr of a connection from remote, or nil if nobody could dial it.
+func reachedAddr(said, remote ma.Multiaddr) ma.Multiaddr {
+	if len(said) > maxAddrComponents {
+		return nil
+	}
+	if _, last := ma.SplitLast(said); last != nil && last.Protocol().Code == ma.P_P2P {
+		said, _ = peer.SplitAddr(said)
+	}
+	if !isQUICAddr(said) || isDNS(said) || said[1].Value() == "0" {
+		return nil
+	}
+	ip := ipOf(said)
+	if ip.IsUnspecified() || ip.IsMulticast() || ip.IsLoopback() && !manet.IsIPLoopback(remote) {
+		return nil
+	}
+	return said
+}
+
 // isQUICAddr reports whether a is an IP address or DNS name, a UDP port and QUIC
 // v1, and nothing more.
 func isQUICAddr(a ma.Multiaddr) bool {

@@ -4,6 +4,7 @@ package main
 // anyone can prevent it.
 
 import (
+	"slices"
 	"testing"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
@@ -12,17 +13,44 @@ import (
 )
 
 // The user's moment in a network of strangers: a device that finds a record learns at
-// once where its publisher is. No other answer tells it.
-func TestPublisherIsNamedAmongStrangers(t *testing.T) {
+// once where the other devices are. No other answer tells it. A device whose own record
+// is the last one learns it, too.
+func TestMatesAreNamedAmongStrangers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	clients := joinCrowd(t, r, 100)
 	for i := range 20 {
-		publisher, seeker, key := clients[5*i], clients[5*i+1], newGroupKey()
-		publisher.mustAsk(t, putMessage(key, publisher.id))
-		if got := seeker.mustAsk(t, getMessage(key))[publisher.id]; len(got) == 0 || !got[0].Equal(publisher.seenAt()) {
-			t.Errorf("the publisher is named with %v, want %v first", got, publisher.seenAt())
+		first, second, seeker, key := clients[5*i], clients[5*i+1], clients[5*i+2], newGroupKey()
+		first.mustAsk(t, putMessage(key, first.id))
+		if got := seeker.mustAsk(t, getMessage(key))[first.id]; len(got) == 0 || !got[0].Equal(first.seenAt()) {
+			t.Errorf("the other device is named with %v, want %v first", got, first.seenAt())
 		}
-		publisher.mustAsk(t, getMessage(key)) // which must not name the publisher to itself
+		second.mustAsk(t, putMessage(key, second.id))
+		for asker, mate := range map[*lightClient]*lightClient{first: second, second: first} {
+			if got := asker.mustAsk(t, getMessage(key)); len(got) != 1 || len(got[mate.id]) == 0 || !got[mate.id][0].Equal(mate.seenAt()) {
+				t.Errorf("the answer names %v, want the other device alone, with %v first", got, mate.seenAt())
+			}
+		}
+	}
+}
+
+// A device that was killed and is back under a new ID is dialled before its old ID is.
+func TestNewestMateIsNamedFirst(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	clients, key := joinCrowd(t, r, 6), newGroupKey()
+	for _, c := range clients {
+		c.mustAsk(t, putMessage(key, c.id))
+	}
+	clients[2].mustAsk(t, putMessage(key, clients[2].id))
+	resp, err := clients[0].ask(testContext(t), getMessage(key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []peer.ID
+	for _, p := range resp.CloserPeers {
+		got = append(got, peer.ID(p.Id))
+	}
+	if want := []peer.ID{clients[2].id, clients[5].id, clients[4].id, clients[3].id, clients[1].id}; !slices.Equal(got, want) {
+		t.Errorf("the answer names %v, want %v", got, want)
 	}
 }
 
@@ -45,31 +73,17 @@ func TestTargetIsNamedFirst(t *testing.T) {
 	}
 }
 
-// One household, or a few: everyone is named, so that two devices whose dials have to
-// cross learn of each other.
-func TestSmallNetworkNamesEverybody(t *testing.T) {
-	r := newTestRelay(t, defaultConfig(t))
-	clients := joinCrowd(t, r, maxNamed)
-	asker, key := clients[0], newGroupKey()
-	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(key)} {
-		if named := asker.mustAsk(t, req); len(named) != maxNamed-1 {
-			t.Errorf("%v: %d peers are named, want all %d others", req.Type, len(named), maxNamed-1)
-		}
-	}
-	// The walk before a PUT would wait for every peer that is named.
-	if named := asker.mustAsk(t, findMessage(key)); len(named) > 0 {
-		t.Errorf("before a PUT %d peers are named, want none", len(named))
-	}
-}
-
-// In a large network a client must not spend its queries on strangers, nor fill its
-// routing table with them until it stops asking the relay.
-func TestLargeNetworkNamesNoStrangers(t *testing.T) {
-	r := newTestRelay(t, defaultConfig(t))
-	clients := joinCrowd(t, r, 100)
-	for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(newGroupKey()), findMessage(newGroupKey())} {
-		if named := clients[0].mustAsk(t, req); len(named) > 0 {
-			t.Errorf("%v: %d peers are named, want none", req.Type, len(named))
+// A client must not spend its queries on strangers, nor fill its routing table with
+// them until it stops asking the relay. And a stranger must not learn where it is.
+func TestNoStrangersAreNamed(t *testing.T) {
+	for _, size := range []int{2, maxNamed, 100} {
+		r := newTestRelay(t, defaultConfig(t))
+		clients, key := joinCrowd(t, r, size), newGroupKey()
+		clients[1].mustAsk(t, putMessage(key, clients[1].id))
+		for _, req := range []*kadpb.Message{findMessage([]byte(newTestPeerID(t))), getMessage(newGroupKey()), findMessage(newGroupKey()), findMessage(key)} {
+			if named := clients[0].mustAsk(t, req); len(named) > 0 {
+				t.Errorf("among %d clients, %v: %d peers are named, want none", size, req.Type, len(named))
+			}
 		}
 	}
 }
@@ -95,7 +109,7 @@ func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 		}
 	}
 
-	// A record in another peer's name points at that peer's address, if it is here.
+	// A record in another peer's name points at nobody.
 	for _, absent := range []peer.ID{newTestPeerID(t), "", "no peer ID", r.info.ID} {
 		key := newGroupKey()
 		bad.mustAsk(t, putMessage(key, absent))
@@ -103,10 +117,11 @@ func TestNobodyIsPointedAtAThirdParty(t *testing.T) {
 			t.Errorf("publisher %q is named with %v, but is not connected", absent, got)
 		}
 	}
+	// Not even at a bystander who is here: it did not put the record.
 	key := newGroupKey()
 	bad.mustAsk(t, putMessage(key, bystander.id))
-	if got := seeker.mustAsk(t, getMessage(key))[bystander.id]; len(got) == 0 || !got[0].Equal(bystander.seenAt()) {
-		t.Errorf("the bystander is named with %v, want the address at which it is seen", got)
+	if got := seeker.mustAsk(t, getMessage(key)); len(got) != 1 || len(got[bad.id]) == 0 {
+		t.Errorf("the answer names %v, want the peer that put the record alone", got)
 	}
 }
 

@@ -27,9 +27,10 @@ import (
 // the relay service's access control, and its metrics tracer: only as such can it
 // see when a circuit ends.
 type circuits struct {
-	log   *slog.Logger
-	tally *tally
-	most  int // open at once
+	log     *slog.Logger
+	tally   *tally
+	most    int           // open at once
+	reserve func(peer.ID) // is called with each peer that asks for a reservation
 
 	mu          sync.Mutex
 	established int
@@ -38,15 +39,15 @@ type circuits struct {
 	drained     chan struct{} // closed when draining and none are open
 }
 
-func newCircuits(most int, log *slog.Logger, t *tally) *circuits {
-	return &circuits{log: log, tally: t, most: most, drained: make(chan struct{})}
+func newCircuits(most int, log *slog.Logger, t *tally, reserve func(peer.ID)) *circuits {
+	return &circuits{log: log, tally: t, most: most, reserve: reserve, drained: make(chan struct{})}
 }
 
-// serve starts the relay service on h, where cfg limits each circuit. Close the
-// service before h.
-func (c *circuits) serve(h host.Host, lim limits, cfg config) (*circuit.Relay, error) {
-	if cfg.maxBandwidth > 0 {
-		h = newPacedHost(h, cfg.maxBandwidth)
+// serve starts the relay service on h, where cfg limits each circuit, and bandwidth,
+// unless it is nil, all of them together. Close the service before h.
+func (c *circuits) serve(h host.Host, lim limits, cfg config, bandwidth *rate.Limiter) (*circuit.Relay, error) {
+	if bandwidth != nil {
+		h = newPacedHost(h, bandwidth)
 	}
 	return circuit.New(h,
 		circuit.WithResources(lim.circuitResources(cfg.circuitDuration, cfg.circuitBytes)),
@@ -93,13 +94,16 @@ func (c *circuits) closeIfDrained() {
 	}
 }
 
-func (c *circuits) AllowReserve(peer.ID, ma.Multiaddr) bool {
+func (c *circuits) AllowReserve(id peer.ID, _ ma.Multiaddr) bool {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.draining {
+	draining := c.draining
+	c.mu.Unlock()
+	if draining {
 		c.tally.refuse(refusedStopping)
+		return false
 	}
-	return !c.draining
+	c.reserve(id)
+	return true
 }
 
 // AllowConnect comes just before ConnectionOpened, but not in one step with it:
@@ -187,21 +191,24 @@ const (
 // share.
 type pacedHost struct {
 	host.Host
-	limiter   *rate.Limiter
-	bandwidth int64         // bytes per second
+	bandwidth *rate.Limiter
 	waiting   *atomic.Int64 // circuits
 }
 
-// newPacedHost shares bandwidth, in bytes per second, among all circuits.
-func newPacedHost(h host.Host, bandwidth int64) pacedHost {
+// newBandwidth limits what is carried to so many bytes per second.
+func newBandwidth(bytes int64) *rate.Limiter {
 	// A busy machine oversleeps. It may catch up with a tenth of a second.
-	burst := int(min(max(bandwidth/10, circuitBuffer), 1<<30))
-	return pacedHost{h, rate.NewLimiter(rate.Limit(bandwidth), burst), bandwidth, new(atomic.Int64)}
+	return rate.NewLimiter(rate.Limit(bytes), int(min(max(bytes/10, circuitBuffer), 1<<30)))
+}
+
+// newPacedHost shares bandwidth among all circuits.
+func newPacedHost(h host.Host, bandwidth *rate.Limiter) pacedHost {
+	return pacedHost{h, bandwidth, new(atomic.Int64)}
 }
 
 // turn returns how many bytes a circuit carries before it waits for the others.
 func (h pacedHost) turn() int {
-	round := int64(float64(h.bandwidth) * turnTime.Seconds())
+	round := int64(float64(h.bandwidth.Limit()) * turnTime.Seconds())
 	return int(min(max(round/(h.waiting.Load()+1), minTurn), maxTurn))
 }
 
@@ -239,7 +246,7 @@ func (s *pacedStream) Read(p []byte) (int, error) {
 	// Bytes are charged at once. A circuit that has carried less than its turn, such
 	// as a short message, need not wait, unless there are so many of those that the
 	// cap would not hold.
-	wait := s.host.limiter.ReserveN(time.Now(), n).Delay()
+	wait := s.host.bandwidth.ReserveN(time.Now(), n).Delay()
 	if s.carried += n; s.carried < turn && wait < 2*turnTime {
 		return n, err
 	}

@@ -61,11 +61,11 @@ func TestCircuitsShareTheBandwidth(t *testing.T) {
 
 // A circuit ends at its deadline, however many others wait for the bandwidth.
 func TestPacedStreamEndsAtItsDeadline(t *testing.T) {
-	h := newPacedHost(nil, minBandwidth)
+	h := newPacedHost(nil, newBandwidth(minBandwidth))
 	s := &pacedStream{Stream: deadlineStream{memoryStream{Reader: bytes.NewReader(make([]byte, 1<<20))}}, host: h}
-	h.limiter.ReserveN(time.Now(), h.limiter.Burst()) // as other circuits would
+	h.bandwidth.ReserveN(time.Now(), h.bandwidth.Burst()) // as other circuits would
 	for range 1000 {
-		h.limiter.ReserveN(time.Now(), minTurn)
+		h.bandwidth.ReserveN(time.Now(), minTurn)
 	}
 	s.SetDeadline(time.Now().Add(10 * time.Millisecond))
 	if n, err := s.Read(make([]byte, circuitBuffer)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -80,7 +80,7 @@ func TestPacedStreamEndsAtItsDeadline(t *testing.T) {
 // Many circuits that each carry little stay within the cap together.
 func TestShortCircuitsKeepTheCap(t *testing.T) {
 	const bandwidth, circuits = 1 << 20, 100
-	h := newPacedHost(nil, bandwidth)
+	h := newPacedHost(nil, newBandwidth(bandwidth))
 	began := time.Now()
 	for range circuits {
 		s := &pacedStream{Stream: deadlineStream{memoryStream{Reader: bytes.NewReader(make([]byte, circuitBuffer))}}, host: h}
@@ -88,7 +88,7 @@ func TestShortCircuitsKeepTheCap(t *testing.T) {
 			t.Fatalf("Read = %d, %v", n, err)
 		}
 	}
-	least := time.Duration(circuits*circuitBuffer-h.limiter.Burst())*time.Second/bandwidth - 2*turnTime
+	least := time.Duration(circuits*circuitBuffer-h.bandwidth.Burst())*time.Second/bandwidth - 2*turnTime
 	if took := time.Since(began); took < least {
 		t.Errorf("%d circuits carried %d bytes in %v, want at least %v", circuits, circuits*circuitBuffer, took, least)
 	}

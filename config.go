@@ -97,6 +97,10 @@ type config struct {
 	// verbose logs every peer and libp2p's own debug lines.
 	verbose bool
 
+	// testOnlyPlainSockets reads and sends one datagram at a time, as on systems
+	// other than Linux.
+	testOnlyPlainSockets bool
+
 	// testOnlyResolver looks up names. nil: the machine's own.
 	testOnlyResolver *net.Resolver
 }

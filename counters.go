@@ -41,19 +41,24 @@ func (r request) String() string {
 type refusal int
 
 const (
-	refusedClient        refusal = iota // all of --max-clients are here
-	refusedNetwork                      // --max-clients-per-ip of that network are here, or came within rateWindow
-	refusedConnection                   // the device has connsPerPeer
-	refusedStream                       // a device has too many, or all devices together
-	refusedMemory                       // a larger QUIC window, or a circuit's buffers
-	refusedReserve                      // a reservation: no room
-	refusedCircuit                      // one end has circuitsPerPeer, or as many as can be are open
-	refusedNoReservation                // a circuit to a device that has none
-	refusedUnanswered                   // a circuit that the other device did not take
-	refusedStopping                     // a reservation or circuit, as the relay is about to stop
-	refusedRecord                       // see checkRecord
-	refusedMessage                      // longer than maxKadMessage
-	refusalReasons                      // how many there are
+	refusedClient           refusal = iota // all of --max-clients are here
+	refusedNetwork                         // --max-clients-per-ip of that network are here, or came within rateWindow
+	refusedConnection                      // the device has connsPerPeer
+	refusedStream                          // a device has too many, or all devices together
+	refusedMemory                          // a larger QUIC window, or a circuit's buffers
+	refusedReserve                         // a reservation: no room
+	refusedCircuit                         // one end has circuitsPerPeer, or as many as can be are open
+	refusedNoReservation                   // a circuit to a device that has none
+	refusedUnanswered                      // a circuit that the other device did not take
+	refusedStopping                        // a reservation or circuit, as the relay is about to stop
+	refusedRecord                          // see checkRecord
+	refusedMessage                         // longer than maxKadMessage
+	refusedBridge                          // a bridge: one end has flowsPerClient, or as many as can be are open
+	refusedBridgeStray                     // an Initial from a client that was told of no other device
+	refusedBridgeUnanswered                // packets over the bridge that the other device did not answer
+	refusedBridgePacket                    // a packet over the bridge that could be for several devices
+	refusedBridgeBandwidth                 // packets over the bridge beyond --max-bandwidth
+	refusalReasons                         // how many there are
 )
 
 func (r refusal) String() string {
@@ -61,6 +66,7 @@ func (r refusal) String() string {
 		"max_clients", "max_clients_per_ip", "connections_of_one_client", "streams", "memory",
 		"reservation_limit", "circuit_limit", "circuit_no_reservation", "circuit_unanswered", "stopping",
 		"record", "dht_message_too_long",
+		"bridge_limit", "bridge_no_mate", "bridge_unanswered", "bridge_unknown_packet", "bridge_bandwidth",
 	}[r]
 }
 
@@ -71,6 +77,9 @@ type tally struct {
 	refused      [refusalReasons]atomic.Int64
 	reservations atomic.Int64 // held now
 	relayedBytes atomic.Int64 // by circuits, both directions
+	bridges      atomic.Int64 // open now
+	bridged      atomic.Int64 // bridges established
+	bridgedBytes atomic.Int64 // both directions
 }
 
 func (t *tally) refuse(why refusal) {
@@ -140,9 +149,11 @@ func (*tally) AllowMemory(int)                        {}
 // counters are all counts at one moment.
 type counters struct {
 	// Since the start.
-	peersServed        int // distinct peers that have connected
-	relayedConnections int // circuits established
-	relayedBytes       int64
+	peersServed        int   // distinct peers that have connected
+	relayedConnections int   // circuits and bridges established
+	relayedBytes       int64 // carried by both, both directions
+	bridged            int   // of relayedConnections, those that were bridges
+	bridgedBytes       int64 // of relayedBytes, those that bridges carried
 	requests           [requestTypes]int64
 	refused            [refusalReasons]int64
 
@@ -151,7 +162,8 @@ type counters struct {
 	connections  int // including those in the handshake
 	maxClients   int // the most connections at once
 	reservations int64
-	circuits     int // open or being opened
+	circuits     int   // open or being opened
+	bridges      int64 // open
 	records      int
 	recordBytes  int64
 }
@@ -166,9 +178,9 @@ func (c counters) attrs() []any {
 		}
 	}
 	return []any{
-		"peers_served", c.peersServed, "relayed_connections", c.relayedConnections,
-		"clients", c.clients, "reservations", c.reservations, "circuits", c.circuits,
-		"relayed_bytes", c.relayedBytes, "records", c.records, "record_bytes", c.recordBytes,
+		"peers_served", c.peersServed, "relayed_connections", c.relayedConnections, "bridged_connections", c.bridged,
+		"clients", c.clients, "reservations", c.reservations, "circuits", c.circuits, "bridges", c.bridges,
+		"relayed_bytes", c.relayedBytes, "bridged_bytes", c.bridgedBytes, "records", c.records, "record_bytes", c.recordBytes,
 		slog.Group("refused", refused...),
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
@@ -27,6 +28,7 @@ import (
 // kadServer is what a request meets on its way.
 type kadServer struct {
 	answers *answers
+	groups  *groups
 	records *recordStore
 	peers   *peers
 	tally   *tally
@@ -46,8 +48,8 @@ func (k *kadServer) serve(h host.Host) (*dht.IpfsDHT, error) {
 		dht.MaxRecordAge(maxRecordAge),
 		dht.ValueGCInterval(0), // recordStore drops by itself what is too old
 		dht.DisableProviders(), // unbounded, and clients have none
-		// peers admits to the routing table: no lookup checks of kad-dht's own,
-		// and no refreshing, which would dial what clients name.
+		// answers takes nobody from the routing table, so nobody is in it: no
+		// lookup checks, and no refreshing, which would dial what clients name.
 		dht.LookupCheckConcurrency(0),
 		dht.DisableAutoRefresh(),
 		dht.OnRequestHook(k.hook),
@@ -65,9 +67,13 @@ func (k *kadServer) hook(_ context.Context, s network.Stream, req *kadpb.Message
 		req.Record = nil
 	} else {
 		k.records.expect(req.Record, holderOf(s.Conn()))
+		id := s.Conn().RemotePeer()
+		k.groups.put(string(req.GetKey()), id, time.Now())
+		if !k.peers.connected(id) { // it has left meanwhile
+			k.groups.leave(id)
+		}
 	}
 	s.(*kadStream).request = req
-	k.peers.admit(s.Conn().RemotePeer())
 }
 
 // checkRecord returns why the record that req puts is not to be stored, or nil. It
@@ -177,8 +183,7 @@ func (s *kadStream) amend(answer []byte) ([]byte, error) {
 	if err := proto.Unmarshal(answer, resp); err != nil {
 		return nil, err
 	}
-	named := s.server.answers.choose(s.Conn().RemotePeer(), s.request, resp.Record)
-	resp.CloserPeers = kadpb.PeerInfosToPBPeers(s.server.peers.network, named)
+	resp.CloserPeers = kadpb.PeerInfosToPBPeers(s.server.peers.network, s.server.answers.choose(s.Conn(), s.request))
 	return proto.Marshal(resp)
 }
 

@@ -1,11 +1,10 @@
 package main
 
 // The other relays that the operator named (--bootstrap), which are the only hosts
-// that this one dials. It stays connected to each; its answers name them, so that
-// clients look and publish there as well; and it asks them for clients of theirs.
+// that this one dials. It stays connected to each, and its answers name them, so that
+// clients look and publish there as well.
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -14,15 +13,12 @@ import (
 	"sync"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
-	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	ma "github.com/multiformats/go-multiaddr"
-	"google.golang.org/protobuf/encoding/protodelim"
 )
 
 const (
@@ -34,19 +30,6 @@ const (
 	settleTime  = 5 * time.Second
 	minRetry    = time.Second
 	maxRetry    = 5 * time.Minute
-
-	// findTimeout is how long an answer may wait for what other relays know. A
-	// client gives a request 10 s.
-	findTimeout = 2 * time.Second
-
-	// foundAge is how long an answer is cached, "not found" included; foundPeers is
-	// for how many peers.
-	foundAge   = 10 * time.Second
-	foundPeers = 4096
-
-	// maxFinding is how many requests to other relays may run at once. Further
-	// answers do without, so that a flood here does not become one there.
-	maxFinding = 64
 )
 
 // federation is the other relays. Make it with newFederation, then call follow, and
@@ -60,32 +43,12 @@ type federation struct {
 	cancel  context.CancelFunc
 	keeping sync.WaitGroup
 	left    map[peer.ID]chan struct{} // gets a value when the relay may have left
-
-	found   *lru.Cache[peer.ID, foundAddrs]
-	finding chan struct{} // holds a value for each request that runs
-}
-
-// foundAddrs is a cached answer of other relays.
-type foundAddrs struct {
-	addrs []ma.Multiaddr
-	at    time.Time
 }
 
 // newFederation takes addresses that parseBootstrap accepts; several of one relay
 // are several ways to it.
 func newFederation(addrs []string, names *names, log *slog.Logger) (*federation, error) {
-	found, err := lru.New[peer.ID, foundAddrs](foundPeers)
-	if err != nil {
-		panic(err) // only for a size below one
-	}
-	f := &federation{
-		log:     log,
-		members: make(map[peer.ID][]ma.Multiaddr),
-		names:   names,
-		left:    make(map[peer.ID]chan struct{}),
-		found:   found,
-		finding: make(chan struct{}, maxFinding),
-	}
+	f := &federation{log: log, members: make(map[peer.ID][]ma.Multiaddr), names: names, left: make(map[peer.ID]chan struct{})}
 	for _, s := range addrs {
 		info, err := parseBootstrap(s)
 		if err != nil {
@@ -98,7 +61,7 @@ func newFederation(addrs []string, names *names, log *slog.Logger) (*federation,
 	return f, nil
 }
 
-// follow prepares f for requests of h's clients, before h listens.
+// follow prepares f to dial from h, before h listens.
 func (f *federation) follow(h host.Host) {
 	f.host = h
 	h.Network().Notify(&network.NotifyBundle{DisconnectedF: func(_ network.Network, c network.Conn) {
@@ -171,70 +134,6 @@ func (f *federation) addrs(id peer.ID) []ma.Multiaddr { return f.names.withIPs(f
 
 func (f *federation) connected(id peer.ID) bool {
 	return f.host.Network().Connectedness(id) == network.Connected
-}
-
-// find returns the address at which another relay sees the client, then those on
-// which the client says that it listens; or none, if no other relay knows it.
-func (f *federation) find(id peer.ID) []ma.Multiaddr {
-	if len(f.members) == 0 || f.members[id] != nil {
-		return nil
-	}
-	if _, err := peer.IDFromBytes([]byte(id)); err != nil || len(id) > maxPeerID {
-		return nil // any bytes can be asked for
-	}
-	if known, ok := f.found.Get(id); ok && time.Since(known.at) < foundAge {
-		return known.addrs
-	}
-	select {
-	case f.finding <- struct{}{}:
-		defer func() { <-f.finding }()
-	default:
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), findTimeout)
-	defer cancel()
-	answers := make(chan []ma.Multiaddr, len(f.members))
-	asked := 0
-	for relay := range f.members {
-		if f.connected(relay) {
-			asked++
-			go func() { answers <- f.ask(ctx, relay, id) }() // until ctx is done
-		}
-	}
-	var addrs []ma.Multiaddr
-	for ; asked > 0 && len(addrs) == 0; asked-- {
-		addrs = <-answers
-	}
-	f.found.Add(id, foundAddrs{addrs, time.Now()})
-	return addrs
-}
-
-// ask asks one relay for a client's addresses, with FIND_NODE. If the relay does not
-// answer, there are none.
-func (f *federation) ask(ctx context.Context, relay, id peer.ID) []ma.Multiaddr {
-	s, err := f.host.NewStream(network.WithNoDial(ctx, "find"), relay, kadProtocol)
-	if err != nil {
-		return nil
-	}
-	defer s.Reset()
-	defer context.AfterFunc(ctx, func() { s.Reset() })()
-	resp := new(kadpb.Message)
-	_, err = protodelim.MarshalTo(s, kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(id), 0))
-	if err == nil {
-		err = protodelim.UnmarshalOptions{MaxSize: maxKadMessage}.UnmarshalFrom(bufio.NewReader(s), resp)
-	}
-	if err != nil {
-		f.log.Debug("other relay did not answer", "peer", relay, "err", err)
-		return nil
-	}
-	for _, p := range resp.CloserPeers {
-		if peer.ID(p.Id) == id && len(p.Addresses()) > 0 {
-			// An answer begins with where the client was observed, and so does ours.
-			addrs, via := p.Addresses(), s.Conn().RemoteMultiaddr()
-			return fitAddrs(usableAddrs(id, addrs[:1], via), usableAddrs(id, addrs[1:], via))
-		}
-	}
-	return nil
 }
 
 // federation is the connection gater too: every dial fails but those to other

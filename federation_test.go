@@ -15,7 +15,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
-	ma "github.com/multiformats/go-multiaddr"
 )
 
 func (r testRelay) bootstrapFlag() string {
@@ -171,65 +170,6 @@ func TestClientsOfDifferentRelaysMeet(t *testing.T) {
 	}
 }
 
-// A mate at another relay is named with the address at which that relay sees it,
-// because a dial gets through there.
-func TestClientOfAnotherRelayIsNamed(t *testing.T) {
-	there := newTestRelay(t, defaultConfig(t))
-	here := newTestRelay(t, defaultConfig(t, there.bootstrapFlag()))
-	here.waitConnected(t, there.info.ID)
-	c := newCrowd(t, 2)
-	liar := newLightIdentity(t)
-	liar.listen = []ma.Multiaddr{ma.StringCast("/ip4/203.0.113.66/udp/6666/quic-v1")}
-	mate, seeker := c.join(t, there, liar), c.join(t, here, newLightIdentity(t))
-	eventually(t, "both are identified", func() bool { return there.knows(mate.id) && here.knows(seeker.id) })
-
-	got := seeker.mustAsk(t, findMessage([]byte(mate.id)))
-	if addrs := got[mate.id]; len(addrs) != 2 || !addrs[0].Equal(mate.seenAt()) {
-		t.Errorf("the mate is named with %v, want %v first, then the address it reported", addrs, mate.seenAt())
-	}
-	if addrs := got[there.info.ID]; len(addrs) == 0 || !addrs[0].Equal(there.info.Addrs[0]) {
-		t.Errorf("the other relay is named with %v, want %v", addrs, there.info.Addrs)
-	}
-	key := newGroupKey()
-	seeker.mustAsk(t, putMessage(key, mate.id))
-	if addrs := seeker.mustAsk(t, getMessage(key))[mate.id]; len(addrs) != 1 || !addrs[0].Equal(mate.seenAt()) {
-		t.Errorf("the publisher is named with %v, want only %v", addrs, mate.seenAt())
-	}
-	absent := newTestPeerID(t)
-	if addrs, named := seeker.mustAsk(t, findMessage([]byte(absent)))[absent]; named {
-		t.Errorf("a peer that is connected to no relay is named with %v", addrs)
-	}
-	// The walk before a PUT goes to the other relay and to no client.
-	if got := seeker.mustAsk(t, findMessage(key)); len(got) != 1 || got[there.info.ID] == nil {
-		t.Errorf("before a PUT %v is named, want only the other relay", got)
-	}
-}
-
-// Relays that name each other do not pass a question round in a circle.
-func TestRelaysDoNotAskInCircles(t *testing.T) {
-	ring := newRing(t, 2)
-	seeker := newCrowd(t, 1).join(t, ring[0], newLightIdentity(t))
-	absent := newTestPeerID(t)
-	ring[1].waitConnected(t, ring[0].info.ID)
-	seeker.mustAsk(t, findMessage([]byte(absent)))
-	if !ring[0].federation.found.Contains(absent) {
-		t.Error("the first relay did not ask the second")
-	}
-	if ring[1].federation.found.Contains(absent) {
-		t.Error("the second relay asked the first, which had asked it")
-	}
-}
-
-// A relay that hangs delays its neighbour's answers, but does not prevent them.
-func TestHungRelayHoldsNobodyUp(t *testing.T) {
-	hung := newClient(t)
-	hung.SetStreamHandler(kadProtocol, func(network.Stream) {})
-	r := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=%s/p2p/%s", hung.Addrs()[0], hung.ID())))
-	eventually(t, "it is connected", func() bool { return r.host.Network().Connectedness(hung.ID()) == network.Connected })
-	seeker := newCrowd(t, 1).join(t, r, newLightIdentity(t))
-	seeker.mustAsk(t, findMessage([]byte(newTestPeerID(t))))
-}
-
 // Relays find each other whichever starts first, and again after they have lost each
 // other.
 func TestRelaysFindOneAnotherAgain(t *testing.T) {
@@ -279,19 +219,6 @@ func TestBootstrapAddressesStayAsWritten(t *testing.T) {
 		if got := fmt.Sprintf("--bootstrap=%s/p2p/%s", addr, there.info.ID); got != flags[i] {
 			t.Errorf("the operator wrote %s, the relay keeps %s", flags[i], got)
 		}
-	}
-}
-
-// Clients ask for records' keys too, and anyone can ask for any bytes. Other relays are
-// asked only for peers.
-func TestOtherRelaysAreAskedForPeersAlone(t *testing.T) {
-	ring := newRing(t, 2)
-	seeker := newCrowd(t, 1).join(t, ring[0], newLightIdentity(t))
-	for _, key := range [][]byte{newGroupKey(), []byte("x"), make([]byte, 1000)} {
-		seeker.mustAsk(t, findMessage(key))
-	}
-	if n := ring[0].federation.found.Len(); n > 0 {
-		t.Errorf("other relays were asked for %d keys that are no peer IDs", n)
 	}
 }
 

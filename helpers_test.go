@@ -32,7 +32,6 @@ import (
 	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	kb "github.com/libp2p/go-libp2p-kbucket"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -421,7 +420,8 @@ func listenPort(r *relay) string {
 func (r testRelay) knows(id peer.ID) bool {
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
-	return r.peers.identified[id].kadPeer
+	_, ok := r.peers.identified[id]
+	return ok
 }
 
 // liveHeap returns the size of the live heap, in bytes.
@@ -451,29 +451,6 @@ func newClient(t testing.TB, opts ...libp2p.Option) host.Host {
 	}
 	t.Cleanup(func() { h.Close() })
 	return h
-}
-
-// newClientKey makes a key whose peer ID shares exactly cpl bits with the relay's.
-func newClientKey(t *testing.T, r testRelay, cpl int) crypto.PrivKey {
-	t.Helper()
-	for {
-		key, _, err := crypto.GenerateEd25519Key(rand.Reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		id, err := peer.IDFromPrivateKey(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if commonPrefix(r.info.ID, id) == cpl {
-			return key
-		}
-	}
-}
-
-// commonPrefix returns how many bits two peers have in common in the DHT.
-func commonPrefix(a, b peer.ID) int {
-	return kb.CommonPrefixLen(kb.ConvertPeerID(a), kb.ConvertPeerID(b))
 }
 
 // serveKad makes h a DHT server with an empty routing table, as every fresh client is.

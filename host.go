@@ -1,8 +1,8 @@
 package main
 
-// A libp2p host that speaks QUIC and identify, put together from its parts for the
-// relay and for check. libp2p.New would be shorter, but it links every transport
-// there is and half as many modules again: code that only an attacker would use.
+// A libp2p host that speaks QUIC and identify, put together from its parts. libp2p.New
+// would be shorter, but it links every transport there is and half as many modules
+// again: code that only an attacker would use.
 
 import (
 	"errors"
@@ -20,12 +20,12 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// hostParts are what the two hosts do not have in common.
+// hostParts are what a host is made of.
 type hostParts struct {
 	key       crypto.PrivKey
 	transport transport.Transport
 	gater     connmgr.ConnectionGater
-	resources network.ResourceManager // nil: no limits
+	resources network.ResourceManager
 
 	// addrBook may put another address book in front of the peerstore. nil: the
 	// peerstore's own.
@@ -58,11 +58,7 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 			err = errors.Join(err, undo[i]())
 		}
 	}()
-	if parts.resources == nil {
-		parts.resources = &network.NullResourceManager{}
-	}
 	undo = append(undo, parts.resources.Close)
-
 	self, err := peer.IDFromPrivateKey(parts.key)
 	if err != nil {
 		return nil, err

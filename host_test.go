@@ -17,8 +17,7 @@ import (
 	quicgo "github.com/quic-go/quic-go"
 )
 
-// A monitor that runs check each minute would pile up what a host leaves behind
-// when one of its parts fails.
+// A relay that cannot start returns an error, and leaves nothing that still runs.
 func TestHostThatFailsLeavesNothingBehind(t *testing.T) {
 	key, _, err := crypto.GenerateEd25519Key(rand.Reader)
 	if err != nil {

@@ -219,7 +219,9 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 	for range n {
 		var pair [2]*lightClient
 		for i := range pair {
-			client, err := c.newcomer(testContext(b), p.bootstrap)
+			who := newLightIdentity(b)
+			who.sees = p.bootstrap.Addrs[0]
+			client, err := c.dial(testContext(b), who, p.bootstrap)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -238,6 +240,11 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 
 // direct connects a to b without the relay.
 func direct(ctx context.Context, a, b *lightClient) (link, error) {
+	return dialTo(ctx, a, b, b.transport.Conn.LocalAddr())
+}
+
+// dialTo connects a to b, which it reaches at addr.
+func dialTo(ctx context.Context, a, b *lightClient, addr net.Addr) (link, error) {
 	tlsConf, _ := b.tls.ConfigForPeer("")
 	ln, err := b.transport.Listen(tlsConf, lightConfig())
 	if err != nil {
@@ -245,7 +252,7 @@ func direct(ctx context.Context, a, b *lightClient) (link, error) {
 	}
 	defer ln.Close()
 	tlsConf, _ = a.tls.ConfigForPeer(b.id)
-	conn, err := a.transport.Dial(ctx, b.transport.Conn.LocalAddr(), tlsConf, lightConfig())
+	conn, err := a.transport.Dial(ctx, addr, tlsConf, lightConfig())
 	if err != nil {
 		return link{}, err
 	}

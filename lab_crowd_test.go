@@ -94,6 +94,9 @@ type lightIdentity struct {
 
 	// listen are the addresses that it reports; nil stands for one in a LAN.
 	listen []ma.Multiaddr
+
+	// sees is the address at which it says that it sees the relay; nil: it does not say.
+	sees ma.Multiaddr
 }
 
 func newLightIdentity(t testing.TB) lightIdentity {
@@ -187,6 +190,9 @@ func (c *lightClient) serve() {
 		AgentVersion:    googleproto.String("PrivStack/crowd"),
 		PublicKey:       public,
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
+	}
+	if c.sees != nil {
+		said.ObservedAddr = c.sees.Bytes()
 	}
 	// What does not fit into one message goes into more of them, and the reader merges
 	// them: https://github.com/libp2p/specs/blob/master/identify/README.md

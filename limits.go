@@ -32,8 +32,8 @@ const (
 	// answer names those relays beside the mate.
 	maxBootstrap = 8
 
-	// maxNamed is how many peers an answer names, and the size up to which a network
-	// is small: the k of Kademlia, K_VALUE in rust-libp2p.
+	// maxNamed is how many peers an answer names at most: the k of Kademlia, K_VALUE in
+	// rust-libp2p.
 	maxNamed = 20
 
 	// maxAddrsPerPeer and maxAddrBytesPerPeer bound what an answer says of one
@@ -57,7 +57,8 @@ const (
 	maxRecordValue = 8 << 10
 	maxRecordKey   = 256
 
-	// maxRecordExtras bounds recordExtras, in bytes; a peer ID has at most maxPeerID.
+	// maxRecordExtras bounds recordExtras, in bytes; a peer ID has at
+	// most 44.
 	maxRecordExtras = 128
 
 	// avgRecord is what a record may take on average, in bytes, with what keeping
@@ -151,6 +152,55 @@ const (
 	// windows of its connections, its streams and circuits.
 	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
+	// groupMembers is how many devices of one group are remembered, and for how many
+	// other devices we know whether a device has met them. groupsPerClient is how many
+	// groups a client can be in; the deployed ones are in one. A device that has not put
+	// its group's record for groupAge is taken to have left: it does so every 30 s, and
+	// may need that long again.
+	groupMembers    = 16
+	groupsPerClient = 2
+	groupAge        = 2 * time.Minute
+
+	// flowsPerClient is how many other devices a client can be bridged with at once:
+	// twice as many as are remembered, for those that come back at another address.
+	flowsPerClient = 2 * groupMembers
+
+	// dialsPerFlow is how many dials of one flow can wait for an answer: both ends dial
+	// at the same moment, and again.
+	dialsPerFlow = 4
+
+	// heldDatagrams is how many datagrams of a dial are held. Its first flight has one
+	// or two.
+	heldDatagrams = 4
+
+	// unansweredDatagrams is how many datagrams may go to a device that has not
+	// answered: three first flights of two, and as many repetitions. maxDatagram is how
+	// long each may be, in bytes, on Ethernet.
+	unansweredDatagrams = 12
+	maxDatagram         = 1500
+
+	// flowCredit is how many bytes may go one way until a packet of the same flow comes
+	// the other way: twice the window of a connection between go-libp2p or rust-libp2p
+	// clients (15 MiB), so more than they can have unacknowledged.
+	flowCredit = 32 << 20
+
+	// guessesPerSecond is how many packets of one client are forwarded although they
+	// could be for either of two devices: those of one round trip, a few times.
+	guessesPerSecond = 64
+
+	// legIDs is how many connection IDs are remembered for one direction of a flow. A
+	// QUIC connection uses three, and two may begin at once.
+	legIDs = 8
+
+	// newcomers is of how many addresses, each for IPv4 and IPv6, it is known that
+	// somebody dials from there who is not here: 64 KiB of each.
+	newcomers = 1024
+
+	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows
+	// of 650 (TestFlowsTakeLittleMemory), an eighth of a dial of 6000 that is held, the
+	// mates it was told, its end and its groups.
+	bridgeMemory = 6 << 10
+
 	// rateWindow is the time in which one network can open as many connections as it
 	// may hold: after a restart of the relay an office is back at once, and yet
 	// nobody can keep the relay busy with handshakes.
@@ -201,13 +251,13 @@ func clientsFor(memory uint64) int {
 		memory = 512 << 20
 	}
 	usable := int64(min(memory, 1<<40)) - (baseMemory + sharedBase)
-	return int(min(max(usable/(clientMemory+initialWindow+sharedMemory), 64), maxMaxClients))
+	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+sharedMemory), 64), maxMaxClients))
 }
 
 // memory returns the most that the relay takes, in bytes, while all of its clients
 // do their worst. A thousand well-behaved ones take 60 % of it.
 func (l limits) memory() int64 {
-	return baseMemory + int64(l.clients)*(clientMemory+initialWindow) + l.shared()
+	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow) + l.shared()
 }
 
 // goMemory returns the part of memory() that the Go runtime should stay within, in
@@ -221,6 +271,13 @@ func (l limits) shared() int64 { return sharedBase + int64(l.clients)*sharedMemo
 // circuits returns the most circuits open at once: every client in one with
 // another. circuits.AllowConnect enforces it.
 func (l limits) circuits() int { return max(l.clients/2, circuitsPerPeer) }
+
+// flows returns the most flows that the bridge carries at once: as many as if all
+// clients were in groups of nine in which no two could meet otherwise.
+func (l limits) flows() int { return max(4*l.clients, flowsPerClient) }
+
+// holding returns how many dials may be held at once, each for maxHold or longer.
+func (l limits) holding() int { return max(l.clients/8, flowsPerClient) }
 
 // unproven returns how many clients may be in the handshake before newcomers have
 // to prove their addresses by a Retry, which costs them a round trip.

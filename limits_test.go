@@ -18,7 +18,7 @@ func TestClientsForMemory(t *testing.T) {
 		{0, 1000, 10_000},                        // unknown
 		{1 << 20, 64, 64},                        // too small for anyone, but it starts
 		{512 << 20, 3000, 6000},                  //
-		{1 << 30, 7000, 12_000},                  // the 5-dollar machine
+		{1 << 30, 6500, 12_000},                  // the 5-dollar machine
 		{4 << 30, 28_000, 55_000},                //
 		{1 << 50, maxMaxClients, 1 << 20},        //
 		{math.MaxUint64, maxMaxClients, 1 << 20}, //

@@ -75,8 +75,14 @@ func (r relayCollector) Collect(out chan<- prometheus.Metric) {
 
 	c := r.read()
 	metric(counter, "peers_served_total", "Distinct peers that have connected since the start.", float64(c.peersServed))
-	metric(counter, "relayed_connections_total", "Circuits established since the start.", float64(c.relayedConnections))
-	metric(counter, "relayed_bytes_total", "Bytes that circuits carried, both directions together.", float64(c.relayedBytes))
+	for _, kind := range []struct {
+		name  string
+		conns int
+		bytes int64
+	}{{"circuit", c.relayedConnections - c.bridged, c.relayedBytes - c.bridgedBytes}, {"bridge", c.bridged, c.bridgedBytes}} {
+		metric(counter, "relayed_connections_total", "Circuits and bridges established since the start, by kind.", float64(kind.conns), "kind", kind.name)
+		metric(counter, "relayed_bytes_total", "Bytes that circuits and bridges carried, both directions together, by kind.", float64(kind.bytes), "kind", kind.name)
+	}
 	for i, n := range c.requests {
 		metric(counter, "requests_total", "Requests to the DHT, and for reservations and circuits, by type.", float64(n), "type", request(i).String())
 	}
@@ -88,6 +94,7 @@ func (r relayCollector) Collect(out chan<- prometheus.Metric) {
 	metric(gauge, "max_clients", "The most connections at once (--max-clients).", float64(c.maxClients))
 	metric(gauge, "reservations", "Reservations held.", float64(c.reservations))
 	metric(gauge, "circuits", "Circuits open, or being opened.", float64(c.circuits))
+	metric(gauge, "bridges", "Bridges open.", float64(c.bridges))
 	metric(gauge, "dht_records", "DHT records held.", float64(c.records))
 	metric(gauge, "dht_record_bytes", "Bytes that the DHT records take, including what keeping them costs.", float64(c.recordBytes))
 	metric(gauge, "build_info", "Always 1; the labels say what was built.", 1, "version", buildVersion(), "goversion", runtime.Version())

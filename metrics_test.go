@@ -161,7 +161,7 @@ func TestMetricsAreRightAndNameNobody(t *testing.T) {
 
 	want := map[string]float64{
 		"max_clients": 4, "clients": 3, "connections": 4, "peers_served_total": 4,
-		"reservations": 2, "circuits": 1, "relayed_connections_total": 1, "relayed_bytes_total": 107_000,
+		"reservations": 2, "circuits": 1, `relayed_connections_total{kind="circuit"}`: 1, `relayed_bytes_total{kind="circuit"}`: 107_000,
 		"dht_records":                    1,
 		`requests_total{type="ping"}`:    5,
 		`requests_total{type="reserve"}`: 3, `requests_total{type="connect"}`: 2,

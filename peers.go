@@ -1,7 +1,7 @@
 package main
 
-// The clients that are connected: which addresses others are told of them, which
-// have a place in the DHT's routing table, and how many there were.
+// The clients that are connected: which addresses others are told of them, at which
+// of our addresses they reach this relay, and how many there were.
 //
 // Everything here is known from live connections, so nothing has to expire: a
 // client that has left has no connection, and so no address.
@@ -12,15 +12,20 @@ import (
 	"sync"
 	"time"
 
-	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
+
+// identifyTimeout is how long an answer waits for a client's identify: longer than two
+// slow round trips. A client gives a request 10 s.
+const identifyTimeout = 2 * time.Second
 
 // peers follows the connected clients of one host. Make it with newPeers, give
 // its addrBook to the host, then call follow, and close at the end.
@@ -28,9 +33,11 @@ type peers struct {
 	log    *slog.Logger
 	served *uniqueCounter
 
-	// Set by follow, before the host listens.
+	// left is called with each peer that has left. It may have come back since.
+	left func(peer.ID)
+
+	// network is set by follow, before the host listens.
 	network network.Network
-	table   *kb.RoutingTable
 
 	sub  event.Subscription
 	done chan struct{} // closed when loop has ended
@@ -39,22 +46,36 @@ type peers struct {
 	// identified holds what connected peers said in identify. An entry goes
 	// with the peer's last connection.
 	identified map[peer.ID]identified
+
+	// reserved are the connected peers that have asked for a reservation, so that
+	// circuits to them may be possible.
+	reserved map[peer.ID]struct{}
+
+	// awaited has a channel for each connection, by ID, on whose client somebody waits to
+	// be identified. It is closed then.
+	awaited map[string]chan struct{}
 }
 
 // identified is what a client says of itself.
 type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
-	kadPeer bool           // answers DHT requests
+	punches bool           // makes a direct connection by itself where it has a circuit
+	circuit bool           // takes circuits
+
+	// reachedAt is, for each of its connections by ID, the address at which it reaches
+	// this relay: as the client sees it, so on the far side of a NAT of ours. nil: the
+	// client has not said it.
+	reachedAt map[string]ma.Multiaddr
 }
 
 func newPeers(log *slog.Logger) *peers {
-	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified)}
+	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified),
+		reserved: make(map[peer.ID]struct{}), awaited: make(map[string]chan struct{})}
 }
 
-// follow keeps p and the routing table up to date with h's connections until
-// p.close.
-func (p *peers) follow(h host.Host, table *kb.RoutingTable) error {
-	p.network, p.table = h.Network(), table
+// follow keeps p up to date with h's connections until p.close.
+func (p *peers) follow(h host.Host) error {
+	p.network = h.Network()
 	var err error
 	p.sub, err = h.EventBus().Subscribe([]any{
 		new(event.EvtPeerIdentificationCompleted),
@@ -88,11 +109,11 @@ func (p *peers) loop() {
 		switch e := e.(type) {
 		case event.EvtPeerIdentificationCompleted:
 			// Also after each identify push, with the new addresses.
-			p.learn(e.Peer, identified{
+			p.learn(e.Conn, identified{
 				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
-				kadPeer: slices.Contains(e.Protocols, kadProtocol),
-			})
-			p.admit(e.Peer)
+				punches: slices.Contains(e.Protocols, holepunch.Protocol),
+				circuit: slices.Contains(e.Protocols, proto.ProtoIDv2Stop),
+			}, reachedAddr(e.ObservedAddr, e.Conn.RemoteMultiaddr()))
 		case event.EvtPeerConnectednessChanged:
 			if e.Connectedness == network.NotConnected {
 				p.forget(e.Peer)
@@ -106,10 +127,26 @@ func (p *peers) connected(id peer.ID) bool {
 	return p.network.Connectedness(id) == network.Connected
 }
 
-// learn keeps what id said in identify, while it is connected.
-func (p *peers) learn(id peer.ID, said identified) {
+// learn keeps what the peer of c said in identify, while it is connected. at is where
+// it reaches the relay over c, or nil if it did not say so.
+func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
+	id := c.RemotePeer()
+	open := p.network.ConnsToPeer(id)
+	said.reachedAt = make(map[string]ma.Multiaddr)
 	p.mu.Lock()
+	for _, o := range open {
+		if before, ok := p.identified[id].reachedAt[o.ID()]; ok {
+			said.reachedAt[o.ID()] = before
+		}
+	}
+	if at != nil || said.reachedAt[c.ID()] == nil {
+		said.reachedAt[c.ID()] = at
+	}
 	p.identified[id] = said
+	if done := p.awaited[c.ID()]; done != nil {
+		close(done)
+		delete(p.awaited, c.ID())
+	}
 	p.mu.Unlock()
 	if !p.connected(id) {
 		// It left meanwhile. If loop has handled the event that says so before
@@ -125,28 +162,58 @@ func (p *peers) forget(id peer.ID) {
 	}
 	p.mu.Lock()
 	delete(p.identified, id)
+	delete(p.reserved, id)
 	p.mu.Unlock()
-	p.table.RemovePeer(id)
+	p.left(id)
 }
 
-// admit gives a connected client that serves kad a place in the routing table, if
-// its bucket has one. It is called when a client is identified and again with each
-// of its DHT requests, so that a client that found its bucket full takes the place
-// of one that leaves.
-//
-// This replaces kad-dht's own admission, which asks each newcomer a FIND_NODE and,
-// once the table has 20, refuses a newcomer with an empty answer: every fresh client.
-func (p *peers) admit(id peer.ID) {
+// reachedAt returns the address at which the client of c says that it reaches this
+// relay, or nil. It waits for a client that has just come, whose first question may be
+// here before its identify is.
+func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
+	id := c.RemotePeer()
 	p.mu.Lock()
-	kadPeer := p.identified[id].kadPeer
+	at, ok := p.identified[id].reachedAt[c.ID()]
+	done := p.awaited[c.ID()]
+	if !ok && done == nil {
+		done = make(chan struct{})
+		p.awaited[c.ID()] = done
+	}
 	p.mu.Unlock()
-	if !kadPeer || !p.table.UsefulNewPeer(id) {
-		return
+	if ok {
+		return at
 	}
-	// Not replaceable: only by leaving does a peer lose its place.
-	if added, _ := p.table.TryAddPeer(id, true, false); added && !p.connected(id) {
-		p.table.RemovePeer(id) // as in learn
+	select {
+	case <-done:
+	case <-time.After(identifyTimeout):
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.awaited[c.ID()] == done { // a later caller makes its own
+		delete(p.awaited, c.ID())
+	}
+	return p.identified[id].reachedAt[c.ID()]
+}
+
+// reserve notes that a connected peer has asked for a reservation.
+func (p *peers) reserve(id peer.ID) {
+	p.mu.Lock()
+	p.reserved[id] = struct{}{}
+	p.mu.Unlock()
+	if !p.connected(id) { // as in learn
+		p.forget(id)
+	}
+}
+
+// punch reports whether asker and mate can make a direct connection by themselves:
+// both say that they punch holes, or there can be a circuit from one to the other.
+// (rust-libp2p's clients do not tell a relay that they punch.)
+func (p *peers) punch(asker, mate peer.ID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a, m := p.identified[asker], p.identified[mate]
+	_, reserved := p.reserved[mate]
+	return a.punches && m.punches || a.circuit && reserved
 }
 
 // addrs returns the addresses we give someone who asks for a peer by its ID: where

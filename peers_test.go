@@ -11,7 +11,6 @@ import (
 
 	"github.com/libp2p/go-libp2p"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
-	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
@@ -27,9 +26,6 @@ func TestAnyConnectedPeerIsFoundByItsID(t *testing.T) {
 	addrs := waitFound(t, seeker, r, plain.ID())
 	if want := observed(t, plain, r); !addrs[0].Equal(want) {
 		t.Errorf("answer = %v, want the observed address %v first", addrs, want)
-	}
-	if r.dht.RoutingTable().Find(plain.ID()) != "" {
-		t.Error("a peer that serves no DHT is in the routing table")
 	}
 }
 
@@ -176,59 +172,16 @@ func TestLeaverIsNotNamed(t *testing.T) {
 	connect(t, seeker, r)
 	connect(t, leaver, r)
 	waitFound(t, seeker, r, leaver.ID())
-	eventually(t, "the leaver is in the routing table", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) != "" })
 
 	leaver.Close()
 	eventually(t, "the leaver is no longer named", func() bool {
 		_, found := findNode(t, seeker, r, leaver.ID())
 		return !found
 	})
-	eventually(t, "its place is free", func() bool { return r.dht.RoutingTable().Find(leaver.ID()) == "" })
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
 	if _, ok := r.peers.identified[leaver.ID()]; ok {
 		t.Error("what the leaver reported is still kept")
-	}
-}
-
-// A fresh client knows nobody, and kad-dht refuses it for that once the routing table
-// has 20 peers. Here a bucket is filled to its last place, and the place of a client that
-// leaves goes to one that has waited.
-func TestEmptyClientsFillTheRoutingTable(t *testing.T) {
-	r := newTestRelay(t, defaultConfig(t))
-	table := r.dht.RoutingTable()
-	inTable := func(c host.Host) bool { return table.Find(c.ID()) != "" }
-
-	var near, far []host.Host // IDs that share one bit with the relay's, and none
-	for range 4 {
-		near = append(near, newClient(t, libp2p.Identity(newClientKey(t, r, 1))))
-	}
-	for range 22 {
-		far = append(far, newClient(t, libp2p.Identity(newClientKey(t, r, 0))))
-	}
-	for _, c := range slices.Concat(far, near) {
-		serveKad(t, c)
-		connect(t, c, r)
-		eventually(t, "the client is identified", func() bool {
-			r.peers.mu.Lock()
-			defer r.peers.mu.Unlock()
-			return r.peers.identified[c.ID()].kadPeer
-		})
-	}
-	eventually(t, "20 clients of one bucket and 4 of the others are in the table", func() bool { return table.Size() == 24 })
-	if i := slices.IndexFunc(near, func(c host.Host) bool { return !inTable(c) }); i >= 0 {
-		t.Error("a client is not in the table although its bucket has room")
-	}
-
-	i := slices.IndexFunc(far, inTable)
-	far[i].Close()
-	eventually(t, "its place is free", func() bool { return table.Size() == 23 })
-	i = slices.IndexFunc(far, func(c host.Host) bool {
-		return c.Network().Connectedness(r.info.ID) == network.Connected && !inTable(c)
-	})
-	ask(t, far[i], r, kadpb.NewMessage(kadpb.Message_PING, nil, 0))
-	if !inTable(far[i]) {
-		t.Error("the client that waited and asked did not get the place")
 	}
 }
 

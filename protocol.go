@@ -29,11 +29,6 @@ const (
 	identityRoute = "/api/v1/identity"
 )
 
-// maxPeerID is the length of the longest peer ID, in bytes: a key of at most 42
-// bytes as it is, or its SHA-256.
-// https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md#peer-ids
-const maxPeerID = 2 + 42
-
 // identityResponse is the body of GET /api/v1/identity. Field names and their
 // order are the old relay's, on which deployed clients rely.
 type identityResponse struct {

@@ -34,9 +34,11 @@ type relay struct {
 	names      *names
 	reach      *reach
 	peers      *peers
+	groups     groups
 	records    *recordStore
 	federation *federation
 	circuits   *circuits
+	bridge     *bridge
 	sockets    quicSockets
 
 	host    host.Host
@@ -78,7 +80,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		records: newRecordStore(lim.records()),
 		broken:  make(chan error, 1),
 	}
-	r.circuits = newCircuits(lim.circuits(), log, &r.tally)
+	r.circuits = newCircuits(lim.circuits(), log, &r.tally, r.peers.reserve)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
@@ -98,6 +100,11 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if cfg.metrics != "" {
 		r.registry = newRegistry(r.counters)
 	}
+	r.peers.left = r.groups.leave
+	r.bridge = newBridge(log, &r.tally, lim, r.peers, r.federation.members)
+	r.bridge.maxBytes, r.bridge.maxAge = cfg.circuitBytes, cfg.circuitDuration
+	r.sockets.tap, r.sockets.ids = r.bridge.tap, r.bridge
+	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
 
 	defer func() {
 		if err != nil {
@@ -107,14 +114,18 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if r.host, err = r.newHost(privKey); err != nil {
 		return nil, fmt.Errorf("start libp2p: %w", err)
 	}
-	kad := &kadServer{&answers{r.peers, r.federation}, r.records, r.peers, &r.tally}
+	kad := &kadServer{&answers{r.peers, r.federation, &r.groups, r.bridge}, &r.groups, r.records, r.peers, &r.tally}
 	if r.dht, err = kad.serve(r.host); err != nil {
 		return nil, fmt.Errorf("start dht: %w", err)
 	}
-	if err := r.peers.follow(r.host, r.dht.RoutingTable()); err != nil {
+	if err := r.peers.follow(r.host); err != nil {
 		return nil, fmt.Errorf("follow peers: %w", err)
 	}
-	if r.service, err = r.circuits.serve(r.host, lim, cfg); err != nil {
+	r.bridge.follow(r.host.Network())
+	if cfg.maxBandwidth > 0 { // circuits and bridges share it
+		r.bridge.bandwidth = newBandwidth(cfg.maxBandwidth)
+	}
+	if r.service, err = r.circuits.serve(r.host, lim, cfg, r.bridge.bandwidth); err != nil {
 		return nil, fmt.Errorf("start circuit relay: %w", err)
 	}
 	r.federation.follow(r.host)
@@ -206,7 +217,9 @@ func (r *relay) listedAddrs() []string {
 func (r *relay) counters() counters {
 	c := counters{
 		peersServed:  r.peers.served.count(),
-		relayedBytes: r.tally.relayedBytes.Load(),
+		bridged:      int(r.tally.bridged.Load()),
+		bridgedBytes: r.tally.bridgedBytes.Load(),
+		bridges:      r.tally.bridges.Load(),
 		clients:      len(r.host.Network().Peers()),
 		maxClients:   r.limits.clients,
 		reservations: r.tally.reservations.Load(),
@@ -215,7 +228,9 @@ func (r *relay) counters() counters {
 		c.connections = s.Stat().NumConnsInbound
 		return nil
 	})
+	c.relayedBytes = r.tally.relayedBytes.Load() + c.bridgedBytes
 	c.relayedConnections, c.circuits = r.circuits.counts()
+	c.relayedConnections += c.bridged
 	c.records, c.recordBytes = r.records.held()
 	for i := range c.requests {
 		c.requests[i] = r.tally.requests[i].Load()
@@ -227,18 +242,20 @@ func (r *relay) counters() counters {
 }
 
 // takeLocks returns when each lock on a client's way was free for a moment:
-// connections, their addresses, the routing table, circuits. A sign of life.
+// connections, their addresses, the bridge, circuits. A sign of life.
 func (r *relay) takeLocks() {
 	r.host.Network().Conns()
-	r.dht.RoutingTable().Size()
+	r.bridge.lock()
+	r.bridge.unlock()
 	r.counters()
 	r.peers.mu.Lock()
 	defer r.peers.mu.Unlock()
 }
 
-// drain refuses new reservations and circuits and waits until the open circuits
-// have ended, for at most timeout. It returns how many are left.
+// drain refuses new reservations, circuits and bridges and waits until the open
+// circuits have ended, for at most timeout. It returns how many are left.
 func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
+	r.bridge.drain()
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	return r.circuits.drain(ctx)
@@ -254,6 +271,7 @@ func (r *relay) close() error {
 	if r.service != nil {
 		errs = append(errs, r.service.Close())
 	}
+	r.bridge.close()
 	r.peers.close()
 	if r.dht != nil {
 		errs = append(errs, r.dht.Close())

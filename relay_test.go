@@ -474,7 +474,7 @@ func TestStrangersCloseToAKeyHideNothing(t *testing.T) {
 		if _, err := strangers.dial(testContext(t), who, r.info); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the stranger is in the routing table", func() bool { return r.dht.RoutingTable().Find(who.id) != "" })
+		eventually(t, "the stranger is identified", func() bool { return r.knows(who.id) })
 	}
 	a, b := newClient(t), newClient(t)
 	connect(t, a, r)

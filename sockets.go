@@ -83,6 +83,15 @@ type quicSockets struct {
 	unproven    atomic.Int64
 	maxUnproven int64
 
+	// tap, if it is not nil, is called with each socket that is bound, and returns the
+	// function that sees what arrives there. ids then makes our connection IDs, by which
+	// that function tells which packets are for quic-go.
+	tap func(udpSocket) tapped
+	ids quic.ConnectionIDGenerator
+
+	// testOnlyPlain uses the sockets of the other systems on Linux.
+	testOnlyPlain bool
+
 	transports []*quic.Transport // one for each socket
 }
 
@@ -181,12 +190,21 @@ func (q *quicSockets) bind(family string, port int) error {
 	if err != nil {
 		return err
 	}
+	open := newUDPSocket
+	if q.testOnlyPlain {
+		open = newPlainSocket
+	}
+	socket := open(conn)
 	tr := &quic.Transport{
-		Conn:                coalescing(conn),
+		Conn:                socket,
 		StatelessResetKey:   &q.reset,
 		TokenGeneratorKey:   &q.token,
 		ConnContext:         q.admit,
 		VerifySourceAddress: q.verify,
+	}
+	if q.tap != nil {
+		socket.show(q.tap(socket))
+		tr.ConnectionIDGenerator = q.ids
 	}
 	q.transports = append(q.transports, tr)
 	_, err = q.manager.LendTransport(family, lentTransport{tr}, conn)

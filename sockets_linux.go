@@ -1,14 +1,21 @@
 package main
 
-// Reading many datagrams of one sender at a time: UDP generic receive offload, Linux
-// 5.0 and later (udp(7), UDP_GRO). quic-go sends many at a time by itself, but reads
+// Many datagrams at a time: UDP generic receive offload, Linux 5.0 and later, for
+// what is read, and segmentation offload, 4.18 and later, for what a tap sends
+// (udp(7), UDP_GRO and UDP_SEGMENT). quic-go sends this way by itself, and reads
 // one datagram per message (quic-go/quic-go#3838).
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
 
-	"github.com/quic-go/quic-go"
 	xipv4 "golang.org/x/net/ipv4" // its Message is that of IPv6 too
 	"golang.org/x/sys/unix"
 )
@@ -22,84 +29,220 @@ const (
 	// datagrams at most: UDP's length has 16 bits.
 	groMessage = 64 << 10
 
-	// groControl is how many bytes quic-go reserves for what the kernel says about a
-	// message: the sender's ECN bits, the address reached, the size of a datagram.
+	// groControl is what quic-go has room for, in bytes, of what the kernel says
+	// of a message: sender's ECN bits, address reached, size of a datagram.
 	groControl = 128
 )
 
-// groConn has the method by which quic-go reads from a socket that it is given.
-// It has one caller.
-type groConn struct {
+// groSocket has the method by which quic-go reads from a socket that it was given.
+// That one has one caller.
+type groSocket struct {
 	*net.UDPConn
+	raw   syscall.RawConn
 	batch *xipv4.PacketConn
+	tap   tapped // nil: none
 
-	// messages are the buffers to read into. Those in unread still have datagrams
-	// for quic-go: the first one from offset on, each size bytes long but the last.
-	messages     []xipv4.Message
-	unread       []xipv4.Message
-	offset, size int
+	// messages were read, and arrived is what they hold; those from unread on still
+	// have datagrams for quic-go, the first of them only what comes after offset.
+	messages []xipv4.Message
+	arrived  []arrival
+	unread   int
+	offset   int
+
+	// segments says that the kernel splits what it is given to send. Some network
+	// devices cannot.
+	segments atomic.Bool
+	senders  sync.Pool // of *sender
 }
 
-// coalescing wraps conn with receive offload, or returns it as it is where the
-// kernel has none. Closing the result closes conn.
-func coalescing(conn *net.UDPConn) quic.OOBCapablePacketConn {
+// newUDPSocket is conn with both offloads, or with those that the kernel has.
+// Closing it closes conn.
+func newUDPSocket(conn *net.UDPConn) udpSocket {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return conn
+		return newPlainSocket(conn) // it is closed
 	}
-	var optErr error
-	err = raw.Control(func(fd uintptr) {
-		optErr = unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 1)
+	s := &groSocket{UDPConn: conn, raw: raw, batch: xipv4.NewPacketConn(conn), messages: make([]xipv4.Message, groMessages)}
+	raw.Control(func(fd uintptr) {
+		// Without UDP_GRO each message is one datagram.
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 1)
+		_, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT)
+		s.segments.Store(err == nil)
 	})
-	if err != nil || optErr != nil {
-		return conn
+	for i := range s.messages {
+		s.messages[i].Buffers = [][]byte{make([]byte, groMessage)}
+		s.messages[i].OOB = make([]byte, groControl)
 	}
-	c := &groConn{UDPConn: conn, batch: xipv4.NewPacketConn(conn), messages: make([]xipv4.Message, groMessages)}
-	for i := range c.messages {
-		c.messages[i].Buffers = [][]byte{make([]byte, groMessage)}
-		c.messages[i].OOB = make([]byte, groControl)
-	}
-	return c
+	s.arrived = make([]arrival, 0, groMessages)
+	s.senders.New = func() any { return newSender() }
+	return s
 }
 
-// ReadBatch fills datagrams, at least one, with what the socket has.
-func (c *groConn) ReadBatch(datagrams []xipv4.Message, flags int) (n int, err error) {
-	if len(c.unread) == 0 {
-		n, err := c.batch.ReadBatch(c.messages, flags)
-		if err != nil || n == 0 {
-			return 0, err
+func (s *groSocket) show(tap tapped) { s.tap = tap }
+
+// ReadBatch fills datagrams, at least one, with what the socket has for quic-go.
+func (s *groSocket) ReadBatch(datagrams []xipv4.Message, flags int) (n int, err error) {
+	for n == 0 {
+		if s.unread == len(s.arrived) {
+			if err := s.read(flags); err != nil {
+				return 0, err
+			}
+			if len(s.arrived) == 0 {
+				return 0, nil
+			}
 		}
-		c.unread = c.messages[:n]
-		c.size = datagramSize(c.unread[0])
-	}
-	for n < len(datagrams) && len(c.unread) > 0 {
-		m, d := &c.unread[0], &datagrams[n]
-		next := min(c.offset+c.size, m.N)
-		d.N = copy(d.Buffers[0], m.Buffers[0][c.offset:next])
-		d.NN = copy(d.OOB, m.OOB[:m.NN])
-		d.Addr, d.Flags = m.Addr, m.Flags
-		n++
-		if c.offset = next; next == m.N {
-			c.unread, c.offset = c.unread[1:], 0
-			if len(c.unread) > 0 {
-				c.size = datagramSize(c.unread[0])
+		for n < len(datagrams) && s.unread < len(s.arrived) {
+			a, m := &s.arrived[s.unread], &s.messages[s.unread]
+			if s.offset < len(a.data) || m.N == 0 {
+				d, next := &datagrams[n], min(s.offset+a.size, len(a.data))
+				d.N = copy(d.Buffers[0], a.data[s.offset:next])
+				d.NN = copy(d.OOB, m.OOB[:m.NN])
+				d.Addr, d.Flags = m.Addr, m.Flags
+				n++
+				s.offset = next
+			}
+			if s.offset >= len(a.data) {
+				s.unread, s.offset = s.unread+1, 0
 			}
 		}
 	}
 	return n, nil
 }
 
-// datagramSize returns how long each datagram in m is, in bytes.
-func datagramSize(m xipv4.Message) int {
-	for control := m.OOB[:m.NN]; len(control) > 0; {
+// read reads messages and shows them to the tap.
+func (s *groSocket) read(flags int) error {
+	n, err := s.batch.ReadBatch(s.messages, flags)
+	if err != nil {
+		return err
+	}
+	s.arrived, s.unread, s.offset = s.arrived[:0], 0, 0
+	for i := range n {
+		m := &s.messages[i]
+		a := arrival{from: addrPort(m.Addr), data: m.Buffers[0][:m.N]}
+		a.size, a.ecn = readControl(m.OOB[:m.NN])
+		if a.size == 0 {
+			a.size = max(m.N, 1) // one datagram
+		}
+		s.arrived = append(s.arrived, a)
+	}
+	if s.tap != nil {
+		s.tap(s.arrived)
+	}
+	return nil
+}
+
+// readControl finds how long the datagrams of a message are, in bytes, and their
+// ECN bits. A size of 0 means that there is one.
+func readControl(control []byte) (size int, ecn byte) {
+	for len(control) > 0 {
 		header, value, rest, err := unix.ParseOneSocketControlMessage(control)
 		if err != nil {
 			break
 		}
-		if header.Level == unix.IPPROTO_UDP && header.Type == unix.UDP_GRO && len(value) >= 4 {
-			return max(1, int(binary.NativeEndian.Uint32(value)))
+		switch {
+		case header.Level == unix.IPPROTO_UDP && header.Type == unix.UDP_GRO && len(value) >= 4:
+			size = max(1, int(binary.NativeEndian.Uint32(value)))
+		case header.Level == unix.IPPROTO_IP && header.Type == unix.IP_TOS && len(value) >= 1:
+			ecn = value[0] & 3
+		case header.Level == unix.IPPROTO_IPV6 && header.Type == unix.IPV6_TCLASS && len(value) >= 4:
+			ecn = byte(binary.NativeEndian.Uint32(value) & 3)
 		}
 		control = rest
 	}
-	return m.N // one
+	return size, ecn
+}
+
+func (s *groSocket) send(parts [][]byte, size int, ecn byte, to netip.AddrPort, from source) {
+	out := s.senders.Get().(*sender)
+	defer s.senders.Put(out)
+	out.address(to)
+	if (len(parts) > 1 || len(parts[0]) > size) && s.segments.Load() {
+		err := out.send(s.raw, parts, from, ecn, size)
+		switch {
+		case errors.Is(err, unix.EIO):
+			// The network device cannot split (udp(7)), and most likely never will.
+			s.segments.Store(false)
+		case !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EMSGSIZE):
+			return
+		}
+		// Too long for the path, or for one message: the shorter ones may go.
+	}
+	for _, p := range parts {
+		for d := range slices.Chunk(p, size) {
+			out.one[0] = d
+			out.send(s.raw, out.one[:], from, ecn, 0)
+		}
+	}
+}
+
+// sender is what one sendmsg(2) needs. It is kept, so that sending allocates
+// nothing.
+type sender struct {
+	to4 unix.SockaddrInet4
+	to6 unix.SockaddrInet6
+	to  unix.Sockaddr
+
+	one     [1][]byte
+	parts   [][]byte
+	control []byte
+	err     error
+	sendmsg func(fd uintptr)
+}
+
+func newSender() *sender {
+	s := &sender{control: make([]byte, 0, 192)}
+	s.sendmsg = func(fd uintptr) {
+		if len(s.parts) == 1 {
+			_, s.err = unix.SendmsgN(int(fd), s.parts[0], s.control, s.to, unix.MSG_DONTWAIT)
+		} else {
+			_, s.err = unix.SendmsgBuffers(int(fd), s.parts, s.control, s.to, unix.MSG_DONTWAIT)
+		}
+	}
+	return s
+}
+
+func (s *sender) address(to netip.AddrPort) {
+	if to.Addr().Is4() {
+		s.to4 = unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+		s.to = &s.to4
+	} else {
+		s.to6 = unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
+		s.to = &s.to6
+	}
+}
+
+// send sends parts, split into datagrams of segment bytes unless that is 0.
+func (s *sender) send(raw syscall.RawConn, parts [][]byte, from source, ecn byte, segment int) error {
+	s.parts, s.control = parts, append(s.control[:0], from...)
+	if ecn != 0 {
+		level, typ := unix.IPPROTO_IP, unix.IP_TOS
+		if s.to == unix.Sockaddr(&s.to6) {
+			level, typ = unix.IPPROTO_IPV6, unix.IPV6_TCLASS
+		}
+		var value []byte
+		s.control, value = appendControl(s.control, level, typ, 4)
+		binary.NativeEndian.PutUint32(value, uint32(ecn))
+	}
+	if segment != 0 {
+		var value []byte
+		s.control, value = appendControl(s.control, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 2)
+		binary.NativeEndian.PutUint16(value, uint16(segment))
+	}
+	// Control, because Write waits for other writers, one of which may wait for
+	// room in the socket.
+	if err := raw.Control(s.sendmsg); err != nil {
+		return err
+	}
+	return s.err
+}
+
+// appendControl appends a control message (cmsg(3)) with a value of size bytes, to
+// be written. Its header differs between 32 and 64 bits.
+func appendControl(b []byte, level, typ, size int) (control, value []byte) {
+	start := len(b)
+	b = append(b, make([]byte, unix.CmsgSpace(size))...)
+	header := (*unix.Cmsghdr)(unsafe.Pointer(&b[start]))
+	header.Level, header.Type = int32(level), int32(typ)
+	header.SetLen(unix.CmsgLen(size))
+	return b, b[start+unix.CmsgLen(0):][:size]
 }

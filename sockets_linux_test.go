@@ -5,7 +5,10 @@ package main
 import (
 	"bytes"
 	"net"
+	"net/netip"
+	"slices"
 	"testing"
+	"time"
 
 	xipv4 "golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
@@ -17,10 +20,7 @@ func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 	for _, local := range []*net.UDPAddr{{IP: net.IPv4(127, 0, 0, 1)}, {IP: net.IPv6loopback}} {
 		t.Run(local.IP.String(), func(t *testing.T) {
 			in, out := listenUDP(t, local), listenUDP(t, local)
-			conn, ok := coalescing(in).(*groConn)
-			if !ok {
-				t.Skip("this kernel has no UDP_GRO")
-			}
+			conn := newUDPSocket(in).(*groSocket)
 			const ect0 = 2 // RFC 3168
 			if local.IP.To4() != nil {
 				setOption(t, in, unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
@@ -127,4 +127,106 @@ func ecn(control []byte) int {
 		control = rest
 	}
 	return -1
+}
+
+// What a tap sends arrives as it was given, from the address and with the ECN bits
+// that it asked for, in as few calls as the kernel takes; and where the kernel splits
+// nothing, or some of it is too long, the rest arrives nonetheless.
+func TestSocketSendsAsItIsTold(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		family   string
+		from, to string
+		segments bool
+	}{
+		{"IPv4", "udp4", "127.0.0.7", "127.0.0.1", true},
+		{"IPv6", "udp6", "::1", "::1", true},
+		{"no segmentation", "udp4", "127.0.0.7", "127.0.0.1", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			out, err := net.ListenUDP(tt.family, nil)
+			if err != nil {
+				t.Skip(err) // no IPv6
+			}
+			defer out.Close()
+			in := listenUDP(t, &net.UDPAddr{IP: net.ParseIP(tt.to)})
+			s := newUDPSocket(out).(*groSocket)
+			if !tt.segments {
+				s.segments.Store(false)
+			}
+			setOption(t, in, unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
+			if tt.family == "udp6" {
+				setOption(t, in, unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1)
+			}
+			setOption(t, out, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE) // as quic-go does
+			to := addrPort(in.LocalAddr())
+			part := func(fill byte, n int) []byte { return bytes.Repeat([]byte{fill}, n) }
+			const ce = 3
+			var want [][]byte
+			send := func(size int, lost bool, parts ...[]byte) {
+				s.send(parts, size, ce, to, sourceOf(netip.MustParseAddr(tt.from)))
+				for _, p := range parts {
+					for d := range slices.Chunk(p, size) {
+						if !lost {
+							want = append(want, d)
+						}
+					}
+				}
+			}
+			send(1200, false, part(1, 1200))
+			send(1200, false, part(2, 700))
+			send(1252, false, part(3, 3*1252), part(4, 2*1252), part(5, 1252+7))
+			send(40, false, part(6, 40*64))
+			send(1<<16, true, part(7, 1<<16)) // longer than UDP can be
+			send(33, false, part(8, 3*33))
+			control, p := make([]byte, 128), make([]byte, 1<<16)
+			in.SetReadDeadline(time.Now().Add(testTimeout))
+			for i, w := range want {
+				n, nn, _, from, err := in.ReadMsgUDPAddrPort(p, control)
+				if err != nil {
+					t.Fatalf("of %d datagrams %d arrived: %v", len(want), i, err)
+				}
+				if !bytes.Equal(p[:n], w) || from.Addr().Unmap() != netip.MustParseAddr(tt.from) || ecn(control[:nn]) != ce {
+					t.Fatalf("datagram %d: %d bytes %.4x from %v, ECN %d, want %d bytes %.4x from %v, ECN %d",
+						i, n, p[:n], from, ecn(control[:nn]), len(w), w, tt.from, ce)
+				}
+			}
+			if s.segments.Load() != tt.segments {
+				t.Error("a datagram that was too long switched segmentation off")
+			}
+		})
+	}
+}
+
+// A tap's caller is the one that reads, for everybody: it must not wait for room, nor
+// for another writer who does.
+func TestSocketNeverWaits(t *testing.T) {
+	out, in := listenUDP(t, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}), listenUDP(t, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	s := newUDPSocket(out)
+	raw, err := out.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As a writer that waits for room: it holds the socket's write lock.
+	waits, let := make(chan struct{}), make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		done <- raw.Write(func(uintptr) bool {
+			close(waits)
+			<-let
+			return true
+		})
+	}()
+	<-waits
+	s.send([][]byte{[]byte("hello")}, 5, 0, addrPort(in.LocalAddr()), nil)
+	in.SetReadDeadline(time.Now().Add(testTimeout))
+	if n, err := in.Read(make([]byte, 10)); n != 5 || err != nil {
+		t.Errorf("read = %d, %v", n, err)
+	}
+	close(let)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	out.Close()
+	s.send([][]byte{[]byte("hello")}, 5, 0, addrPort(in.LocalAddr()), nil) // to nobody's harm
 }

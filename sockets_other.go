@@ -2,13 +2,8 @@
 
 package main
 
-// Reading one datagram at a time: only Linux has what sockets_linux.go uses.
+// Linux alone has what sockets_linux.go does.
 
-import (
-	"net"
+import "net"
 
-	"github.com/quic-go/quic-go"
-)
-
-// coalescing returns conn as it is.
-func coalescing(conn *net.UDPConn) quic.OOBCapablePacketConn { return conn }
+func newUDPSocket(conn *net.UDPConn) udpSocket { return newPlainSocket(conn) }

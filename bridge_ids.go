@@ -1,0 +1,125 @@
+package main
+
+// What the bridge reads of a packet: the properties that all versions of QUIC share (RFC
+// 8999), the connection IDs that the relay gives out for its own connections, and those
+// by which a packet is known to belong to a flow.
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"hash/maphash"
+	"math/bits"
+
+	"github.com/quic-go/quic-go"
+)
+
+// relayIDLength is the length of the connection IDs that the relay gives out for its
+// own connections, in bytes. Half of each is random, and half is a keyed hash of that,
+// by which the relay knows it again.
+const relayIDLength = 8
+
+// verdict is what becomes of a datagram.
+type verdict int
+
+const (
+	toRelay verdict = iota
+	toNobody
+	toMate
+	unsure // needs both locks
+)
+
+// GenerateConnectionID and ConnectionIDLen make b what gives quic-go's Transport
+// its connection IDs.
+func (b *bridge) GenerateConnectionID() (quic.ConnectionID, error) {
+	var id [relayIDLength]byte
+	rand.Read(id[:relayIDLength/2])
+	binary.LittleEndian.PutUint32(id[relayIDLength/2:], b.mark(id[:relayIDLength/2]))
+	return quic.ConnectionIDFromBytes(id[:]), nil
+}
+
+func (*bridge) ConnectionIDLen() int { return relayIDLength }
+
+func (b *bridge) mark(random []byte) uint32 { return uint32(maphash.Bytes(b.seed, random)) }
+
+// isOurs reports whether id begins with a connection ID that this relay gave out.
+func (b *bridge) isOurs(id []byte) bool {
+	return len(id) >= relayIDLength && binary.LittleEndian.Uint32(id[relayIDLength/2:]) == b.mark(id[:relayIDLength/2])
+}
+
+// key names an ID in packets that come from e.
+func (b *bridge) key(e *end, id []byte) uint64 { return maphash.Bytes(b.seed, id) ^ e.salt }
+
+// hop is where a datagram goes.
+type hop struct {
+	verdict verdict
+	legs    [2]*leg // by which it goes to a mate; of two, nobody can tell yet which
+	known   bool    // it has an ID that belongs to the leg
+}
+
+// find finds the leg to which the ID belongs that begins a short header, the longest
+// of those that it could be.
+func (b *bridge) find(e *end, d []byte) (*leg, []byte) {
+	for left := e.lengths; left != 0; {
+		n := bits.Len32(left) - 1
+		left &^= 1 << n
+		if len(d) > n {
+			if l := e.side.legs[b.key(e, d[1:1+n])]; l != nil {
+				return l, d[1 : 1+n]
+			}
+		}
+	}
+	return nil, nil
+}
+
+// isLong reports whether d has a long header (RFC 8999, 5.1).
+func isLong(d []byte) bool { return d[0]&0x80 != 0 }
+
+// longIDs reads the connection IDs of a long header (RFC 8999, 5.1).
+func longIDs(d []byte) (dest, source []byte, ok bool) {
+	const before = 1 + 4 // first byte, version
+	if len(d) < before+1 {
+		return nil, nil, false
+	}
+	n := int(d[before])
+	if n > maxID || len(d) < before+1+n+1 {
+		return nil, nil, false
+	}
+	rest := d[before+1:]
+	dest, rest = rest[:n], rest[n:]
+	n = int(rest[0])
+	if n > maxID || len(rest) < 1+n {
+		return nil, nil, false
+	}
+	return dest, rest[1 : 1+n], true
+}
+
+// isInitial reports whether d, which has a long header, begins a connection of QUIC
+// version 1 (RFC 9000, 14.1 and 17.2.2), if dest is its destination's ID.
+func isInitial(d, dest []byte) bool {
+	return binary.BigEndian.Uint32(d[1:]) == 1 && d[0]&0x30 == 0 && len(d) >= 1200 && len(dest) >= 8
+}
+
+// learn notes that packets that come by l carry id. If short, it may begin a short
+// header.
+func (b *bridge) learn(l *leg, id []byte, short bool) {
+	n, e := len(id), l.end
+	if n < minID || n > maxID || b.isOurs(id) {
+		return
+	}
+	key := b.key(e, id)
+	if e.side.legs[key] != nil {
+		return // and stays whose it is
+	}
+	at := l.idCount % legIDs
+	if l.idCount >= legIDs {
+		delete(e.side.legs, l.ids[at])
+		e.last = nil
+	}
+	l.ids[at] = key
+	l.idCount++
+	e.side.legs[key] = l
+	if short {
+		l.idLength = uint8(n)
+		e.lengths |= 1 << n
+	}
+}

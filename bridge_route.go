@@ -1,0 +1,263 @@
+package main
+
+// Where a datagram goes that comes from a client which may be bridged: to quic-go,
+// to a mate, or nowhere. The reader of a socket asks for each, so this is the hot
+// part: one lock and one look at the clock for all that was read at once, and a
+// comparison of a few bytes for a packet that follows another of its kind.
+
+import (
+	"hash/maphash"
+	"net/netip"
+	"slices"
+)
+
+// take is shown what was read from the side's socket, and leaves what is for
+// quic-go. Its one caller is the reader.
+func (sd *side) take(batch []arrival) {
+	b := sd.bridge
+	runs := sd.runs[:0]
+	var now clock
+	sd.mu.Lock()
+	for i := range batch {
+		var e *end
+		if len(sd.ends) > 0 {
+			e = sd.ends[batch[i].from]
+		}
+		if len(batch[i].data) == 0 || e == nil && !isLong(batch[i].data) {
+			continue
+		}
+		if now == 0 {
+			now = b.clock()
+		}
+		runs = sd.split(runs, i, &batch[i], e, now)
+	}
+	for i := range runs {
+		if r := &runs[i]; r.leg != nil {
+			b.charge(r, batch[r.message].size, now)
+		}
+	}
+	sd.mu.Unlock()
+	for i := range runs {
+		sd.send(batch, runs[i:])
+	}
+	for i := 0; i < len(runs); {
+		i = keep(&batch[runs[i].message], runs, i)
+	}
+	clear(runs)
+	sd.runs = runs
+}
+
+// send sends the first of runs, if it is to go to a mate, and what follows and goes
+// there as well: a busy flow fills several messages of a batch, and the kernel takes
+// as much at a time as one has, of datagrams of one size.
+func (sd *side) send(batch []arrival, runs []stretch) {
+	first, to := &batch[runs[0].message], runs[0].target
+	if to == nil {
+		return
+	}
+	parts, size, total := sd.parts[:0], 0, 0
+	for i := range runs {
+		r := &runs[i]
+		if r.target != to {
+			continue
+		}
+		a := &batch[r.message]
+		p := a.data[r.from:r.to]
+		n := min(a.size, len(p)) // of its first datagram
+		if len(parts) == 0 {
+			size = n
+		} else if total%size != 0 || n > size || n < size && len(p) > n || a.ecn != first.ecn ||
+			total+len(p) > maxSend || total/size+(len(p)+size-1)/size > maxSegments {
+			break // and what comes later must not overtake it
+		}
+		parts, total = append(parts, p), total+len(p)
+		r.target = nil
+	}
+	to.send(parts, size, first.ecn)
+	clear(parts)
+	sd.parts = parts
+}
+
+// keep leaves of one message what runs say is quic-go's, from i on. It returns where
+// the next message's begin.
+func keep(a *arrival, runs []stretch, i int) int {
+	message, kept := runs[i].message, 0
+	for ; i < len(runs) && runs[i].message == message; i++ {
+		if r := &runs[i]; r.leg == nil {
+			kept += copy(a.data[kept:], a.data[r.from:r.to])
+		}
+	}
+	a.data = a.data[:kept]
+	return i
+}
+
+// split appends the runs of a message from e, or none if all of it is quic-go's.
+func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock) []stretch {
+	first, diverted := len(runs), false
+	add := func(l *leg, known bool, from, to int) {
+		if n := len(runs) - 1; n >= first && runs[n].leg == l && runs[n].to == from {
+			runs[n].to = to
+			runs[n].known = runs[n].known || known
+			return
+		}
+		runs = append(runs, stretch{message: message, from: from, to: to, leg: l, known: known})
+	}
+	for from := 0; from < len(a.data); from += a.size {
+		to := min(from+a.size, len(a.data))
+		d := a.data[from:to]
+		way := sd.follow(e, d)
+		if e == nil && isLong(d) {
+			way.verdict = sd.greet(a.from, d, now)
+		}
+		if way.verdict == unsure {
+			// Another one may need the two locks in their order.
+			sd.mu.Unlock()
+			sd.bridge.lock()
+			if e = sd.ends[a.from]; e != nil {
+				way = sd.bridge.decide(e, d, now)
+			} else {
+				way = hop{verdict: toRelay}
+			}
+			sd.bridge.unlock()
+			sd.mu.Lock()
+			e = sd.ends[a.from]
+		}
+		switch way.verdict {
+		case toRelay:
+			add(nil, false, from, to)
+			continue
+		case toMate:
+			for _, l := range way.legs {
+				if l != nil {
+					add(l, way.known, from, to)
+				}
+			}
+		}
+		diverted = true
+	}
+	switch {
+	case !diverted:
+		return runs[:first]
+	case len(runs) == first: // nothing is left of it, which keep must be told
+		runs = append(runs, stretch{message: message})
+	}
+	return runs
+}
+
+// greet says what becomes of a packet with a long header from one who is not known
+// here. A client that comes back when the relay has restarted dials it, and at the
+// same moment, under the same address, the mates that it knew. The second Initial is
+// dropped once: when it comes again, a second later, the client is connected, and has
+// asked for its mates. Without, a dial that met this relay in a mate's stead was not
+// tried again before the client's next tick. It is called with the lock of sd.
+func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
+	dest, source, ok := longIDs(d)
+	if !ok || !isInitial(d, dest) {
+		return toRelay
+	}
+	addr, id := maphash.Comparable(sd.bridge.seed, from), maphash.Bytes(sd.bridge.seed, source)
+	n := &sd.newcomers[addr%uint64(len(sd.newcomers))]
+	if n.addr != addr || now-n.at > newcomerTime {
+		*n = newcomer{addr: addr, at: now, ids: [newcomerDials]uint64{id}, dials: 1}
+		return toRelay
+	}
+	if n.dials == newcomerDials { // a crowd behind one address, for as long as it comes
+		n.at = now
+		return toRelay
+	}
+	if slices.Contains(n.ids[:n.dials], id) {
+		return toRelay
+	}
+	n.ids[n.dials] = id
+	n.dials++
+	return toNobody
+}
+
+// follow finds where a packet goes that needs no thought, with the lock of sd. The
+// client at e may have gone.
+func (sd *side) follow(e *end, d []byte) hop {
+	switch {
+	case e == nil:
+		return hop{verdict: toRelay}
+	case isLong(d):
+		return hop{verdict: unsure}
+	case len(e.flows) == 0 || len(d) <= relayIDLength:
+		return hop{verdict: toRelay}
+	}
+	l := e.last
+	if l == nil || !e.lastID.is(d[1:]) {
+		if sd.bridge.isOurs(d[1:]) {
+			return hop{verdict: toRelay}
+		}
+		var id []byte
+		if l, id = sd.bridge.find(e, d); l == nil {
+			return hop{verdict: unsure}
+		}
+		e.last, e.lastID.length = l, uint8(copy(e.lastID.bytes[:], id))
+	}
+	switch {
+	case l.flow.over:
+		return hop{verdict: toNobody}
+	case !l.flow.established:
+		return hop{verdict: unsure}
+	}
+	return hop{verdict: toMate, legs: [2]*leg{l}, known: true}
+}
+
+// charge counts a run, and drops it if it is more than may be carried. It is called
+// with the lock of the run's side.
+func (b *bridge) charge(r *stretch, size int, now clock) {
+	l, n := r.leg, int64(r.to-r.from)
+	if l.flow.over {
+		return
+	}
+	if l.full = l.full || b.maxBytes > 0 && l.bytes+n > b.maxBytes; l.full {
+		return // sweep ends the flow
+	}
+	if r.known {
+		l.known = now
+		l.other.credit.Store(flowCredit)
+	}
+	l.heard = now
+	l.packets += int(n) / size
+	if l.credit.Add(-n) < 0 {
+		l.credit.Add(n)
+		b.tally.refuse(refusedBridgeUnanswered)
+		return
+	}
+	if b.bandwidth != nil {
+		if n = b.allowed(n, int64(size), now); n == 0 {
+			return
+		}
+		r.to = r.from + int(n)
+	}
+	l.bytes += n
+	b.tally.bridgedBytes.Add(n)
+	r.target = l.other.end.target
+}
+
+// allowed is how many of n bytes, in datagrams of size, --max-bandwidth has room
+// for. Circuits wait for their turn, which a packet does not: it is let through as
+// long as what is owed is not more than circuits owe, who wait for it.
+func (b *bridge) allowed(n, size int64, now clock) (allowed int64) {
+	at := b.began.Add(now)
+	owed := -float64(b.bandwidth.Limit()) * (2 * turnTime).Seconds()
+	for allowed < n {
+		d := min(size, n-allowed)
+		if b.bandwidth.TokensAt(at) < owed || !b.bandwidth.ReserveN(at, int(d)).OK() {
+			b.tally.refuse(refusedBridgeBandwidth)
+			break
+		}
+		allowed += d
+	}
+	return allowed
+}
+
+// tap takes a socket, and returns what is to be shown what arrives there.
+func (b *bridge) tap(s udpSocket) tapped {
+	sd := b.sideOf(addrPort(s.LocalAddr()).Addr())
+	b.lock()
+	defer b.unlock()
+	sd.socket = s
+	return sd.take
+}

@@ -1,0 +1,1054 @@
+package main
+
+// The bridge's state machine, without sockets, clients and QUIC: what it makes of one
+// packet after another.
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"golang.org/x/time/rate"
+)
+
+// wire is the sockets of a bridge under test: it keeps what is sent.
+type wire struct {
+	udpSocket // has no other method
+
+	mu   sync.Mutex
+	sent []datagram
+}
+
+type datagram struct {
+	to   netip.AddrPort
+	data string
+}
+
+func (w *wire) send(parts [][]byte, size int, _ byte, to netip.AddrPort, _ source) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, p := range parts {
+		for d := range slices.Chunk(p, size) {
+			w.sent = append(w.sent, datagram{to, string(d)})
+		}
+	}
+}
+
+// taken returns what has been sent since the last call.
+func (w *wire) taken() (sent []datagram) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	sent, w.sent = w.sent, nil
+	return sent
+}
+
+// nobody is a network without connections.
+type nobody struct{ network.Network }
+
+func (nobody) ConnsToPeer(peer.ID) []network.Conn { return nil }
+
+// bridgeUnderTest has clients that are what they are said to be.
+type bridgeUnderTest struct {
+	*bridge
+	testing.TB
+	wire *wire
+	now  clock
+}
+
+func newBridgeUnderTest(t testing.TB, clients int) *bridgeUnderTest {
+	b := newBridge(slog.New(slog.DiscardHandler), new(tally), limits{clients: clients}, newPeers(slog.New(slog.DiscardHandler)), nil)
+	b.network = nobody{}
+	b.testOnlyAfter = func(time.Duration, func()) {} // due does it
+	u := &bridgeUnderTest{b, t, new(wire), time.Hour}
+	// So that what reads the clock is never far from u.now.
+	b.began = time.Now().Add(-u.now)
+	for _, sd := range b.sides {
+		sd.socket = u.wire
+	}
+	return u
+}
+
+// actor is a client.
+type actor struct {
+	u      *bridgeUnderTest
+	id     peer.ID
+	at     whereabouts
+	closed bool
+}
+
+func (a *actor) where() (whereabouts, bool) { return a.at, !a.closed }
+
+func (u *bridgeUnderTest) actor(addr string) *actor {
+	return &actor{u: u, id: peer.ID(addr), at: whereabouts{addr: netip.MustParseAddrPort(addr)}}
+}
+
+// told offers the asker its mates, and returns the one that it may dial.
+func (a *actor) told(mates ...*actor) peer.ID {
+	var all []candidate
+	for _, m := range mates {
+		all = append(all, candidate{m.id, m, networkOf(m.at.addr.Addr()) == networkOf(a.at.addr.Addr())})
+	}
+	next, _ := a.u.offer(a.id, a, all, a.u.now)
+	return next
+}
+
+// says sends datagrams in one message from a, and returns what is left for quic-go.
+func (a *actor) says(datagrams ...[]byte) []byte {
+	a.u.Helper()
+	batch := []arrival{{from: a.at.addr, size: len(datagrams[0]), data: slices.Concat(datagrams...)}}
+	a.u.tick(0)
+	a.u.sideOf(a.at.addr.Addr()).take(batch)
+	return batch[0].data
+}
+
+// tick lets time pass.
+func (u *bridgeUnderTest) tick(d time.Duration) {
+	u.now += d
+	u.began = time.Now().Add(-u.now)
+}
+
+// due releases what has been held for long enough.
+func (u *bridgeUnderTest) due() {
+	for _, c := range u.clients {
+		for _, e := range c.ends {
+			for _, f := range e.flows {
+				for _, d := range slices.Clone(f.dials) {
+					if d.holding && u.now-d.began >= d.hold {
+						u.release(f, d)
+					}
+				}
+			}
+		}
+	}
+}
+
+// got fails unless the wire has carried exactly these to a since it was asked last.
+func (a *actor) got(want ...[]byte) {
+	a.u.Helper()
+	var w []datagram
+	for _, d := range want {
+		w = append(w, datagram{a.at.addr, string(d)})
+	}
+	if sent := a.u.wire.taken(); !slices.Equal(sent, w) {
+		a.u.Errorf("%d datagrams were sent, want %d, to %v", len(sent), len(w), a.at.addr)
+		for _, d := range sent {
+			a.u.Logf("to %v: %.12x… (%d bytes)", d.to, d.data, len(d.data))
+		}
+	}
+}
+
+const initial, handshaking = 0xc0, 0xe0
+
+// longPacket is a packet with a long header (RFC 9000, 17.2).
+func longPacket(first byte, dest, source string) []byte {
+	d := binary.BigEndian.AppendUint32([]byte{first}, 1)
+	d = append(append(d, byte(len(dest))), dest...)
+	d = append(append(d, byte(len(source))), source...)
+	return append(d, bytes.Repeat([]byte{0xaa}, 1200-len(d))...)
+}
+
+// shortPacket is a packet with a short header.
+func shortPacket(dest string, size int) []byte {
+	d := append([]byte{0x40}, dest...)
+	return append(d, bytes.Repeat([]byte{0xbb}, size-len(d))...)
+}
+
+// connected takes a and b through a handshake in which they use these IDs, and fails
+// unless all of it passes.
+func (u *bridgeUnderTest) connected(a, b *actor, idA, idB string) {
+	u.Helper()
+	if a.told(b) != b.id {
+		u.Fatal("no offer")
+	}
+	first := longPacket(initial, "firstdest"+idA, idA)
+	if left := a.says(first); len(left) > 0 {
+		u.Fatal("the Initial went to quic-go")
+	}
+	b.got()
+	f := u.flow(a, b)
+	u.release(f, f.dials[len(f.dials)-1])
+	b.got(first)
+	answer := longPacket(initial, idA, idB)
+	b.says(answer)
+	a.got(answer)
+	done := longPacket(handshaking, idB, idA)
+	a.says(done)
+	b.got(done)
+	for range 2 {
+		a.says(shortPacket(idB, 60))
+		b.got(shortPacket(idB, 60))
+		b.says(shortPacket(idA, 60))
+		a.got(shortPacket(idA, 60))
+	}
+	if !f.established {
+		u.Fatal("the flow is not established")
+	}
+}
+
+// flow is the one between two, or nil.
+func (u *bridgeUnderTest) flow(a, b *actor) *flow {
+	e := u.sideOf(a.at.addr.Addr()).ends[a.at.addr]
+	if e == nil {
+		return nil
+	}
+	for _, f := range e.flows {
+		if f.legTo(e).end.addr() == b.at.addr {
+			return f
+		}
+	}
+	return nil
+}
+
+// counted fails unless so much was refused for that reason.
+func (u *bridgeUnderTest) counted(why refusal, want int64) {
+	u.Helper()
+	if got := u.tally.refused[why].Load(); got != want {
+		u.Errorf("%v = %d, want %d", why, got, want)
+	}
+}
+
+// Who has nothing to do with the bridge notices nothing of it.
+func TestBridgeLeavesOthersAlone(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b, other := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.9:9")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	own, _ := u.GenerateConnectionID()
+	for _, d := range [][]byte{
+		longPacket(initial, "whatever", "12345678"), longPacket(handshaking, "whatever", "12345678"),
+		shortPacket("bbbbbbbb", 100), shortPacket(string(own.Bytes()), 100), {0x40}, {0xc0}, {0xc0, 0, 0, 0, 1, 255}, {0},
+	} {
+		if left := other.says(d); !bytes.Equal(left, d) {
+			t.Errorf("of a stranger's %.12x %d bytes are left", d, len(left))
+		}
+	}
+	// Those of a client's own connection with the relay are not the mate's.
+	for _, d := range [][]byte{shortPacket(string(own.Bytes()), 100), longPacket(handshaking, string(own.Bytes()), "xxxxxxxx")} {
+		if left := a.says(d); !bytes.Equal(left, d) {
+			t.Errorf("of a client's own %.12x %d bytes are left", d, len(left))
+		}
+	}
+	b.got()
+}
+
+// What came in one message goes each its own way, in its order.
+func TestBridgeSplitsAMessage(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("[2001:db8::3]:3")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	u.connected(a, c, "aaaaaaaA", "cccccccc")
+	own := func(fill byte) []byte {
+		id, _ := u.GenerateConnectionID()
+		return append(shortPacket(string(id.Bytes()), 99), fill)
+	}
+	r1, r2, r3 := own(1), own(2), own(3)
+	toB, toC := shortPacket("bbbbbbbb", 100), shortPacket("cccccccc", 100)
+	last := shortPacket("bbbbbbbb", 40)
+	left := a.says(r1, toB, toB, r2, toC, r3, toB, last)
+	if !bytes.Equal(left, slices.Concat(r1, r2, r3)) {
+		t.Errorf("%d bytes are left, want the relay's own three", len(left))
+	}
+	var b4, c4 int
+	for _, d := range u.wire.taken() {
+		switch {
+		case d.to == b.at.addr && (d.data == string(toB) || d.data == string(last)):
+			b4++
+		case d.to == c.at.addr && d.data == string(toC):
+			c4++
+		default:
+			t.Errorf("to %v: %.12x", d.to, d.data)
+		}
+	}
+	if b4 != 4 || c4 != 1 {
+		t.Errorf("%d and %d datagrams went to the two, want 4 and 1", b4, c4)
+	}
+	// And a batch of several messages of one flow is sent as it came.
+	batch := []arrival{
+		{from: a.at.addr, size: 100, data: slices.Concat(toB, toB)},
+		{from: a.at.addr, size: 100, data: slices.Concat(toC, toB)},
+		{from: a.at.addr, size: 40, data: slices.Clone(last)},
+		{from: a.at.addr, size: 100, data: slices.Clone(toB)},
+	}
+	u.sides[0].take(batch)
+	var got []string
+	for _, d := range u.wire.taken() {
+		if d.to == b.at.addr {
+			got = append(got, d.data)
+		}
+	}
+	if want := []string{string(toB), string(toB), string(toB), string(last), string(toB)}; !slices.Equal(got, want) {
+		t.Errorf("b got %d datagrams, want 5 in their order", len(got))
+	}
+	for _, m := range batch {
+		if len(m.data) != 0 {
+			t.Errorf("%d bytes are left", len(m.data))
+		}
+	}
+}
+
+// Who has found a direct way meanwhile has no need of the bridge, and its mate does
+// not hear of it.
+func TestDirectWins(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	a.told(b)
+	a.says(longPacket(initial, "firstdest", "aaaaaaaa"))
+	u.tick(40 * time.Millisecond)
+	a.says(longPacket(initial, "firstdest", "aaaaaaaa")) // which closes it
+	u.tick(maxHold)
+	u.due()
+	b.got()
+	// It is not offered again while others are to be met, and the only one is.
+	u.tick(unansweredTime)
+	u.sweep(u.now)
+	u.counted(refusedBridgeUnanswered, 0)
+	if f := u.flow(a, b); f != nil {
+		t.Error("the flow is still there")
+	}
+}
+
+// quic-go's first flight has two datagrams. Both are held, and both go.
+func TestFirstFlightIsHeld(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	a.at.rtt, b.at.rtt = 20*time.Millisecond, 40*time.Millisecond
+	a.told(b)
+	first, second := longPacket(initial, "firstdest", "aaaa"), longPacket(initial|1, "firstdest", "aaaa")
+	a.says(first)
+	u.tick(time.Millisecond)
+	a.says(second)
+	u.tick(minHold + 30*time.Millisecond - 2*time.Millisecond)
+	u.due()
+	b.got()
+	u.tick(2 * time.Millisecond)
+	u.due()
+	b.got(first, second)
+	// Nobody answers: a few repetitions may go.
+	for range 100 {
+		u.tick(10 * time.Millisecond)
+		a.says(first)
+	}
+	if n := len(u.wire.taken()); n != unansweredDatagrams-2 {
+		t.Errorf("%d repetitions went to a mate that has not answered, want %d", n, unansweredDatagrams-2)
+	}
+	u.counted(refusedBridgeUnanswered, 100-(unansweredDatagrams-2))
+}
+
+// Who seems to have given up, and had not, is heard when it comes again.
+func TestSlowDialGoesOn(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	a.told(b)
+	first := longPacket(initial, "firstdest", "aaaa")
+	a.says(first)
+	u.tick(50 * time.Millisecond)
+	a.says(first)
+	u.tick(maxHold)
+	u.due()
+	b.got()
+	a.says(first)
+	b.got(first)
+	answer := longPacket(initial, "aaaa", "bbbb")
+	b.says(answer)
+	a.got(answer)
+}
+
+// quinn takes another ID once, as server. Both clients of it may have several mates.
+func TestQuinnSwitchesItsID(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	server := u.actor("192.0.2.9:9")
+	var mates []*actor
+	for i := range 4 {
+		m := u.actor(fmt.Sprintf("192.0.2.%d:1", i+1))
+		mates = append(mates, m)
+		u.connected(m, server, fmt.Sprintf("mate000%d", i), fmt.Sprintf("serv000%d", i))
+		next := shortPacket(fmt.Sprintf("next000%d", i), 80)
+		for range 3 {
+			server.says(next)
+			m.got(next)
+		}
+	}
+	for i, m := range mates {
+		d := shortPacket(fmt.Sprintf("next000%d", i), 80)
+		server.says(d)
+		m.got(d)
+		d = shortPacket(fmt.Sprintf("serv000%d", i), 80)
+		m.says(d)
+		server.got(d)
+	}
+	// What nobody has given out goes to nobody.
+	u.tick(switchTime)
+	server.says(shortPacket("nobodys!", 80))
+	u.wire.mu.Lock()
+	defer u.wire.mu.Unlock()
+	if len(u.wire.sent) != 0 {
+		t.Error("an unknown ID was forwarded")
+	}
+}
+
+// quic-go takes another ID after the handshake, on both sides, and again after some
+// thousand packets. Both may be so with several mates at once.
+func TestQuicGoSwitchesItsIDs(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a := u.actor("192.0.2.9:9")
+	var mates []*actor
+	id := func(of string, i, n int) string { return fmt.Sprintf("%s%d%d.", of, i, n) }
+	for i := range 3 {
+		m := u.actor(fmt.Sprintf("192.0.2.%d:1", i+1))
+		mates = append(mates, m)
+		if i == 1 {
+			u.connected(a, m, id("a", i, 0), id("m", i, 0))
+		} else {
+			u.connected(m, a, id("m", i, 0), id("a", i, 0))
+		}
+		for range 3 { // what a sends carries the IDs that m gave out
+			d := shortPacket(id("m", i, 1), 80)
+			a.says(d)
+			m.got(d)
+			d = shortPacket(id("a", i, 1), 80)
+			m.says(d)
+			a.got(d)
+		}
+	}
+	// All are busy, and each takes another ID in its turn.
+	for n := 1; n < 6; n++ {
+		for i, m := range mates {
+			for range switchPackets + 100 {
+				for j, o := range mates {
+					at := n
+					if j < i {
+						at = n + 1
+					}
+					d := shortPacket(id("m", j, at), 30)
+					a.says(d)
+					o.got(d)
+					if t.Failed() {
+						t.Fatal(n, i, j)
+					}
+				}
+			}
+			// In the same moment as the others, some of which may be sent twice; then no more.
+			d := shortPacket(id("m", i, n+1), 30)
+			for range 5 {
+				a.says(d)
+				u.tick(10 * time.Millisecond)
+				for j, o := range mates {
+					if j != i {
+						at := n
+						if j < i {
+							at = n + 1
+						}
+						a.says(shortPacket(id("m", j, at), 30))
+						_ = o
+					}
+				}
+			}
+			arrived := slices.ContainsFunc(u.wire.taken(), func(s datagram) bool { return s.to == m.at.addr && s.data == string(d) })
+			if !arrived {
+				t.Fatalf("switch %d of mate %d never arrived", n, i)
+			}
+			a.says(d)
+			m.got(d)
+			u.sweep(u.now)
+		}
+	}
+}
+
+// Two mates call at the same moment. Until the callee has switched to the ID that it
+// will use with the first, nobody could tell for whom its next one is.
+func TestOneHandshakeAtATime(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b, callee := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.9:9")
+	a.told(callee)
+	b.told(callee)
+	fromA, fromB := longPacket(initial, "firstdestA", "aaaaaaaa"), longPacket(initial, "firstdestB", "bbbbbbbb")
+	a.says(fromA)
+	u.tick(time.Millisecond)
+	b.says(fromB)
+	u.tick(maxHold)
+	a.u.release(u.flow(a, callee), u.flow(a, callee).dials[0])
+	callee.got(fromA)
+	u.due()
+	callee.got()
+	answer := longPacket(initial, "aaaaaaaa", "cccccccA")
+	callee.says(answer)
+	a.got(answer)
+	u.due()
+	callee.got()
+	for range 2 {
+		callee.says(shortPacket("switched", 80))
+		a.got(shortPacket("switched", 80))
+	}
+	u.due()
+	callee.got(fromB)
+}
+
+// An Initial that no answer has led to is for the only mate that the client has not
+// met, of whom another one may have told; else it is dropped once, and then quic-go's.
+func TestWhoseInitialItIs(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
+	if got := a.told(b, c); got != b.id {
+		t.Errorf("told of %q, want the first", got)
+	}
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	u.tick(time.Second)
+	if got := a.told(b, c); got != c.id {
+		t.Errorf("told of %q, want the one that it has not met", got)
+	}
+	u.tick(offerTime)
+	d := longPacket(initial, "firstdestC", "aaaaaaaC")
+	if left := a.says(d); len(left) != 0 {
+		t.Error("the Initial went to quic-go")
+	}
+	u.tick(maxHold)
+	u.due()
+	c.got(d)
+	u.connected(a, c, "aaaaaaac", "cccccccc")
+	stray := longPacket(initial, "another!", "aaaaaaa2")
+	if left := a.says(stray); len(left) != 0 {
+		t.Error("a stray Initial went to quic-go at once")
+	}
+	u.counted(refusedBridgeStray, 1)
+	if left := a.says(stray); !bytes.Equal(left, stray) {
+		t.Error("a stray Initial that came again did not go to quic-go")
+	}
+	// Who is not connected here any more wants this relay.
+	a.closed = true
+	again := longPacket(initial, "another!", "aaaaaaa3")
+	if left := a.says(again); !bytes.Equal(left, again) {
+		t.Error("the Initial of one whose connection has ended did not go to quic-go")
+	}
+}
+
+// A device that was killed and is back under the same ID has forgotten its mate. It is
+// offered again, though what it was seems to be connected.
+func TestBackUnderTheSameID(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	u.tick(busyHold + time.Second)
+	if got := a.told(b); got != "" {
+		t.Errorf("offered %v, which it has met", got)
+	}
+	back := u.actor("192.0.2.1:3")
+	back.id = a.id
+	u.connected(back, b, "aaaaaaaA", "bbbbbbbB")
+}
+
+// A relay that has restarted knows nobody. Who dials it, and its mates in the same
+// moment, is not told that it is not the mate.
+func TestDialsOfNewcomersWait(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	relay, mate := longPacket(initial, "firstdest", "toRelay!"), longPacket(initial, "firstdest", "toMate!!")
+	if left := a.says(relay, mate); !bytes.Equal(left, relay) {
+		t.Errorf("%d bytes are left, want the first Initial", len(left))
+	}
+	a.told(b) // meanwhile
+	u.tick(time.Second)
+	a.says(mate)
+	u.tick(maxHold)
+	u.due()
+	b.got(mate)
+
+	// One who has no mates gets through.
+	c := u.actor("192.0.2.3:3")
+	for i := range 6 {
+		d := longPacket(initial, "firstdest", fmt.Sprintf("dial%04d", i))
+		left := c.says(d)
+		if dropped := len(left) == 0; dropped != (i > 0 && i < newcomerDials) {
+			t.Errorf("dial %d is dropped: %v", i, dropped)
+		}
+		if left := c.says(d); !bytes.Equal(left, d) {
+			t.Errorf("dial %d is dropped twice", i)
+		}
+	}
+}
+
+// Of whom no answer told, and other mates may have, each is tried in its turn.
+func TestInitialsThatNoAnswerLedTo(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a := u.actor("192.0.2.1:1")
+	var mates []*actor
+	for i := range 3 {
+		mates = append(mates, u.actor(fmt.Sprintf("192.0.2.%d:2", i+2)))
+	}
+	a.told(mates...)
+	u.tick(offerTime)
+	for i := range mates {
+		a.says(longPacket(initial, fmt.Sprintf("firstdest%d", i), fmt.Sprintf("dial%04d", i)))
+	}
+	for _, m := range mates {
+		if f := u.flow(a, m); f == nil || len(f.dials) != 1 {
+			t.Errorf("%v is not dialled", m.id)
+		}
+	}
+}
+
+// A device that was killed and is back is at the address of what it was, which seems
+// to be here for a while: its other mates come first.
+func TestNearMatesComeLast(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	before, now, mate := u.actor("192.0.2.1:1"), u.actor("192.0.2.1:2"), u.actor("192.0.2.9:9")
+	next, others := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now)
+	if next != mate.id || !slices.Equal(others, []peer.ID{before.id}) {
+		t.Errorf("offered %v beside %v, want the one elsewhere, and the near one without", next, others)
+	}
+	u.connected(now, mate, "aaaaaaaa", "bbbbbbbb")
+	if next, _ := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now); next != before.id {
+		t.Errorf("offered %v, want the near one, as the only one not met", next)
+	}
+}
+
+// Mates are offered one at a time, the newest first, and those with which the asker
+// has another connection last.
+func TestOffersTakeTurns(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a := u.actor("192.0.2.1:1")
+	var mates []*actor
+	for i := range 3 {
+		mates = append(mates, u.actor(fmt.Sprintf("192.0.2.%d:2", i+2)))
+	}
+	for _, want := range []int{0, 1, 2, 0, 1} {
+		for range 2 { // it may be dialling: asked again, it is told the same
+			if got := a.told(mates...); got != mates[want].id {
+				t.Errorf("told of %v, want mate %d", got, want)
+			}
+		}
+		u.tick(notDialled + 1)
+	}
+	// None was dialled, so it has them all. One that is new comes first.
+	fresh := u.actor("192.0.2.9:2")
+	if got := a.told(append(mates, fresh)...); got != fresh.id {
+		t.Errorf("told of %v, want the new one", got)
+	}
+}
+
+// A NAT may give a client another address. Both directions go on.
+func TestBridgeFollowsAClient(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("[2001:db8::2]:2")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	a.at.addr = netip.MustParseAddrPort("192.0.2.77:7")
+	u.sweep(u.now)
+	a.says(shortPacket("bbbbbbbb", 60))
+	b.got(shortPacket("bbbbbbbb", 60))
+	b.says(shortPacket("aaaaaaaa", 60))
+	a.got(shortPacket("aaaaaaaa", 60))
+	if n := len(u.sides[0].ends); n != 1 {
+		t.Errorf("%d ends, want 1", n)
+	}
+	// Somebody else at the address that it had is not taken for it.
+	old := u.actor("192.0.2.1:1")
+	if left := old.says(shortPacket("bbbbbbbb", 60)); len(left) == 0 {
+		t.Error("what comes from an address that a client once had is forwarded")
+	}
+}
+
+// A flow ends when its client has left, when nothing comes any more, and when it has
+// carried or lasted as long as a circuit may; and then nothing is left of it.
+func TestFlowsEnd(t *testing.T) {
+	tests := []struct {
+		name string
+		end  func(u *bridgeUnderTest, a, b *actor)
+		gone bool // at once, or only refuses
+	}{
+		{"a client has left", func(u *bridgeUnderTest, a, b *actor) {
+			b.closed = true
+			u.sweep(u.now)
+			u.tick(flowAbsent + time.Second)
+			a.says(shortPacket("bbbbbbbb", 60))
+			u.wire.taken()
+		}, true},
+		{"both are silent", func(u *bridgeUnderTest, a, b *actor) { u.tick(flowIdle + time.Second) }, true},
+		{"one is silent", func(u *bridgeUnderTest, a, b *actor) {
+			u.tick(flowIdle + time.Second)
+			a.says(shortPacket("bbbbbbbb", 60))
+			u.wire.taken()
+		}, true},
+		{"--circuit-bytes", func(u *bridgeUnderTest, a, b *actor) {
+			u.maxBytes = 10_000
+			for range 20 {
+				a.says(shortPacket("bbbbbbbb", 1000))
+			}
+			if n := len(u.wire.taken()); n > 10 {
+				t.Errorf("%d of 20 kB went over a flow that may carry 10", n)
+			}
+		}, false},
+		{"--circuit-duration", func(u *bridgeUnderTest, a, b *actor) {
+			u.maxAge = time.Minute
+			for range 5 {
+				u.tick(20 * time.Second)
+				a.says(shortPacket("bbbbbbbb", 1000))
+				b.says(shortPacket("aaaaaaaa", 1000))
+			}
+			u.wire.taken()
+		}, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			u := newBridgeUnderTest(t, 100)
+			a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+			u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+			tt.end(u, a, b)
+			u.sweep(u.now)
+			a.says(shortPacket("bbbbbbbb", 60))
+			b.got()
+			if n := u.tally.bridges.Load(); n != 0 {
+				t.Errorf("%d bridges are open, want none", n)
+			}
+			if (u.flow(a, b) == nil) != tt.gone {
+				t.Errorf("flow = %v, want it gone: %v", u.flow(a, b), tt.gone)
+			}
+			u.tick(2 * groupAge)
+			u.sweep(u.now)
+			u.sweep(u.now)
+			if u.flows != 0 || len(u.clients) != 0 || len(u.sides[0].ends) != 0 || len(u.sides[0].legs) != 0 {
+				t.Errorf("left: %d flows, %d clients, %d ends, %d IDs", u.flows, len(u.clients), len(u.sides[0].ends), len(u.sides[0].legs))
+			}
+		})
+	}
+}
+
+// A mate that takes part no longer is not sent more than could be on its way.
+func TestCreditIsRefilledByTheOtherEndAlone(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	d := bytes.Repeat(shortPacket("bbbbbbbb", 1000), 60)
+	sent := 0
+	for sent < 2*flowCredit {
+		a.says(slices.Collect(slices.Chunk(slices.Clone(d), 1000))...)
+		sent += len(d)
+	}
+	carried := func() (n int) {
+		for _, s := range u.wire.taken() {
+			n += len(s.data)
+		}
+		return n
+	}
+	if n := carried(); n > flowCredit || n < flowCredit-len(d) {
+		t.Errorf("%d bytes went to a mate that is silent, want %d", n, flowCredit)
+	}
+	b.says(shortPacket("nobodys!", 60)) // such as a stateless reset
+	carried()
+	a.says(slices.Collect(slices.Chunk(slices.Clone(d), 1000))...)
+	if carried() != 0 {
+		t.Error("an ID that belongs to nobody refilled the credit")
+	}
+	b.says(shortPacket("aaaaaaaa", 60))
+	carried()
+	a.says(shortPacket("bbbbbbbb", 1000))
+	if carried() != 1000 {
+		t.Error("what belongs to the flow did not refill the credit")
+	}
+}
+
+// --max-bandwidth holds, whatever is sent, and lets through what it has room for,
+// beside circuits that have more to carry than it allows.
+func TestBandwidthBoundsTheBridge(t *testing.T) {
+	const perSecond, seconds = 1 << 20, 10
+	for _, circuits := range []int{0, 3} {
+		u := newBridgeUnderTest(t, 100)
+		u.bandwidth = rate.NewLimiter(perSecond, perSecond/10)
+		start := u.clock()
+		var carried, byCircuits int64
+		next := make([]clock, circuits) // when each is let go on
+		for now := start; now < start+seconds*time.Second; now += 10 * time.Millisecond {
+			for i := range next {
+				if now >= next[i] {
+					const turn = perSecond / 10
+					next[i] = now + u.bandwidth.ReserveN(u.began.Add(now), turn).DelayFrom(u.began.Add(now))
+					byCircuits += turn
+				}
+			}
+			carried += u.allowed(60_000, 1000, now)
+		}
+		if all := carried + byCircuits; all > (seconds+3)*perSecond || all < (seconds-1)*perSecond || carried < seconds*perSecond/8 {
+			t.Errorf("beside %d circuits %d bytes in %d s, of %d together, want about %d", circuits, carried, seconds, all, seconds*perSecond)
+		}
+	}
+}
+
+// Nobody can make the bridge carry, hold or remember more than its bounds.
+func TestFloodsOfInitials(t *testing.T) {
+	random := func() []byte {
+		d := longPacket(initial, "12345678", "12345678")
+		rand.Read(d[6:14])
+		rand.Read(d[15:23])
+		return d
+	}
+	u := newBridgeUnderTest(t, 10_000)
+	victim := u.actor("192.0.2.9:9")
+	before := liveHeap()
+
+	// Of unknown addresses; of a client without an offer; different ones, and the same
+	// one, after an offer.
+	for i := range 1000 {
+		s := u.actor(fmt.Sprintf("198.51.100.%d:%d", i%250+1, i+1))
+		if d := random(); !bytes.Equal(s.says(d), d) {
+			t.Fatal("a stranger's Initial did not go to quic-go")
+		}
+	}
+	attacker := u.actor("192.0.2.1:1")
+	u.end(attacker.id, attacker, u.now)
+	for range 1000 {
+		attacker.says(random())
+	}
+	victim.got()
+	for round := range 50 {
+		attacker.told(victim)
+		same := random()
+		for range 200 {
+			if round%2 == 0 {
+				attacker.says(random())
+			} else {
+				attacker.says(same)
+			}
+			u.tick(time.Millisecond)
+			u.due()
+		}
+		u.tick(time.Second)
+		u.sweep(u.now)
+	}
+	if n := len(u.wire.taken()); n > 50*unansweredDatagrams {
+		t.Errorf("%d datagrams went to a victim that never answered, want at most %d for each of 50 questions", n, unansweredDatagrams)
+	}
+	// And after each has been heard, the victim is not spoken to.
+	u.tick(2 * groupAge)
+	u.sweep(u.now)
+	u.sweep(u.now)
+	if u.flows != 0 || u.holding != 0 || len(u.clients) != 0 {
+		t.Errorf("left: %d flows, %d dials held, %d clients", u.flows, u.holding, len(u.clients))
+	}
+	if grown := int64(liveHeap()) - int64(before); grown > 1<<20 {
+		t.Errorf("the heap has grown by %d bytes", grown)
+	}
+
+	// Thousands at once: no more are held than limits say.
+	held, refused := 0, u.tally.refused[refusedBridge].Load()
+	for i := range 5000 {
+		a := u.actor(fmt.Sprintf("10.0.%d.%d:1", i/250, i%250+1))
+		b := u.actor(fmt.Sprintf("10.1.%d.%d:1", i/250, i%250+1))
+		a.told(b)
+		a.says(random())
+		held = max(held, u.holding)
+	}
+	if held != u.limits.holding() || u.flows > u.limits.flows() {
+		t.Errorf("%d dials were held, and %d flows, want %d and at most %d", held, u.flows, u.limits.holding(), u.limits.flows())
+	}
+	u.counted(refusedBridge, refused+int64(5000-u.limits.holding()))
+}
+
+// A device has a bound, and so have all.
+func TestFlowsAreBounded(t *testing.T) {
+	u := newBridgeUnderTest(t, 20)
+	hub := u.actor("192.0.2.9:9")
+	for i := range flowsPerClient + 8 {
+		m := u.actor(fmt.Sprintf("10.0.0.%d:1", i+1))
+		m.told(hub)
+		m.says(longPacket(initial, fmt.Sprintf("firstdest%d", i), fmt.Sprintf("idid%04d", i)))
+		u.tick(maxHold)
+		u.due()
+	}
+	e := u.sides[0].ends[hub.at.addr]
+	if len(e.flows) != flowsPerClient {
+		t.Errorf("%d flows of one client, want %d", len(e.flows), flowsPerClient)
+	}
+	for i := range 4 * u.limits.flows() {
+		a, b := u.actor(fmt.Sprintf("10.1.%d.%d:1", i/250, i%250)), u.actor(fmt.Sprintf("10.2.%d.%d:1", i/250, i%250))
+		a.told(b)
+		a.says(longPacket(initial, fmt.Sprintf("firstdest%d", i), "aaaaaaaa"))
+		u.tick(maxHold)
+		u.due()
+	}
+	if u.flows != u.limits.flows() {
+		t.Errorf("%d flows, want %d", u.flows, u.limits.flows())
+	}
+	// A mate cannot make another's packets its own by giving out the same IDs, nor fill
+	// memory with IDs.
+	v := newBridgeUnderTest(t, 100)
+	a, b, evil := v.actor("192.0.2.1:1"), v.actor("192.0.2.2:2"), v.actor("192.0.2.3:3")
+	v.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	v.connected(a, evil, "aaaaaaaA", "evilevil")
+	for i := range 1000 {
+		evil.says(longPacket(handshaking, "aaaaaaaA", "bbbbbbbb"))
+		evil.says(longPacket(handshaking, "aaaaaaaA", fmt.Sprintf("evil%04d", i)))
+		evil.says(longPacket(handshaking, "aaaaaaaA", fmt.Sprintf("%c", i)))
+	}
+	v.wire.taken()
+	a.says(shortPacket("bbbbbbbb", 60))
+	b.got(shortPacket("bbbbbbbb", 60))
+	if n := len(v.sides[0].legs); n > 4*legIDs {
+		t.Errorf("%d IDs are kept of two flows, want at most %d", n, 4*legIDs)
+	}
+}
+
+// Once the relay is about to stop, what is open goes on, and nothing begins.
+func TestDrainRefusesNewFlows(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
+	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+	a.told(c)
+	u.drain()
+	if left := a.says(longPacket(initial, "firstdestC", "aaaaaaaC")); len(left) != 0 || u.flow(a, c) != nil {
+		t.Error("a flow began after drain")
+	}
+	if got := b.told(c); got != "" {
+		t.Errorf("told of %v after drain", got)
+	}
+	a.says(shortPacket("bbbbbbbb", 60))
+	b.got(shortPacket("bbbbbbbb", 60))
+	u.counted(refusedStopping, 1)
+}
+
+// Whatever comes, the reader of a socket goes on, and quic-go is given nothing that
+// did not come.
+func FuzzBridge(f *testing.F) {
+	f.Add([]byte{0xc0, 0, 0, 0, 1, 8, 1, 2, 3, 4, 5, 6, 7, 8, 0}, uint8(10))
+	f.Add(longPacket(initial, "12345678", "12345678"), uint8(0))
+	f.Add(append(shortPacket("bbbbbbbb", 60), shortPacket("aaaaaaaa", 60)...), uint8(60))
+	f.Add([]byte{0x40}, uint8(1))
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 21}, uint8(6))
+	f.Fuzz(func(t *testing.T, data []byte, size uint8) {
+		if dest, source, ok := longIDs(data); ok {
+			if len(dest) > maxID || len(source) > maxID || !bytes.Contains(data, dest) || !bytes.Contains(data, source) {
+				t.Errorf("longIDs = %x, %x", dest, source)
+			}
+		}
+		u := newBridgeUnderTest(t, 10)
+		a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
+		u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
+		for range 3 {
+			batch := []arrival{{from: a.at.addr, size: max(int(size), 1), data: slices.Clone(data)}}
+			u.sides[0].take(batch)
+			left := len(batch[0].data)
+			for _, d := range u.wire.taken() {
+				left += len(d.data)
+			}
+			if left > len(data) {
+				t.Errorf("of %d bytes came %d", len(data), left)
+			}
+		}
+	})
+}
+
+// Ten thousand flows that are open and idle take 8 MiB at most: those of two thousand
+// clients in groups of eleven. Memory for clients is promised apart (bridgeMemory).
+func TestFlowsTakeLittleMemory(t *testing.T) {
+	const clients, mates = 2000, 5
+	u := newBridgeUnderTest(t, clients*mates)
+	actors := make([]*actor, clients)
+	for i := range actors {
+		actors[i] = u.actor(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 1).String())
+	}
+	before := int64(liveHeap())
+	for i, a := range actors {
+		for j := range mates {
+			b := actors[(i+j+1)%clients]
+			from := func(kind byte) string { return fmt.Sprintf("%c%04d%d..", kind, i, j) }
+			u.connected(a, b, from('a'), from('b'))
+			f := u.flow(a, b)
+			u.learn(&f.legs[1], []byte(from('c')), true)
+			f.legs[1].switched = true
+		}
+	}
+	u.tick(switchTime + 1)
+	u.sweep(u.now) // which forgets what helped in handshakes
+	taken := int64(liveHeap()) - before
+	t.Logf("%d bytes for each flow, %d for each client", taken/(clients*mates), taken/clients)
+	if n := u.tally.bridges.Load(); n != clients*mates || u.flows != clients*mates {
+		t.Errorf("%d bridges are open, of %d flows, want %d", n, u.flows, clients*mates)
+	}
+	if taken > 8<<20 {
+		t.Errorf("%d flows take %d bytes, want at most 8 MiB", clients*mates, taken)
+	}
+	runtime.KeepAlive(u)
+}
+
+// What one datagram costs, of whom it may come.
+func BenchmarkBridgeRoute(b *testing.B) {
+	u := newBridgeUnderTest(b, 10_000)
+	a, mate, other := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
+	u.connected(a, mate, "aaaaaaaa", "bbbbbbbb")
+	u.connected(a, other, "aaaaaaaA", "cccccccc")
+	for i := range 10_000 {
+		c := u.actor(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 1).String())
+		u.end(c.id, c, u.now)
+	}
+	for _, e := range u.sides[0].ends {
+		for _, f := range e.flows {
+			f.legs[0].credit.Store(1 << 60)
+			f.legs[1].credit.Store(1 << 60)
+		}
+	}
+	own, _ := u.GenerateConnectionID()
+	message := func(ids ...string) (m []byte) {
+		for i := range 32 {
+			m = append(m, shortPacket(ids[i%len(ids)], 1200)...)
+		}
+		return m
+	}
+	silent := &silentWire{}
+	for _, sd := range u.sides {
+		sd.socket = silent
+	}
+	for _, tt := range []struct {
+		name string
+		from *actor
+		data []byte
+	}{
+		{"of a stranger", u.actor("198.51.100.1:1"), message("bbbbbbbb")},
+		{"the relay's, of a client that has flows", a, message(string(own.Bytes()))},
+		{"a mate's", a, message("bbbbbbbb")},
+		{"two mates' in turns", a, message("bbbbbbbb", "cccccccc")},
+	} {
+		b.Run(tt.name, func(b *testing.B) {
+			batch := make([]arrival, 8)
+			for b.Loop() {
+				for i := range batch {
+					batch[i] = arrival{from: tt.from.at.addr, size: 1200, data: tt.data}
+				}
+				u.sides[0].take(batch)
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*8*32), "ns/datagram")
+		})
+	}
+}
+
+type silentWire struct{ udpSocket }
+
+func (*silentWire) send([][]byte, int, byte, netip.AddrPort, source) {}
+
+// The relay's own IDs are known by nobody else.
+func TestRelayKnowsItsOwnIDs(t *testing.T) {
+	u := newBridgeUnderTest(t, 1)
+	for range 1000 {
+		id, err := u.GenerateConnectionID()
+		if err != nil || id.Len() != u.ConnectionIDLen() {
+			t.Fatal(id, err)
+		}
+		if !u.isOurs(append(id.Bytes(), 1, 2, 3)) {
+			t.Error("its own ID is not known")
+		}
+		other := make([]byte, relayIDLength)
+		binary.LittleEndian.PutUint64(other, mrand.Uint64())
+		if u.isOurs(other) {
+			t.Error("a random ID is taken for its own") // one in four million tests
+		}
+	}
+	if u.isOurs([]byte{1, 2, 3}) {
+		t.Error("too short")
+	}
+}
