@@ -1,18 +1,14 @@
 package main
 
-// A crowd for the NAT lab: thousands of strangers in one namespace, whom a
-// client that looks for its mate may be sent to; and the relay whose answers can
-// be switched to kad-dht's own.
+// A crowd for the NAT lab: thousands of strangers in one namespace, whom a client
+// that looks for its mate may be sent to.
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"strings"
 	"sync"
@@ -21,28 +17,6 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	quicgo "github.com/quic-go/quic-go"
 )
-
-// labRelayEnv tells the test binary that it is a relay, "plain" that its answers
-// are kad-dht's own.
-const labRelayEnv = "PRIVSTACK_LAB_RELAY"
-
-func runLabRelay(answers string, out io.Writer) error {
-	cfg, err := parseFlags(nil)
-	if err != nil {
-		return err
-	}
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		return err
-	}
-	r, err := startRelay(cfg, key, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	r.answers.plain = answers == "plain"
-	fmt.Fprintf(out, "  PeerId:    %s\n", r.peerID())
-	return <-r.failed
-}
 
 // labCrowdEnv tells the test binary that it is a crowd, of which relay (a
 // multiaddr that ends in its ID) and on which network, such as "11.100".
