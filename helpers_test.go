@@ -141,9 +141,6 @@ func TestMain(m *testing.M) {
 	if relay := os.Getenv(labCrowdEnv); relay != "" {
 		panic(runLabCrowd(relay, os.Stdin, os.Stdout))
 	}
-	if answers := os.Getenv(labRelayEnv); answers != "" {
-		panic(runLabRelay(answers, os.Stdout))
-	}
 	if os.Getenv(labClientEnv) != "" {
 		if err := runLabClient(os.Stdin, os.Stdout); err != nil {
 			panic(err)

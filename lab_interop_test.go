@@ -53,10 +53,13 @@ type rustClient struct {
 	t     testing.TB
 	id    string
 	began time.Time
+	cmd   *exec.Cmd
 	stdin io.WriteCloser
+	done  chan struct{} // closed when it has ended and its events are complete
 
 	mu     sync.Mutex
 	events []rustEvent
+	more   chan struct{} // closed with the next event
 }
 
 // rustEvent is a line of the client's output; the fields vary with the event.
@@ -97,7 +100,7 @@ func startRustBy(t testing.TB, by []string, relay peer.AddrInfo, code string, ar
 	words := slices.Concat(by, []string{name, "relay=" + addr, "code=" + code}, args)
 	cmd := exec.Command(words[0], words[1:]...)
 	cmd.Stderr = os.Stderr
-	c := &rustClient{t: t, began: time.Now()}
+	c := &rustClient{t: t, began: time.Now(), cmd: cmd, done: make(chan struct{}), more: make(chan struct{})}
 	if c.stdin, err = cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -108,23 +111,22 @@ func startRustBy(t testing.TB, by []string, relay peer.AddrInfo, code string, ar
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan struct{})
 	go func() {
-		defer close(done)
+		defer close(c.done)
 		for lines := bufio.NewScanner(stdout); lines.Scan(); {
 			var e rustEvent
 			if json.Unmarshal(lines.Bytes(), &e) == nil {
 				e["after"] = time.Since(c.began)
 				c.mu.Lock()
 				c.events = append(c.events, e)
+				close(c.more)
+				c.more = make(chan struct{})
 				c.mu.Unlock()
 			}
 		}
 	}()
 	t.Cleanup(func() {
-		cmd.Process.Kill()
-		<-done
-		cmd.Wait()
+		c.kill()
 		if t.Failed() {
 			for _, e := range c.events {
 				t.Log(c.id, e)
@@ -135,11 +137,23 @@ func startRustBy(t testing.TB, by []string, relay peer.AddrInfo, code string, ar
 	return c
 }
 
+// kill ends the client as a power cut does.
+func (c *rustClient) kill() {
+	c.cmd.Process.Kill()
+	<-c.done
+	c.cmd.Wait()
+}
+
 // seen returns the events so far, from the nth.
 func (c *rustClient) seen(n int) []rustEvent {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.events[n:])
+}
+
+// has reports whether there was such an event.
+func (c *rustClient) has(event string, fields ...string) bool {
+	return slices.ContainsFunc(c.seen(0), func(e rustEvent) bool { return e.is(event, fields...) })
 }
 
 // wait returns the first such event of all so far or to come.
@@ -149,18 +163,46 @@ func (c *rustClient) wait(event string, fields ...string) rustEvent {
 }
 
 // waitFrom is wait without the first n events.
-func (c *rustClient) waitFrom(n int, event string, fields ...string) (found rustEvent) {
+func (c *rustClient) waitFrom(n int, event string, fields ...string) rustEvent {
 	c.t.Helper()
-	eventually(c.t, fmt.Sprintf("%s: %s %v", c.id, event, fields), func() bool {
-		for _, e := range c.seen(n) {
-			if e.is(event, fields...) {
-				found = e
-				return true
+	e := c.first(n, time.Now().Add(testTimeout), func(e rustEvent) bool { return e.is(event, fields...) })
+	if e == nil {
+		c.t.Fatalf("not within %v: %s: %s %v", testTimeout, c.id, event, fields)
+	}
+	return e
+}
+
+// first returns the first event from the nth on that is ok, and nil when there was
+// none until the deadline.
+func (c *rustClient) first(n int, deadline time.Time, ok func(rustEvent) bool) rustEvent {
+	late := time.NewTimer(time.Until(deadline))
+	defer late.Stop()
+	for {
+		c.mu.Lock()
+		events, more := c.events, c.more
+		c.mu.Unlock()
+		for ; n < len(events); n++ {
+			if ok(events[n]) {
+				return events[n]
 			}
 		}
-		return false
+		select {
+		case <-more:
+		case <-late.C:
+			return nil
+		}
+	}
+}
+
+// carry sends bytes to mate over a connection that there is and returns the event
+// that says that mate has them, or nil if it does not until the deadline. Greetings
+// have 1 024 bytes, so a message of a test has another size.
+func (c *rustClient) carry(mate *rustClient, bytes int, deadline time.Time) rustEvent {
+	n := len(c.seen(0))
+	c.command("probe %s %d", mate.id, bytes)
+	return c.first(n, deadline, func(e rustEvent) bool {
+		return e.is("synced", "peer", mate.id) && e["bytes"] == float64(bytes) && e["ok"] == true
 	})
-	return found
 }
 
 func (c *rustClient) command(format string, args ...any) {
@@ -185,9 +227,8 @@ func TestRustClientsMeet(t *testing.T) {
 	a.wait("found", "peer", late.id)
 	b.wait("found", "peer", late.id)
 
-	a.command("sync %s %d", b.id, 16<<20)
-	if e := a.wait("synced", "peer", b.id); e["ok"] != true || e["bytes"] != float64(16<<20) {
-		t.Errorf("sync = %v, want 16 MiB and the same digest", e)
+	if a.carry(b, 16<<20, time.Now().Add(testTimeout)) == nil {
+		t.Error("16 MiB did not arrive with the same digest")
 	}
 	for _, c := range []*rustClient{a, b, late} {
 		for _, e := range c.seen(0) {
@@ -261,8 +302,8 @@ func TestRustClientsOfOtherCodesNeverMeet(t *testing.T) {
 func TestRustCircuitCarriesSync(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--announce=127.0.0.1"))
 	// Neither can be dialled, so the circuit is the only path.
-	dst := startRust(t, r.info, "x", "circuit=1", "dial=0", "listen=none")
-	src := startRust(t, r.info, "y", "dial=0", "listen=none")
+	dst := startRust(t, r.info, "x", "mode=circuits", "circuit=1", "dial=0", "listen=none")
+	src := startRust(t, r.info, "y", "mode=circuits", "dial=0", "listen=none")
 	if e := dst.wait("reserved"); e["bytes"] != float64(1<<30) || e["seconds"] != 3600.0 {
 		t.Errorf("reservation = %v, want 1 GiB and an hour", e)
 	}
@@ -307,10 +348,10 @@ func TestRustIdentify(t *testing.T) {
 	if got := r.host.Network().ConnsToPeer(id)[0].RemoteMultiaddr().String(); got != e.str("observed") {
 		t.Errorf("the client is told it was observed as %v, want %s", e["observed"], got)
 	}
-	agent, err := r.host.Peerstore().Get(id, "AgentVersion")
-	if err != nil || agent != "PrivStack/laptop" {
-		t.Errorf("agent = %v, %v, want PrivStack/laptop", agent, err)
-	}
+	eventually(t, "the relay has read that the agent is PrivStack/laptop", func() bool {
+		agent, err := r.host.Peerstore().Get(id, "AgentVersion")
+		return err == nil && agent == "PrivStack/laptop"
+	})
 }
 
 // A power cut at the relay: the clients, which nobody restarts, find each other

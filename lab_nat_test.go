@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -91,7 +90,12 @@ func (l *lab) run(name string, args ...string) {
 func (l *lab) in(ns string, commands ...string) {
 	l.t.Helper()
 	for _, c := range commands {
-		l.run("ip", append([]string{"netns", "exec", ns}, strings.Fields(c)...)...)
+		words := strings.Fields(c)
+		if words[0] == "ip" { // it enters the namespace by itself
+			l.run("ip", append([]string{"-netns", ns}, words[1:]...)...)
+			continue
+		}
+		l.run("ip", append([]string{"netns", "exec", ns}, words...)...)
 	}
 }
 
@@ -102,6 +106,13 @@ func (l *lab) attach(ns, dev, sw string, addrs ...string) (port string) {
 	port = fmt.Sprintf("port%d", labNames.Add(1))
 	l.run("ip", "link", "add", port, "netns", sw, "type", "veth", "peer", "name", dev, "netns", ns)
 	l.in(sw, "ip link set "+port+" master br0 up")
+	l.up(ns, dev, addrs...)
+	return port
+}
+
+// up brings an interface up and gives it addresses.
+func (l *lab) up(ns, dev string, addrs ...string) {
+	l.t.Helper()
 	l.in(ns, "ip link set "+dev+" up")
 	for _, addr := range addrs {
 		nodad := ""
@@ -110,7 +121,6 @@ func (l *lab) attach(ns, dev, sw string, addrs ...string) (port string) {
 		}
 		l.in(ns, "ip addr add "+addr+" dev "+dev+nodad)
 	}
-	return port
 }
 
 // public makes a host with public addresses. They are from 11.0.0.0/8 and 2a00::/16,
@@ -138,9 +148,16 @@ const (
 // address 192.168.1.1.
 func (l *lab) router(name, wan string, kind natKind) string {
 	l.t.Helper()
+	return l.routerOn(l.inet, name, wan, "192.168.1.1/24", kind)
+}
+
+// routerOn is router with its outside attached to the bridge of sw, which may be
+// another router's LAN, and its inside where lan says.
+func (l *lab) routerOn(sw, name, wan, lan string, kind natKind) string {
+	l.t.Helper()
 	ns := l.namespace(name)
-	l.attach(ns, "wan", l.inet, wan)
-	l.in(ns, "ip link add br0 type bridge", "ip addr add 192.168.1.1/24 dev br0", "ip link set br0 up", "sysctl -qw net.ipv4.ip_forward=1")
+	l.attach(ns, "wan", sw, wan)
+	l.in(ns, "ip link add br0 type bridge", "ip addr add "+lan+" dev br0", "ip link set br0 up", "sysctl -qw net.ipv4.ip_forward=1")
 	// Unsolicited packets are dropped early. Otherwise conntrack would take them for the
 	// router's own, and a client's mapping could not have their port.
 	l.nft(ns, `
@@ -188,10 +205,26 @@ func (l *lab) isolatedHome(name, router string, host int) string {
 // relay runs the built binary in ns. reach are the addresses that clients are given.
 func (l *lab) relay(ns string, reach []string, args ...string) peer.AddrInfo {
 	l.t.Helper()
-	cmd := command(l.t, append([]string{"--port=4001", "--http-port=4002"}, args...)...)
+	return l.relayOf(l.relayCommand(ns, args...), reach)
+}
+
+// labRelayBinaryEnv names another relay for the lab, to compare.
+const labRelayBinaryEnv = "PRIVSTACK_LAB_RELAY_BINARY"
+
+// relayCommand is the built binary, to be run in ns on the usual ports.
+func (l *lab) relayCommand(ns string, args ...string) *exec.Cmd {
+	l.t.Helper()
+	args = append([]string{"--port=4001", "--http-port=4002"}, args...)
+	var cmd *exec.Cmd
+	if other := os.Getenv(labRelayBinaryEnv); other != "" {
+		cmd = exec.Command(other, args...)
+		cmd.Dir = l.t.TempDir()
+	} else {
+		cmd = command(l.t, args...)
+	}
 	cmd.Args = append([]string{"ip", "netns", "exec", ns}, cmd.Args...)
 	cmd.Path, _ = exec.LookPath("ip")
-	return l.relayOf(cmd, reach)
+	return cmd
 }
 
 // relayOf starts cmd, which has to print a relay's banner.
@@ -235,62 +268,30 @@ func (l *lab) relayOf(cmd *exec.Cmd, reach []string) peer.AddrInfo {
 	}
 }
 
-// delayLine forwards UDP between port 4001 of ns and target, and adds rtt to each round
-// trip. It is a process because some kernels come without tc's netem.
-func (l *lab) delayLine(ns, target string, rtt time.Duration) {
+// far makes a host with public addresses at the end of a wire that adds rtt to each
+// round trip and, at random, up to jitter to each packet, so that they overtake one
+// another. (Kernels that come without netem are why it is not tc.)
+func (l *lab) far(name string, rtt, jitter time.Duration, addrs ...string) string {
 	l.t.Helper()
-	cmd := l.self(ns, labDelayEnv+"="+target+" "+rtt.String())
+	wire, ns := l.namespace("wire"), l.namespace(name)
+	l.attach(wire, "near", l.inet)
+	l.in(wire, "ip link add far type veth peer name wan netns "+ns)
+	l.up(wire, "far")
+	l.up(ns, "wan", addrs...)
+	cmd := l.self(wire, fmt.Sprintf("%s=%v %v", labDelayEnv, rtt, jitter))
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		l.t.Fatal(err)
 	}
 	l.start(cmd)
 	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
-		l.t.Fatalf("the delay line did not start: %v", err)
+		l.t.Fatalf("the wire did not start: %v", err)
 	}
+	return ns
 }
 
-// labDelayEnv tells the test binary that it is a delay line.
+// labDelayEnv tells the test binary that it is a wire.
 const labDelayEnv = "PRIVSTACK_LAB_DELAY"
-
-// runLabDelay runs the delay line.
-func runLabDelay(config string, out io.Writer) error {
-	target, wait, _ := strings.Cut(config, " ")
-	rtt, err := time.ParseDuration(wait)
-	if err != nil {
-		return err
-	}
-	near, err := net.ListenPacket("udp4", ":4001")
-	if err != nil {
-		return err
-	}
-	fmt.Fprintln(out, "ready")
-	forward := func(from net.PacketConn, to func(src net.Addr, packet []byte)) error {
-		for {
-			packet := make([]byte, 2048)
-			n, src, err := from.ReadFrom(packet)
-			if err != nil {
-				return err
-			}
-			time.AfterFunc(rtt/2, func() { to(src, packet[:n]) })
-		}
-	}
-	far := map[string]net.Conn{} // sockets to the target, one for each client
-	var mu sync.Mutex
-	return forward(near, func(src net.Addr, packet []byte) {
-		mu.Lock()
-		defer mu.Unlock()
-		conn := far[src.String()]
-		if conn == nil {
-			if conn, err = net.Dial("udp4", target); err != nil {
-				return
-			}
-			far[src.String()] = conn
-			go forward(conn.(*net.UDPConn), func(_ net.Addr, packet []byte) { near.WriteTo(packet, src) })
-		}
-		conn.Write(packet)
-	})
-}
 
 // labClient is a client that runs as a process in a namespace. Its methods send requests to
 // that process.
@@ -832,11 +833,11 @@ func TestSyncOverBadPaths(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			relay := l.relay(l.public("relay", "11.0.0.1/8"), []string{relayV4})
+			host := l.public
 			if tt.delay > 0 {
-				l.delayLine(l.public("delay", "11.0.0.9/8"), "11.0.0.1:4001", tt.delay)
-				relay.Addrs = []ma.Multiaddr{ma.StringCast("/ip4/11.0.0.9/udp/4001/quic-v1")}
+				host = func(name string, addrs ...string) string { return l.far(name, tt.delay, 0, addrs...) }
 			}
+			relay := l.relay(host("relay", "11.0.0.1/8"), []string{relayV4})
 			var ends [2]*labClient
 			for i, name := range []string{"a", "b"} {
 				router := l.router("r"+name, fmt.Sprintf("11.2.0.%d/8", i+1), endpointDependent)

@@ -1,17 +1,14 @@
 package main
 
-// A crowd for the NAT lab: thousands of strangers in one namespace, which answers may name
-// to a client that looks for its mate; and a relay whose answers can be kad-dht's own.
+// A crowd for the NAT lab: thousands of strangers in one namespace, whom answers might name
+// to a client that looks for another device.
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"strings"
 	"sync"
@@ -20,27 +17,6 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	quicgo "github.com/quic-go/quic-go"
 )
-
-// labRelayEnv tells the test binary that it is a relay. With "plain" its answers are
-// kad-dht's own.
-const labRelayEnv = "PRIVSTACK_LAB_RELAY"
-
-func runLabRelay(answers string, out io.Writer) error {
-	cfg, err := parseFlags(nil)
-	if err != nil {
-		return err
-	}
-	_, key, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		return err
-	}
-	r, err := startRelay(cfg, key, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	fmt.Fprintf(out, "  PeerId:    %s\n", r.peerID())
-	return <-r.broken
-}
 
 // labCrowdEnv tells the test binary that it is a crowd. It holds the relay's multiaddr with
 // its ID, a space, and the crowd's network, such as "11.100".

@@ -1,24 +1,33 @@
 //! A PrivStack client's network side, for the relay's tests: it joins, publishes
 //! and looks for its sync group's record, connects to whom it finds, and syncs.
 //!
-//! Arguments are NAME=VALUE: relay (multiaddr with /p2p), code (the sync code),
-//! device (its name), tick_ms (30000), listen (repeatable, or none), circuit=1 (reserve a
-//! slot at the relay), dcutr=1 (punch holes), dial=0 (only find, do not connect).
+//! In mode=deployed, the default, it does what the released clients do (DESIGN.md,
+//! section 3) and has no other parts than they have. In mode=circuits it stands for
+//! other libp2p software: it also seeks its mates by FIND_NODE, reserves a slot at the
+//! relay (circuit=1), falls back to circuits, and punches holes (dcutr=1).
 //!
-//! It prints one JSON object a line, each with "event", and takes commands on
-//! stdin: `sync PEER BYTES`, `find PEER`, `dial ADDR`, `put TEXT`. The end of stdin ends it.
+//! Other arguments, all NAME=VALUE: relay (multiaddr with /p2p), code (the sync code),
+//! device (its name), key (any text: the same text is the same peer ID; without one the
+//! key is new), tick_ms (30000), listen (repeatable, or none), dial=0 (only find, send
+//! nothing to mates).
+//!
+//! It prints one JSON object a line, each with "event", and takes commands on stdin:
+//! `sync PEER BYTES` (which dials), `probe PEER BYTES` (which does not), `find PEER`,
+//! `dial ADDR`, `put TEXT`. The end of stdin ends it.
 
 use std::{
     collections::{HashMap, HashSet},
     error::Error,
     hash::BuildHasher,
     io::{self, Write},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, dcutr, identify, kad,
+    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, dcutr, identify,
+    identity::Keypair,
+    kad,
     multiaddr::Protocol,
     noise, relay,
     request_response::{self, ProtocolSupport},
@@ -34,13 +43,45 @@ const SYNC_PROTOCOL: StreamProtocol = StreamProtocol::new("/privstack/sync/1.0.0
 /// The largest sync message (16 MiB), and a little.
 const MAX_SYNC: u64 = (16 << 20) + 1024;
 
+/// What a device that has nothing new says to its mates, in bytes.
+const GREETING: usize = 1024;
+
+/// How often a released client goes through the devices that it knows.
+const LOOK: Duration = Duration::from_secs(5);
+
 #[derive(NetworkBehaviour)]
 struct Behaviour {
     identify: identify::Behaviour,
     kad: kad::Behaviour<kad::store::MemoryStore>,
     sync: request_response::Behaviour<SyncCodec>,
-    relay: relay::client::Behaviour,
+    relay: Toggle<relay::client::Behaviour>,
     dcutr: Toggle<dcutr::Behaviour>,
+}
+
+impl Behaviour {
+    /// The parts that all modes have. `bootstrap` is where kad begins.
+    fn new(key: &Keypair, device: &str, bootstrap: Option<(PeerId, Multiaddr)>) -> Self {
+        let id = key.public().to_peer_id();
+        let mut config = kad::Config::new(kad::PROTOCOL_NAME);
+        config.set_query_timeout(Duration::from_secs(60));
+        let mut kad = kad::Behaviour::with_config(id, kad::store::MemoryStore::new(id), config);
+        kad.set_mode(Some(kad::Mode::Server)); // whatever the NAT
+        if let Some((relay, addr)) = bootstrap {
+            kad.add_address(&relay, addr);
+            kad.bootstrap().expect("the relay is known");
+        }
+        let identify = identify::Config::new("/privstack/sync/1.0.0".into(), key.public())
+            .with_agent_version(format!("PrivStack/{device}"));
+        let sync =
+            request_response::Config::default().with_request_timeout(Duration::from_secs(120));
+        Behaviour {
+            identify: identify::Behaviour::new(identify),
+            kad,
+            sync: request_response::Behaviour::new([(SYNC_PROTOCOL, ProtocolSupport::Full)], sync),
+            relay: None.into(),
+            dcutr: None.into(),
+        }
+    }
 }
 
 /// A request is any bytes, the response their SHA-256.
@@ -119,12 +160,20 @@ fn is_circuit(addr: &Multiaddr) -> bool {
     addr.iter().any(|p| p == Protocol::P2pCircuit)
 }
 
+/// The addresses in a record's value, which is anybody's.
+fn addresses_in(value: &[u8]) -> Vec<Multiaddr> {
+    let value: Value = serde_json::from_slice(value).unwrap_or_default();
+    let addresses = value["addresses"].as_array().into_iter().flatten();
+    addresses.filter_map(|a| a.as_str()?.parse().ok()).collect()
+}
+
 /// What the command line says, and what is under way.
 struct Client {
     relay_id: PeerId,
     relay_addr: Multiaddr,
     key: kad::RecordKey,
     device: String,
+    circuits: bool, // the mode
     circuit: bool,
     dial: bool,
     reserved: bool,
@@ -134,12 +183,15 @@ struct Client {
     finds: HashMap<kad::QueryId, (PeerId, Instant)>,
     syncs: HashMap<request_response::OutboundRequestId, (Instant, Vec<u8>, usize)>,
     seeking: HashSet<PeerId>,
+    /// The devices found so far, and whether each was sent a message.
+    known: HashMap<PeerId, bool>,
 }
 
 impl Client {
     /// What a device does every 30 s.
     fn tick(&mut self, swarm: &mut Swarm<Behaviour>) {
-        if !swarm.is_connected(&self.relay_id) {
+        // A released client leaves it to kad to dial the relay.
+        if self.circuits && !swarm.is_connected(&self.relay_id) {
             self.reserved = false;
             let opts = DialOpts::peer_id(self.relay_id)
                 .addresses(vec![self.relay_addr.clone()])
@@ -157,13 +209,15 @@ impl Client {
             .filter(|a| !is_circuit(a))
             .map(ToString::to_string)
             .collect();
+        let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_secs());
         let value = self.value.clone().unwrap_or_else(|| {
-            json!({"device_name": self.device, "addresses": addresses, "timestamp": 0}).to_string()
+            json!({"device_name": self.device, "addresses": addresses, "timestamp": now})
+                .to_string()
         });
         let record = kad::Record {
             key: self.key.clone(),
             value: value.into_bytes(),
-            publisher: None,
+            publisher: None, // kad sets it, and keeps the record here, too
             expires: None,
         };
         match swarm
@@ -178,11 +232,56 @@ impl Client {
         }
         let id = swarm.behaviour_mut().kad.get_record(self.key.clone());
         self.gets.insert(id, Instant::now());
+
+        let greeted = self.known.iter().filter(|(_, greeted)| **greeted);
+        for mate in greeted.map(|(mate, _)| *mate).collect::<Vec<_>>() {
+            self.greet(swarm, mate);
+        }
     }
 
-    /// A mate was found: ask where it is, which also dials it.
+    /// What a released client does every 5 s, and this one also when it has found
+    /// a device: it sends a message to those that have not had one.
+    fn look(&mut self, swarm: &mut Swarm<Behaviour>) {
+        let new = self.known.iter().filter(|(_, greeted)| !**greeted);
+        for mate in new.map(|(mate, _)| *mate).collect::<Vec<_>>() {
+            self.known.insert(mate, true);
+            self.greet(swarm, mate);
+        }
+    }
+
+    fn greet(&mut self, swarm: &mut Swarm<Behaviour>, mate: PeerId) {
+        emit("sent", json!({"peer": mate.to_string(), "bytes": GREETING}));
+        self.sync(swarm, mate, GREETING);
+    }
+
+    /// Sends a message. If there is no connection, the swarm dials the mate at all
+    /// addresses that it knows at this moment.
+    fn sync(&mut self, swarm: &mut Swarm<Behaviour>, mate: PeerId, bytes: usize) {
+        let data: Vec<u8> = (0..bytes).map(|i| (i * 31 + i / 251) as u8).collect();
+        let digest = Sha256::digest(&data).to_vec();
+        let id = swarm.behaviour_mut().sync.send_request(&mate, data);
+        self.syncs.insert(id, (Instant::now(), digest, bytes));
+    }
+
+    /// A mate was found in a record.
+    fn found(&mut self, swarm: &mut Swarm<Behaviour>, mate: PeerId, value: &[u8]) {
+        if !self.dial {
+            return;
+        }
+        if self.circuits {
+            self.seek(swarm, mate);
+            return;
+        }
+        for addr in addresses_in(value) {
+            swarm.add_peer_address(mate, addr);
+        }
+        self.known.entry(mate).or_insert(false);
+        self.look(swarm);
+    }
+
+    /// Asks where a mate is, which also dials it.
     fn seek(&mut self, swarm: &mut Swarm<Behaviour>, mate: PeerId) {
-        if !self.dial || swarm.is_connected(&mate) || !self.seeking.insert(mate) {
+        if swarm.is_connected(&mate) || !self.seeking.insert(mate) {
             return;
         }
         let id = swarm.behaviour_mut().kad.get_closest_peers(mate);
@@ -219,13 +318,14 @@ impl Client {
                             "value": String::from_utf8_lossy(&found.record.value),
                         }),
                     );
-                    self.seek(swarm, mate);
+                    self.found(swarm, mate, &found.record.value);
                 } else if found.peer.is_some() && publisher.is_none() {
                     emit("found_without_publisher", json!({}));
                 }
             }
             kad::QueryResult::GetRecord(_) if step.last => {
-                self.gets.remove(&id);
+                let ms = self.gets.remove(&id).map_or(0, |t| t.elapsed().as_millis());
+                emit("searched", json!({"ms": ms}));
             }
             kad::QueryResult::GetClosestPeers(result) => {
                 let peers = match result {
@@ -242,7 +342,7 @@ impl Client {
                         }),
                     );
                     self.seeking.remove(&mate);
-                    if !connected && self.dial {
+                    if !connected && self.dial && self.circuits {
                         let via = self
                             .relay_addr
                             .clone()
@@ -278,17 +378,20 @@ impl Client {
                 emit("listener_closed", json!({"reason": format!("{reason:?}")}));
             }
             SwarmEvent::ConnectionEstablished {
-                peer_id, endpoint, ..
+                peer_id,
+                endpoint,
+                connection_id,
+                ..
             } => {
                 let addr = endpoint.get_remote_address();
                 emit(
                     "connected",
                     json!({
                         "peer": peer_id.to_string(), "addr": addr.to_string(), "relay": peer_id == self.relay_id,
-                        "circuit": endpoint.is_relayed(), "dialer": endpoint.is_dialer(),
+                        "circuit": endpoint.is_relayed(), "dialer": endpoint.is_dialer(), "connection": connection_id.to_string(),
                     }),
                 );
-                if peer_id == self.relay_id {
+                if self.circuits && peer_id == self.relay_id {
                     swarm
                         .behaviour_mut()
                         .kad
@@ -299,12 +402,14 @@ impl Client {
             SwarmEvent::ConnectionClosed {
                 peer_id,
                 num_established,
+                connection_id,
                 cause,
                 ..
             } => emit(
                 "closed",
                 json!({
-                    "peer": peer_id.to_string(), "left": num_established, "cause": cause.map(|c| c.to_string()),
+                    "peer": peer_id.to_string(), "left": num_established, "connection": connection_id.to_string(),
+                    "cause": cause.map(|c| c.to_string()),
                 }),
             ),
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => emit(
@@ -327,7 +432,11 @@ impl Client {
                         "protocols": info.protocols.iter().map(ToString::to_string).collect::<Vec<_>>(),
                     }),
                 );
-                if peer_id == self.relay_id && self.circuit && !self.reserved {
+                if !self.circuits {
+                    for addr in info.listen_addrs {
+                        swarm.add_peer_address(peer_id, addr);
+                    }
+                } else if peer_id == self.relay_id && self.circuit && !self.reserved {
                     self.reserved = true;
                     if let Err(err) =
                         swarm.listen_on(self.relay_addr.clone().with(Protocol::P2pCircuit))
@@ -416,16 +525,12 @@ impl Client {
     ) -> Result<(), Box<dyn Error>> {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
-            ["sync", peer, bytes] => {
-                let data: Vec<u8> = (0..bytes.parse::<usize>()?)
-                    .map(|i| (i * 31 + i / 251) as u8)
-                    .collect();
-                let (digest, bytes) = (Sha256::digest(&data).to_vec(), data.len());
-                let id = swarm
-                    .behaviour_mut()
-                    .sync
-                    .send_request(&peer.parse()?, data);
-                self.syncs.insert(id, (Instant::now(), digest, bytes));
+            ["sync", peer, bytes] => self.sync(swarm, peer.parse()?, bytes.parse()?),
+            ["probe", peer, bytes] => {
+                let peer = peer.parse()?;
+                if swarm.is_connected(&peer) {
+                    self.sync(swarm, peer, bytes.parse()?);
+                }
             }
             ["find", peer] => {
                 let peer = peer.parse()?;
@@ -443,7 +548,7 @@ impl Client {
     }
 }
 
-/// A quarter more or less: no two devices tick in step.
+/// A quarter more or less: no two of the devices with circuits tick in step.
 fn jittered(d: Duration) -> Duration {
     let random = std::hash::RandomState::new().hash_one(0) as f64 / u64::MAX as f64;
     d.mul_f64(0.75 + random / 2.0)
@@ -452,58 +557,60 @@ fn jittered(d: Duration) -> Duration {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let (mut relay_addr, mut code, mut device) = (None, String::new(), "device".to_string());
-    let (mut tick, mut circuit, mut punch, mut dial) =
-        (Duration::from_secs(30), false, false, true);
+    let (mut tick, mut circuits, mut circuit, mut punch, mut dial) =
+        (Duration::from_secs(30), false, false, false, true);
     let (mut listen, mut listens): (Vec<Multiaddr>, _) = (Vec::new(), true);
+    let mut keypair = Keypair::generate_ed25519();
     for arg in std::env::args().skip(1) {
         let (name, value) = arg
             .split_once('=')
             .ok_or(format!("{arg:?} is not NAME=VALUE"))?;
         match name {
+            "mode" if value == "deployed" => circuits = false,
+            "mode" if value == "circuits" => circuits = true,
             "relay" => relay_addr = Some(value.parse::<Multiaddr>()?),
             "code" => code = value.to_string(),
             "device" => device = value.to_string(),
+            "key" => keypair = Keypair::ed25519_from_bytes(Sha256::digest(value))?,
             "tick_ms" => tick = Duration::from_millis(value.parse()?),
             "listen" if value == "none" => listens = false,
             "listen" => listen.push(value.parse()?),
             "circuit" => circuit = value == "1",
             "dcutr" => punch = value == "1",
             "dial" => dial = value == "1",
-            _ => return Err(format!("unknown argument {name:?}").into()),
+            _ => return Err(format!("unknown argument {arg:?}").into()),
         }
+    }
+    if !circuits && (circuit || punch) {
+        return Err("circuit and dcutr need mode=circuits".into());
     }
     let relay_addr = relay_addr.ok_or("relay is missing")?;
     let Some(Protocol::P2p(relay_id)) = relay_addr.iter().last() else {
         return Err("relay has no /p2p".into());
     };
 
-    let mut swarm = SwarmBuilder::with_new_identity()
+    // The defaults of QUIC: idle timeout 10 s, keep-alive 5 s.
+    let quic = SwarmBuilder::with_existing_identity(keypair)
         .with_tokio()
-        .with_quic() // its defaults: idle timeout 10 s, keep-alive 5 s
-        .with_relay_client(noise::Config::new, yamux::Config::default)?
-        .with_behaviour(|key, relay| {
-            let id = key.public().to_peer_id();
-            let mut config = kad::Config::new(kad::PROTOCOL_NAME);
-            config.set_query_timeout(Duration::from_secs(60));
-            let mut kad = kad::Behaviour::with_config(id, kad::store::MemoryStore::new(id), config);
-            kad.set_mode(Some(kad::Mode::Server)); // whatever the NAT
-            Behaviour {
-                identify: identify::Behaviour::new(
-                    identify::Config::new("/privstack/sync/1.0.0".into(), key.public())
-                        .with_agent_version(format!("PrivStack/{device}")),
-                ),
-                kad,
-                sync: request_response::Behaviour::new(
-                    [(SYNC_PROTOCOL, ProtocolSupport::Full)],
-                    request_response::Config::default()
-                        .with_request_timeout(Duration::from_secs(120)),
-                ),
-                relay,
-                dcutr: punch.then(|| dcutr::Behaviour::new(id)).into(),
-            }
-        })?
-        .with_swarm_config(|c| c.with_idle_connection_timeout(Duration::from_secs(60)))
-        .build();
+        .with_quic();
+    let idle = |c: libp2p::swarm::Config| c.with_idle_connection_timeout(Duration::from_secs(60));
+    let mut swarm = if circuits {
+        quic.with_relay_client(noise::Config::new, yamux::Config::default)?
+            .with_behaviour(|key, relay| Behaviour {
+                relay: Some(relay).into(),
+                dcutr: punch
+                    .then(|| dcutr::Behaviour::new(key.public().to_peer_id()))
+                    .into(),
+                ..Behaviour::new(key, &device, None)
+            })?
+            .with_swarm_config(idle)
+            .build()
+    } else {
+        let bootstrap = Some((relay_id, relay_addr.clone()));
+        quic.with_behaviour(|key| Behaviour::new(key, &device, bootstrap))?
+            .with_swarm_config(idle)
+            .build()
+    };
 
     emit(
         "started",
@@ -511,6 +618,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     );
     if listen.is_empty() && listens {
         listen.push("/ip4/0.0.0.0/udp/0/quic-v1".parse()?);
+        listen.push("/ip6/::/udp/0/quic-v1".parse()?);
     }
     for addr in listen {
         swarm.listen_on(addr)?;
@@ -523,24 +631,28 @@ async fn main() -> Result<(), Box<dyn Error>> {
         relay_addr,
         key: kad::RecordKey::new(&key),
         device,
+        circuits,
         circuit,
         dial,
         reserved: false,
         value: None,
         seeking: HashSet::new(),
+        known: HashMap::new(),
         puts: HashMap::new(),
         gets: HashMap::new(),
         finds: HashMap::new(),
         syncs: HashMap::new(),
     };
-    let mut next_tick = Box::pin(tokio::time::sleep(Duration::ZERO));
+    let mut next_tick = tokio::time::Instant::now();
+    let mut look = tokio::time::interval(LOOK);
     let mut commands = BufReader::new(tokio::io::stdin()).lines();
     loop {
         tokio::select! {
-            () = &mut next_tick => {
+            () = tokio::time::sleep_until(next_tick) => {
                 client.tick(&mut swarm);
-                next_tick = Box::pin(tokio::time::sleep(jittered(tick)));
+                next_tick += if circuits { jittered(tick) } else { tick };
             }
+            _ = look.tick() => client.look(&mut swarm),
             event = swarm.select_next_some() => client.on_event(&mut swarm, event),
             line = commands.next_line() => match line? {
                 Some(line) => client.on_command(&mut swarm, &line)?,
