@@ -112,8 +112,8 @@ type bridge struct {
 
 	seed  maphash.Seed
 	began time.Time
-	stop  chan struct{}
-	done  chan struct{}
+	stop  func()
+	done  chan struct{} // closed when nothing is swept any more
 
 	// testOnlyAfter is called in place of time.AfterFunc.
 	testOnlyAfter func(time.Duration, func())
@@ -303,7 +303,7 @@ func (c quicConnection) where() (p whereabouts, ok bool) {
 func newBridge(log *slog.Logger, t *tally, l limits, p *peers) *bridge {
 	b := &bridge{
 		log: log, tally: t, limits: l, peers: p,
-		seed: maphash.MakeSeed(), began: time.Now(), stop: make(chan struct{}), done: make(chan struct{}),
+		seed: maphash.MakeSeed(), began: time.Now(), done: make(chan struct{}),
 		clients: make(map[peer.ID]*client),
 	}
 	for i := range b.sides {
@@ -316,6 +316,8 @@ func newBridge(log *slog.Logger, t *tally, l limits, p *peers) *bridge {
 // any of them comes.
 func (b *bridge) follow(n network.Network) {
 	b.network = n
+	stopped := make(chan struct{})
+	b.stop = sync.OnceFunc(func() { close(stopped) })
 	go func() { // close waits for it
 		defer close(b.done)
 		tick := time.NewTicker(time.Second)
@@ -324,18 +326,18 @@ func (b *bridge) follow(n network.Network) {
 			select {
 			case <-tick.C:
 				b.sweep(b.clock())
-			case <-b.stop:
+			case <-stopped:
 				return
 			}
 		}
 	}()
 }
 
-// close may be called without follow.
+// close may be called without follow, and more than once.
 func (b *bridge) close() {
 	b.drain()
 	if b.network != nil {
-		close(b.stop)
+		b.stop()
 		<-b.done
 	}
 }
