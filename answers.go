@@ -26,7 +26,11 @@ type answers struct {
 // choose returns the peers that the answer to req names, which came over conn:
 //
 //   - for FIND_NODE, the peer that it asks for, with all its addresses, even if it is
-//     no DHT peer;
+//     no DHT peer; and if the asker has put the record of a group lately, the next device
+//     of that group that it has not met, with the bridge's address. (Rust's kad asks so at
+//     its start and half a second after each peer that it meets, and GET_VALUE only every
+//     30 s: with GET_VALUE alone the pairs of a group of eight had met after 150 s but
+//     for two of 28);
 //   - for GET_VALUE, the other devices of the group that are here: those that have put
 //     the record lately, the newest first. We know who put it by the connection that it
 //     came on, because a record may claim any publisher. We give the addresses from
@@ -55,16 +59,20 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 	switch req.GetType() {
 	case kadpb.Message_FIND_NODE:
 		// The walk before a PUT has a record's key.
-		if target := peer.ID(req.Key); !strings.HasPrefix(string(req.Key), recordPrefix) && a.federation.members[target] == nil {
+		if strings.HasPrefix(string(req.Key), recordPrefix) {
+			break
+		}
+		if target := peer.ID(req.Key); a.federation.members[target] == nil {
 			name(target, a.peers.network.Peerstore().Addrs(target))
+		}
+		for _, m := range a.bridge.choose(conn, a.groups.allMates(asker, time.Now())) {
+			if m.bridge != nil {
+				name(m.id, a.overBridge(m, asker))
+			}
 		}
 	case kadpb.Message_GET_VALUE:
 		for _, m := range a.bridge.choose(conn, a.groups.mates(string(req.Key), asker, time.Now())) {
-			addrs := a.peers.unasked(m.id, asker)
-			if m.bridge != nil && len(addrs) > 0 {
-				addrs = append(addrs[:min(len(addrs), maxAddrsPerPeer-1)], m.bridge)
-			}
-			name(m.id, addrs)
+			name(m.id, a.overBridge(m, asker))
 		}
 	}
 	for id := range a.federation.members {
@@ -73,4 +81,13 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 		}
 	}
 	return chosen
+}
+
+// overBridge returns the addresses that we give asker of m, the bridge's last.
+func (a *answers) overBridge(m mate, asker peer.ID) []ma.Multiaddr {
+	addrs := a.peers.unasked(m.id, asker)
+	if m.bridge != nil && len(addrs) > 0 {
+		addrs = append(addrs[:min(len(addrs), maxAddrsPerPeer-1)], m.bridge)
+	}
+	return addrs
 }

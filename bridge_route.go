@@ -152,20 +152,22 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 // tried again before the client's next tick. It is called with the lock of sd.
 func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
 	dest, source, ok := longIDs(d)
-	if !ok || !isInitial(d, dest) {
+	if !ok {
 		return toRelay
 	}
 	addr, id := maphash.Comparable(sd.bridge.seed, from), maphash.Bytes(sd.bridge.seed, source)
 	n := &sd.newcomers[addr%uint64(len(sd.newcomers))]
+	if sd.bridge.isOurs(dest) && n.addr == addr {
+		n.addr = 0 // its first dial has been answered: what comes now is another one
+	}
+	if !isInitial(d, dest) || sd.bridge.isOurs(dest) {
+		return toRelay
+	}
 	if n.addr != addr || now-n.at > newcomerTime {
 		*n = newcomer{addr: addr, at: now, ids: [newcomerDials]uint64{id}, dials: 1}
 		return toRelay
 	}
-	if n.dials == newcomerDials { // a crowd behind one address, for as long as it comes
-		n.at = now
-		return toRelay
-	}
-	if slices.Contains(n.ids[:n.dials], id) {
+	if n.dials == newcomerDials || slices.Contains(n.ids[:n.dials], id) {
 		return toRelay
 	}
 	n.ids[n.dials] = id

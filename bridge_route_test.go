@@ -562,6 +562,15 @@ func TestDialsOfNewcomersWait(t *testing.T) {
 	u.due()
 	b.got(mate)
 
+	// One whose first dial has been answered is not in that moment any more.
+	d, e := u.actor("192.0.2.4:4"), longPacket(initial, "firstdest", "toRelay2")
+	own, _ := u.GenerateConnectionID()
+	for _, p := range [][]byte{longPacket(initial, "firstdest", "toRelay1"), longPacket(handshaking, string(own.Bytes()), "toRelay1"), e} {
+		if left := d.says(p); !bytes.Equal(left, p) {
+			t.Errorf("%.24x is dropped", p)
+		}
+	}
+
 	// One who has no mates gets through.
 	c := u.actor("192.0.2.3:3")
 	for i := range 6 {

@@ -64,6 +64,17 @@ func (g *groups) mates(key string, id peer.ID, now time.Time) (mates []peer.ID) 
 	return mates
 }
 
+// allMates returns the mates of id in each of its groups, as mates does.
+func (g *groups) allMates(id peer.ID, now time.Time) (mates []peer.ID) {
+	g.mu.Lock()
+	keys := slices.Clone(g.keys[id])
+	g.mu.Unlock()
+	for _, key := range slices.Backward(keys) {
+		mates = append(mates, g.mates(key, id, now)...)
+	}
+	return mates
+}
+
 // remove forgets that id has put key. g.mu is held.
 func (g *groups) remove(key string, id peer.ID) {
 	left := slices.DeleteFunc(g.members[key], func(m member) bool { return m.id == id })

@@ -220,7 +220,8 @@ func benchCircuits(b *testing.B, p *process, n int) (clients [][2]*lightClient, 
 		var pair [2]*lightClient
 		for i := range pair {
 			who := newLightIdentity(b)
-			who.sees = p.bootstrap.Addrs[0]
+			// So that it is offered the bridge as well.
+			who.sees, who.silent = p.bootstrap.Addrs[0], i == 0
 			client, err := c.dial(testContext(b), who, p.bootstrap)
 			if err != nil {
 				b.Fatal(err)

@@ -97,6 +97,9 @@ type lightIdentity struct {
 
 	// sees is the address at which it says that it sees the relay; nil: it does not say.
 	sees ma.Multiaddr
+
+	// silent says that it does not tell that it takes circuits.
+	silent bool
 }
 
 func newLightIdentity(t testing.TB) lightIdentity {
@@ -190,6 +193,9 @@ func (c *lightClient) serve() {
 		AgentVersion:    googleproto.String("PrivStack/crowd"),
 		PublicKey:       public,
 		Protocols:       []string{string(kadProtocol), identify.ID, proto.ProtoIDv2Stop},
+	}
+	if c.silent {
+		said.Protocols = said.Protocols[:2]
 	}
 	if c.sees != nil {
 		said.ObservedAddr = c.sees.Bytes()

@@ -2,6 +2,8 @@
 
 package main
 
+// Linux alone has what lab_wire_linux_test.go uses.
+
 import (
 	"errors"
 	"io"
