@@ -47,7 +47,7 @@ const (
 	refusedStream                       // a device has too many, or all devices together
 	refusedMemory                       // a larger QUIC window, or a circuit's buffers
 	refusedReserve                      // a reservation: no room
-	refusedCircuit                      // one end has circuitsPerPeer, or as many as can be are open
+	refusedCircuit                      // one end has circuitsPerPeer, or of one device or network; or as many as can be are open
 	refusedNoReservation                // a circuit to a device that has none
 	refusedUnanswered                   // a circuit that the other device did not take
 	refusedStopping                     // a reservation or circuit, as the relay is about to stop

@@ -78,7 +78,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		records: newRecordStore(lim.records()),
 		broken:  make(chan error, 1),
 	}
-	r.circuits = newCircuits(lim.circuits(), log, &r.tally)
+	r.circuits = newCircuits(lim, log, &r.tally)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
@@ -149,7 +149,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		return nil, err
 	}
 	resources := newestFirst{
-		fairStreams{manager, r.limits.unshared(), &r.tally},
+		newFairStreams(manager, r.limits.unshared(), &r.tally),
 		func(id peer.ID) []network.Conn { return r.host.Network().ConnsToPeer(id) },
 	}
 	transport, err := r.sockets.newTransport(key, r.federation, resources)
