@@ -8,6 +8,7 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"log/slog"
 	"net/netip"
@@ -233,7 +234,11 @@ type hopHost struct {
 func (h hopHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) {
 	h.Host.SetStreamHandler(id, func(s network.Stream) {
 		s.SetReadDeadline(time.Now().Add(circuit.StreamTimeout)) // the service sets it again
-		read, to := readHopRequest(s)
+		read, to, err := readHopRequest(s)
+		if err != nil && !errors.Is(err, io.EOF) {
+			s.Reset() // the client is gone, or has said nothing for long enough
+			return
+		}
 		hop := &hopStream{Stream: s, unread: read, over: func() {}}
 		if to != "" {
 			parts := h.circuits.partsOf(s.Conn(), to)
@@ -264,31 +269,35 @@ func (c *circuits) refuse(s network.Stream) {
 
 // readHopRequest reads one message of the circuit protocol, a varint length and that
 // many bytes. It returns what it has read, even of a broken one, and the device to
-// which a circuit is asked for, or "" if it is another request.
-func readHopRequest(s io.Reader) (read []byte, to peer.ID) {
+// which a circuit is asked for, or "" if it is another request. It returns an error,
+// which is io.EOF where the stream has ended, only of reading.
+func readHopRequest(s io.Reader) (read []byte, to peer.ID, err error) {
 	length, n := uint64(0), 0
 	for n == 0 && len(read) < binary.MaxVarintLen16 {
 		var one [1]byte
 		if _, err := io.ReadFull(s, one[:]); err != nil {
-			return read, ""
+			return read, "", err
 		}
 		read = append(read, one[0])
 		length, n = binary.Uvarint(read)
 	}
 	if n <= 0 || length > maxCircuitMessage {
-		return read, "" // the service refuses it by the length
+		return read, "", nil // the service refuses it by the length
 	}
 	read = append(read, make([]byte, length)...)
 	got, err := io.ReadFull(s, read[n:])
-	msg := new(circuitpb.HopMessage)
-	if err != nil || proto.Unmarshal(read[n:], msg) != nil || msg.GetType() != circuitpb.HopMessage_CONNECT {
-		return read[:n+got], ""
-	}
-	id, err := peer.IDFromBytes(msg.GetPeer().GetId())
 	if err != nil {
-		return read, ""
+		if err == io.ErrUnexpectedEOF {
+			err = io.EOF
+		}
+		return read[:n+got], "", err
 	}
-	return read, id
+	msg := new(circuitpb.HopMessage)
+	if proto.Unmarshal(read[n:], msg) != nil || msg.GetType() != circuitpb.HopMessage_CONNECT {
+		return read, "", nil
+	}
+	to, _ = peer.IDFromBytes(msg.GetPeer().GetId()) // "" if it is none
+	return read, to, nil
 }
 
 // hopStream is a stream on which the relay service gets a request that has been read.

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
 	"slices"
 	"sync/atomic"
@@ -259,7 +260,10 @@ func TestHopRequestIsReadWhole(t *testing.T) {
 		{"no length", []byte{0xff, 0xff, 0xff, 0xff}, []byte{0xff, 0xff, 0xff}, ""},
 	}
 	for _, tt := range tests {
-		read, id := readHopRequest(bytes.NewReader(tt.in))
+		read, id, err := readHopRequest(bytes.NewReader(tt.in))
+		if err != nil && err != io.EOF {
+			t.Errorf("%s: %v", tt.name, err)
+		}
 		if !bytes.Equal(read, tt.read) || id != tt.to {
 			t.Errorf("%s: readHopRequest(%x) = %x, %q, want %x, %q", tt.name, tt.in, read, id, tt.read, tt.to)
 		}

@@ -52,6 +52,14 @@ const (
 	// would allocate up to 4 MiB on the word of four bytes.
 	maxKadMessage = 16 << 10
 
+	// answerTimeout is how long a DHT answer may wait for the client to give it room:
+	// as long as rust-libp2p waits for it (substreams_timeout in its kad protocol.rs).
+	answerTimeout = 10 * time.Second
+
+	// freeKadMessage is how long a message may be that streamMemory covers, in bytes:
+	// the clients' requests have some hundreds.
+	freeKadMessage = 1 << 10
+
 	// maxRecordValue and maxRecordKey bound a DHT record, in bytes. The clients'
 	// keys have 53 (/privstack/syncgroup/ and a hash), their values some hundreds.
 	maxRecordValue = 8 << 10
