@@ -45,7 +45,7 @@ const (
 	refusedNetwork                      // --max-clients-per-ip of that network are here, or came within rateWindow
 	refusedConnection                   // the device has connsPerPeer
 	refusedStream                       // a device has too many, or all devices together
-	refusedMemory                       // a larger QUIC window, or a circuit's buffers
+	refusedMemory                       // a larger QUIC window, a circuit's buffers, a long message; or a connection that took most in small pieces
 	refusedReserve                      // a reservation: no room
 	refusedCircuit                      // one end has circuitsPerPeer, or of one device or network; or as many as can be are open
 	refusedNoReservation                // a circuit to a device that has none
@@ -53,6 +53,7 @@ const (
 	refusedStopping                     // a reservation or circuit, as the relay is about to stop
 	refusedRecord                       // see checkRecord
 	refusedMessage                      // longer than maxKadMessage
+	refusedBudget                       // had to wait: its network's budget is spent
 	refusalReasons                      // how many there are
 )
 
@@ -60,7 +61,7 @@ func (r refusal) String() string {
 	return [refusalReasons]string{
 		"max_clients", "max_clients_per_ip", "connections_of_one_client", "streams", "memory",
 		"reservation_limit", "circuit_limit", "circuit_no_reservation", "circuit_unanswered", "stopping",
-		"record", "dht_message_too_long",
+		"record", "dht_message_too_long", "budget",
 	}[r]
 }
 

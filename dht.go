@@ -57,7 +57,12 @@ func (k *kadServer) serve(h host.Host) (*dht.IpfsDHT, error) {
 
 // hook is called with each request before kad-dht handles it. It takes a record
 // that is not to be stored out of the request; kad-dht then resets the stream.
-func (k *kadServer) hook(_ context.Context, s network.Stream, req *kadpb.Message) {
+func (k *kadServer) hook(ctx context.Context, s network.Stream, req *kadpb.Message) {
+	if stream := s.(*kadStream); stream.asked {
+		piecesOf(s.Conn()).wait(ctx) // the first request has waited when the stream was opened
+	} else {
+		stream.asked = true
+	}
 	k.tally.dhtRequest(req.GetType())
 	if req.GetType() != kadpb.Message_PUT_VALUE {
 		req.Record = nil // a request without a use for one
@@ -137,8 +142,10 @@ type kadStream struct {
 	server *kadServer
 	frames frameReader
 
-	// request is the one being handled; hook sets it.
+	// request is the one being handled, and asked is set from the first one on. hook
+	// sets both.
 	request *kadpb.Message
+	asked   bool
 
 	// answer holds what kad-dht has written of the answer so far, or all of it, as it
 	// is sent, once whole.

@@ -79,6 +79,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		broken:  make(chan error, 1),
 	}
 	r.circuits = newCircuits(lim, log, &r.tally)
+	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
