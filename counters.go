@@ -53,7 +53,7 @@ const (
 	refusedStopping                     // a reservation or circuit, as the relay is about to stop
 	refusedRecord                       // see checkRecord
 	refusedMessage                      // longer than maxKadMessage
-	refusedBudget                       // had to wait: its network's budget is spent
+	refusedBudget                       // had to wait, or was closed: a network's or connection's budget is spent
 	refusalReasons                      // how many there are
 )
 

@@ -10,8 +10,9 @@ package main
 // is booked in the memory that all share. When that has no room left, the connection
 // that has booked most is closed.
 //
-// The tracer also sees packets of hundreds of frames, as no client sends them. Each
-// network may send some in a second, and more of them are slowed down: see budget.
+// The tracer also sees what honest clients never do: packets of hundreds of frames, of
+// which each may take quic-go as long as a packet, and packets after packets without any
+// acknowledgement, so that quic-go has to keep all that it has sent.
 //
 // Nothing here asks how quic-go works but what a frame costs: see pieceCost.
 
@@ -31,6 +32,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/qlog"
 	"github.com/quic-go/quic-go/qlogwriter"
+	"golang.org/x/time/rate"
 )
 
 const (
@@ -48,13 +50,19 @@ const (
 	// maxPieces is the most that is booked for one connection's pieces, in bytes.
 	maxPieces = 3 << 19
 
-	// usualFrames is how many frames a packet may have that costs no budget. Measured:
-	// the clients' packets have one to four.
-	usualFrames = 8
+	// usualFrames is how many frames a packet may have that costs no budget. Beyond it, a
+	// connection may have a fifth of framesPerSecond; and sharedFrames in a burst when its
+	// network has none left. Attacks need 100 to 1 000 frames in each packet.
+	usualFrames  = 8
+	sharedFrames = 64
 
-	// frameDebt is for how long a connection is slowed down at a time. One that would
-	// have to wait longer, and has itself sent what it waits for, is closed.
-	frameDebt = 500 * time.Millisecond
+	// ackTimeout is for how long a client may go on sending without acknowledging
+	// anything. The clients' own connections end after 10 s.
+	ackTimeout = 20 * time.Second
+
+	// owedPerAck is how many frames that quic-go keeps are taken for acknowledged when
+	// the client acknowledges something. While many are kept, a packet has hundreds.
+	owedPerAck = 32
 )
 
 // errTooManyPieces is the error by which a connection is closed: EXCESSIVE_LOAD in HTTP/3
@@ -98,6 +106,7 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 		budget:              p.budgets.of(addrPortOf(from).Addr()),
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
+		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
 	}
 	context.AfterFunc(ctx, c.end)
 	return c
@@ -126,18 +135,25 @@ type connPieces struct {
 	// order needs no look at the map. Only quic-go's goroutine uses it.
 	last *streamPieces
 
-	// extra is how many frames beyond usualFrames have come in packets, for the same
-	// goroutine.
-	extra int
+	// These are for the same goroutine. sent and acked are the numbers of the last packet
+	// that the client has to acknowledge, and that it has; stalled is since when it does
+	// not, or zero; owed is how many frames quic-go keeps for it to acknowledge; frames
+	// limits frames beyond usualFrames.
+	sent, acked int64
+	stalled     time.Time
+	owed        int
+	frames      *rate.Limiter
 
 	held atomic.Int64 // what all pieces cost now, in bytes
+
+	gone bool // has ended; under all.mu
 
 	mu       sync.Mutex
 	conn     *quic.Conn // nil before libp2p has accepted it
 	free     int        // bytes of pieces that the windows account for
 	booked   int        // bytes beyond
 	doomed   bool       // is to be closed
-	ended    bool       // also read under all.mu
+	ended    bool       // or is being closed
 	streams  map[quic.StreamID]*streamPieces
 	accepted quic.StreamID // the next stream that libp2p accepts
 }
@@ -164,40 +180,87 @@ func (c *connPieces) AddProducer() qlogwriter.Recorder { return c }
 func (*connPieces) SupportsSchemas(string) bool        { return false }
 
 // RecordEvent is called by quic-go's goroutine for the connection when it has handled a
-// packet.
+// packet, or is about to send one.
 func (c *connPieces) RecordEvent(e qlogwriter.Event) {
-	packet, ok := e.(qlog.PacketReceived)
-	if !ok {
-		return
-	}
-	for _, f := range packet.Frames {
-		switch f := f.Frame.(type) {
-		case *qlog.StreamFrame:
-			if f.Length < wholeFrame || f.Fin {
-				c.add(f)
-			}
-		case *qlog.CryptoFrame:
-			// quic-go reads these itself, and keeps what comes out of order for as long
-			// as the connection lasts. A handshake has fewer than ten.
-			if cost := pieceCost(min(f.Length, pooledFrame-1)); cost > 0 {
-				c.hold(cost)
-			}
-		case *qlog.ResetStreamFrame:
-			if s := c.stream(f.StreamID); s != nil {
-				s.end(func(s *streamPieces) { s.final = true })
+	switch packet := e.(type) {
+	case qlog.PacketReceived:
+		progress := false
+		for _, f := range packet.Frames {
+			switch f := f.Frame.(type) {
+			case *qlog.StreamFrame:
+				if f.Length < wholeFrame || f.Fin {
+					c.add(f)
+				}
+			case *qlog.AckFrame:
+				if largest := int64(f.LargestAcked()); packet.Header.PacketType == qlog.PacketType1RTT && largest > c.acked {
+					c.acked, progress = largest, true
+				}
+			case *qlog.CryptoFrame:
+				// quic-go reads these itself, and keeps what comes out of order for as
+				// long as the connection lasts. A handshake has fewer than ten.
+				if f.Length > 0 {
+					c.hold(smallPiece)
+				}
+			case *qlog.ResetStreamFrame:
+				if s := c.stream(f.StreamID); s != nil {
+					s.end(func(s *streamPieces) { s.final = true })
+				}
+				c.owe()
+			case *qlog.NewConnectionIDFrame, *qlog.RetireConnectionIDFrame, *qlog.StopSendingFrame, *qlog.PathChallengeFrame:
+				c.owe()
 			}
 		}
-	}
-	if extra := len(packet.Frames) - usualFrames; extra > 0 && c.budget != nil {
-		wait := c.budget.spend(c.budget.frames, extra)
-		if wait > 0 {
-			c.all.tally.refuse(refusedBudget)
+		c.heard(progress)
+		if extra := len(packet.Frames) - usualFrames; extra > 0 {
+			c.spend(extra)
 		}
-		if c.extra += extra; wait > frameDebt && c.extra > framesPerSecond {
-			c.close()
+	case qlog.PacketSent:
+		// A packet of nothing but an acknowledgement is not acknowledged itself.
+		if packet.Header.PacketType != qlog.PacketType1RTT {
 			return
 		}
-		time.Sleep(min(wait, frameDebt)) // nothing of this connection is handled meanwhile
+		for _, f := range packet.Frames {
+			if _, ack := f.Frame.(*qlog.AckFrame); !ack {
+				c.sent = int64(packet.Header.PacketNumber)
+				return
+			}
+		}
+	}
+}
+
+// owe counts a frame that makes quic-go answer with one, which it keeps until the client
+// has acknowledged it.
+func (c *connPieces) owe() {
+	c.owed++
+	c.hold(smallPiece)
+}
+
+// heard is called with each packet, which has acknowledged something new or not. A client
+// that goes on sending but acknowledges nothing is closed.
+func (c *connPieces) heard(progress bool) {
+	switch {
+	case progress:
+		c.stalled = time.Time{}
+		if n := min(c.owed, owedPerAck); n > 0 {
+			c.owed -= n
+			c.let(n * smallPiece)
+		}
+	case c.sent <= c.acked:
+		c.stalled = time.Time{}
+	case c.stalled.IsZero():
+		c.stalled = time.Now()
+	case time.Since(c.stalled) > ackTimeout:
+		c.close(refusedBudget)
+	}
+}
+
+// spend takes frames beyond usualFrames from the budgets, and closes the connection if it
+// sends so many that its network has none left, or many more than any client.
+func (c *connPieces) spend(extra int) {
+	own := c.frames.ReserveN(time.Now(), min(extra, framesPerSecond)).Delay() > 0
+	all := c.budget != nil && c.budget.spend(c.budget.frames, extra) > 0
+	if own || all && c.frames.Tokens() < framesPerSecond-sharedFrames {
+		c.close(refusedBudget)
 	}
 }
 
@@ -206,10 +269,11 @@ func (*connPieces) Close() error { return nil }
 // end forgets the connection, when it has ended. The scope has given back all by then,
 // or is about to.
 func (c *connPieces) end() {
-	c.all.mu.Lock()
 	c.mu.Lock()
 	c.ended = true
 	c.mu.Unlock()
+	c.all.mu.Lock()
+	c.gone = true
 	delete(c.all.booked, c)
 	if c.all.closing == c {
 		c.all.closing = nil
@@ -270,7 +334,7 @@ func (c *connPieces) hold(cost int) {
 	}
 	if c.booked+n > maxPieces {
 		c.mu.Unlock()
-		c.close()
+		c.close(refusedMemory)
 		return
 	}
 	c.mu.Unlock()
@@ -286,7 +350,7 @@ func (c *connPieces) hold(cost int) {
 	c.booked += n
 	c.mu.Unlock()
 	c.all.mu.Lock()
-	if !c.ended { // end needs the same lock after setting it
+	if !c.gone { // nobody would take it out
 		c.all.booked[c] = struct{}{}
 	}
 	c.all.mu.Unlock()
@@ -326,18 +390,19 @@ func (p *pieces) makeRoom(asking *connPieces) {
 		c.mu.Unlock()
 	}
 	p.closing = greediest
-	greediest.close()
+	greediest.close(refusedMemory)
 }
 
-// close closes the connection, as soon as libp2p has accepted it.
-func (c *connPieces) close() {
+// close closes the connection for a reason, as soon as libp2p has accepted it.
+func (c *connPieces) close(why refusal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.doomed {
-		c.all.tally.refuse(refusedMemory)
+		c.all.tally.refuse(why)
 	}
 	c.doomed = true
-	if c.conn != nil {
+	if c.conn != nil && !c.ended {
+		c.ended = true
 		go c.conn.CloseWithError(errTooManyPieces, "too many pieces") // which waits for this goroutine
 	}
 }
@@ -450,7 +515,7 @@ func (l watchedListener) Accept() (transport.CapableConn, error) {
 	doomed := pieces.doomed
 	pieces.mu.Unlock()
 	if doomed {
-		pieces.close()
+		pieces.close(refusedMemory)
 	}
 	return watchedConn{c, pieces, conn.Context()}, nil
 }
