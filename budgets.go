@@ -26,6 +26,11 @@ const (
 	// there: the clients make three in 30 s.
 	requestsPerSecond = 0.5
 
+	// requestPace is how many of those can come in a second, for each client that may be
+	// there: when all of an office come back at once, they are served within two seconds,
+	// and nobody else notices.
+	requestPace = 8
+
 	// framesPerSecond is how many frames beyond usualFrames the packets of one network
 	// may have in a second: they cost 12 ms of CPU at worst. Honest ones hardly ever have
 	// any.
@@ -55,6 +60,7 @@ type budget struct {
 	all      *budgets
 	network  netip.Prefix
 	requests *rate.Limiter
+	pace     *rate.Limiter // of requests, in the short run
 	frames   *rate.Limiter
 
 	users int // connections; under all.mu
@@ -75,6 +81,7 @@ func (b *budgets) of(addr netip.Addr) *budget {
 			all:      b,
 			network:  network,
 			requests: rate.NewLimiter(rate.Limit(n*requestsPerSecond), int(n*requestsPerClient)),
+			pace:     rate.NewLimiter(rate.Limit(n*requestPace), b.perNetwork),
 			frames:   rate.NewLimiter(framesPerSecond, framesPerSecond),
 		}
 		b.by[network] = one

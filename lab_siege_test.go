@@ -669,11 +669,15 @@ func TestAttackGaps(t *testing.T) {
 	for ctx.Err() == nil {
 		raw.sendAll(ctx, func(yield func([]byte) bool) {
 			for i := uint64(900); i > 0; i-- {
-				if sent += 8; !yield(streamFrame(40, 2*i, []byte{1})) {
+				if sent += 7; !yield(streamFrame(40, 2*i, []byte{1})) {
 					return
 				}
 			}
 		})
+		select { // a megabyte a second
+		case <-time.After(6 * time.Millisecond):
+		case <-ctx.Done():
+		}
 	}
 	took, elapsed := <-timed, time.Since(began).Seconds()
 	t.Logf("%.2f MB/s of frames, %.2f of a core; the group's requests took %v, 99 %% within %v",

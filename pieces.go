@@ -576,11 +576,13 @@ func (c *connPieces) wait(ctx context.Context) {
 	if c == nil || c.budget == nil {
 		return
 	}
-	wait := c.budget.spend(c.budget.requests, 1)
-	if wait <= 0 {
+	pace, wait := c.budget.spend(c.budget.pace, 1), c.budget.spend(c.budget.requests, 1)
+	if wait > 0 {
+		c.all.tally.refuse(refusedBudget)
+	}
+	if wait = max(wait, pace); wait <= 0 {
 		return
 	}
-	c.all.tally.refuse(refusedBudget)
 	select {
 	case <-time.After(wait):
 	case <-ctx.Done():
