@@ -1,5 +1,7 @@
 package main
 
+// Handshakes through the gate, honest and not.
+
 import (
 	"bytes"
 	"context"

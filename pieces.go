@@ -83,7 +83,7 @@ func pieceCost(length int64) int {
 	}
 }
 
-// pieces are the accounts of all incoming connections.
+// pieces are the accounts of all incoming connections. nil keeps none.
 type pieces struct {
 	tally   *tally
 	budgets *budgets
@@ -97,10 +97,13 @@ func newPieces(b *budgets, t *tally) *pieces {
 	return &pieces{tally: t, budgets: b, booked: make(map[*connPieces]struct{})}
 }
 
-// begin returns the account of a connection that begins, and ends with ctx. It is the
-// connection's scope in the resource manager from now on, and must be in the context that
-// quic-go gets.
-func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr) *connPieces {
+// begin makes the account of a connection that begins, and ends with ctx. It is the
+// connection's scope in the resource manager from now on. The context that begin returns
+// has it, and is for quic-go. On nil it does nothing.
+func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr) (context.Context, network.ConnManagementScope) {
+	if p == nil {
+		return ctx, scope
+	}
 	c := &connPieces{
 		ConnManagementScope: scope,
 		all:                 p,
@@ -110,17 +113,15 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
 	}
 	context.AfterFunc(ctx, c.end)
-	return c
+	return context.WithValue(ctx, accountKey{}, c), c
 }
+
+type accountKey struct{}
 
 // trace is quic.Config's Tracer. It traces connections whose context has an account.
 func (p *pieces) trace(ctx context.Context, _ bool, _ quic.ConnectionID) qlogwriter.Trace {
-	if scope, err := network.UnwrapConnManagementScope(ctx); err == nil {
-		if waiting, ok := scope.(waitingScope); ok {
-			if c, ok := waiting.ConnManagementScope.(*connPieces); ok {
-				return c
-			}
-		}
+	if c, ok := ctx.Value(accountKey{}).(*connPieces); ok {
+		return c
 	}
 	return nil
 }

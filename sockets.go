@@ -162,7 +162,7 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 			return ctx, err
 		}
 		context.AfterFunc(ctx, scope.Done)
-		scope = q.pieces.begin(ctx, scope, client.RemoteAddr)
+		ctx, scope = q.pieces.begin(ctx, scope, client.RemoteAddr)
 		waiting, taken := context.WithCancel(ctx)
 		if !client.AddrVerified {
 			q.unproven.Add(1)
