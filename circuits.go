@@ -2,12 +2,16 @@ package main
 
 // Circuits: traffic that the relay carries between two clients by Circuit Relay v2.
 // go-libp2p's relay service makes them and copies. What is here admits and counts
-// them (circuits), paces what they carry (pacedHost, for --max-bandwidth), and keeps
-// a fair share of the open streams for everybody (fairStreams).
+// them (circuits), keeps anyone from taking all circuits of a device (hopHost), and
+// paces what they carry (pacedHost, for --max-bandwidth).
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
+	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -21,6 +25,8 @@ import (
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	ma "github.com/multiformats/go-multiaddr"
 	"golang.org/x/time/rate"
+	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/proto"
 )
 
 // circuits admits and counts circuits, and refuses new ones once draining. It is
@@ -32,20 +38,28 @@ type circuits struct {
 	most    int           // open at once
 	reserve func(peer.ID) // is called with each peer that asks for a reservation
 
+	// free reports whether an address is exempt from circuitsPerNetwork.
+	free func(netip.Addr) bool
+
 	mu          sync.Mutex
+	parts       map[circuitPart]int // how many circuits there are, or are asked for, of each
 	established int
 	open        int // includes those that the destination has not accepted yet
 	draining    bool
 	drained     chan struct{} // closed when draining and none are open
 }
 
-func newCircuits(most int, log *slog.Logger, t *tally, reserve func(peer.ID)) *circuits {
-	return &circuits{log: log, tally: t, most: most, reserve: reserve, drained: make(chan struct{})}
+func newCircuits(lim limits, log *slog.Logger, t *tally, reserve func(peer.ID)) *circuits {
+	return &circuits{
+		log: log, tally: t, most: lim.circuits(), reserve: reserve, free: lim.free,
+		parts: make(map[circuitPart]int), drained: make(chan struct{}),
+	}
 }
 
 // serve starts the relay service on h, where cfg limits each circuit, and bandwidth,
 // unless it is nil, all of them together. Close the service before h.
 func (c *circuits) serve(h host.Host, lim limits, cfg config, bandwidth *rate.Limiter) (*circuit.Relay, error) {
+	h = hopHost{h, c}
 	if bandwidth != nil {
 		h = newPacedHost(h, bandwidth)
 	}
@@ -164,6 +178,167 @@ func (c *circuits) ReservationAllowed(renewal bool) {
 func (c *circuits) ReservationClosed(n int) { c.tally.reservations.Add(-int64(n)) }
 func (c *circuits) BytesTransferred(n int)  { c.tally.relayedBytes.Add(int64(n)) }
 func (*circuits) RelayStatus(bool)          {}
+
+// circuitPart is what circuits can have in common: the device that opened them, the
+// device to which they are open, both, or the second and the network of the first.
+type circuitPart struct {
+	from, to peer.ID
+	network  netip.Prefix
+}
+
+// begin counts a circuit, unless one of its parts has as many as it may. Call end
+// when the circuit is over.
+//
+// The relay service has one count for each device, of circuits in both directions. With
+// it alone, strangers could take all circuits of a device, and the device could open
+// none itself.
+func (c *circuits) begin(parts [4]circuitPart) bool {
+	most := [4]int{circuitsPerPeer, circuitsPerPeer, circuitsPerPair, circuitsPerNetwork}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, p := range parts {
+		if c.parts[p] >= most[i] && p != (circuitPart{}) {
+			return false
+		}
+	}
+	for _, p := range parts {
+		c.parts[p]++
+	}
+	return true
+}
+
+func (c *circuits) end(parts [4]circuitPart) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, p := range parts {
+		if c.parts[p]--; c.parts[p] == 0 {
+			delete(c.parts, p)
+		}
+	}
+}
+
+// partsOf returns the parts that begin wants, of a circuit from conn's peer to another.
+func (c *circuits) partsOf(conn network.Conn, to peer.ID) [4]circuitPart {
+	from := conn.RemotePeer()
+	parts := [4]circuitPart{{from: from}, {to: to}, {from: from, to: to}}
+	if ip := ipOf(conn.RemoteMultiaddr()); !c.free(ip) {
+		parts[3] = circuitPart{to: to, network: networkOf(ip)}
+	}
+	return parts
+}
+
+// hopHost is the host that the relay service is given. The service tells nobody which
+// circuit has ended. So hopHost reads each request before the service does, and knows
+// that a circuit is over when the stream on which it was asked for is.
+type hopHost struct {
+	host.Host
+	circuits *circuits
+}
+
+func (h hopHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) {
+	h.Host.SetStreamHandler(id, func(s network.Stream) {
+		s.SetReadDeadline(time.Now().Add(circuit.StreamTimeout)) // the service sets it again
+		read, to, err := readHopRequest(s)
+		if err != nil && !errors.Is(err, io.EOF) {
+			s.Reset() // the client is gone, or has said nothing for long enough
+			return
+		}
+		hop := &hopStream{Stream: s, unread: read, over: func() {}}
+		if to != "" {
+			parts := h.circuits.partsOf(s.Conn(), to)
+			if !h.circuits.begin(parts) {
+				h.circuits.refuse(s)
+				return
+			}
+			hop.over = sync.OnceFunc(func() { h.circuits.end(parts) })
+		}
+		handle(hop)
+	})
+}
+
+// refuse answers that there are too many circuits, as the service does.
+func (c *circuits) refuse(s network.Stream) {
+	c.tally.circuitRequest(requestConnect, circuitpb.Status_RESOURCE_LIMIT_EXCEEDED)
+	s.SetWriteDeadline(time.Now().Add(circuit.StreamTimeout))
+	_, err := protodelim.MarshalTo(s, &circuitpb.HopMessage{
+		Type:   circuitpb.HopMessage_STATUS.Enum(),
+		Status: circuitpb.Status_RESOURCE_LIMIT_EXCEEDED.Enum(),
+	})
+	if err != nil {
+		s.Reset()
+		return
+	}
+	s.Close()
+}
+
+// readHopRequest reads one message of the circuit protocol, a varint length and that
+// many bytes. It returns what it has read, even of a broken one, and the device to
+// which a circuit is asked for, or "" if it is another request. It returns an error,
+// which is io.EOF where the stream has ended, only of reading.
+func readHopRequest(s io.Reader) (read []byte, to peer.ID, err error) {
+	length, n := uint64(0), 0
+	for n == 0 && len(read) < binary.MaxVarintLen16 {
+		var one [1]byte
+		if _, err := io.ReadFull(s, one[:]); err != nil {
+			return read, "", err
+		}
+		read = append(read, one[0])
+		length, n = binary.Uvarint(read)
+	}
+	if n <= 0 || length > maxCircuitMessage {
+		return read, "", nil // the service refuses it by the length
+	}
+	read = append(read, make([]byte, length)...)
+	got, err := io.ReadFull(s, read[n:])
+	if err != nil {
+		if err == io.ErrUnexpectedEOF {
+			err = io.EOF
+		}
+		return read[:n+got], "", err
+	}
+	msg := new(circuitpb.HopMessage)
+	if proto.Unmarshal(read[n:], msg) != nil || msg.GetType() != circuitpb.HopMessage_CONNECT {
+		return read, "", nil
+	}
+	to, _ = peer.IDFromBytes(msg.GetPeer().GetId()) // "" if it is none
+	return read, to, nil
+}
+
+// hopStream is a stream on which the relay service gets a request that has been read.
+type hopStream struct {
+	network.Stream
+	unread []byte
+	over   func() // may be called again
+}
+
+func (s *hopStream) Read(p []byte) (int, error) {
+	if len(s.unread) == 0 {
+		return s.Stream.Read(p)
+	}
+	n := copy(p, s.unread)
+	s.unread = s.unread[n:]
+	if len(s.unread) == 0 {
+		s.unread = nil // a circuit may live for hours
+	}
+	return n, nil
+}
+
+// The service ends a stream by one of these when its circuit is over, or has failed.
+
+func (s *hopStream) Close() error {
+	s.over()
+	return s.Stream.Close()
+}
+
+func (s *hopStream) Reset() error {
+	s.over()
+	return s.Stream.Reset()
+}
+
+func (s *hopStream) ResetWithError(code network.StreamErrorCode) error {
+	s.over()
+	return s.Stream.ResetWithError(code)
+}
 
 const (
 	// maxCircuitMessage is the longest message of the circuit protocol, in bytes, in
@@ -287,40 +462,4 @@ func (s *pacedStream) keepDeadline(t time.Time) {
 		at = t.UnixNano()
 	}
 	s.deadline.Store(at)
-}
-
-// fairStreams is a resource manager under which nobody can open so many streams
-// that others cannot open any. go-libp2p's own knows only how many streams one peer
-// may have and how many all peers together, and the peers of one address could take
-// all of those. Once more are open than there are beside everybody's share, a peer
-// that has its share opens no more.
-type fairStreams struct {
-	network.ResourceManager
-	unshared int // streams beside everybody's share: see limits
-	tally    *tally
-}
-
-func (f fairStreams) OpenStream(id peer.ID, dir network.Direction) (network.StreamManagementScope, error) {
-	open := 0
-	count := func(stat network.ScopeStat) error {
-		open = stat.NumStreamsInbound + stat.NumStreamsOutbound
-		return nil
-	}
-	f.ViewSystem(func(s network.ResourceScope) error { return count(s.Stat()) })
-	if open > f.unshared {
-		f.ViewPeer(id, func(s network.PeerScope) error { return count(s.Stat()) })
-		if open >= streamShare {
-			f.tally.refuse(refusedStream)
-			return nil, network.ErrResourceLimitExceeded
-		}
-	}
-	scope, err := f.ResourceManager.OpenStream(id, dir)
-	if err != nil {
-		return nil, err
-	}
-	if err := scope.ReserveMemory(streamMemory, network.ReservationPriorityAlways); err != nil {
-		scope.Done()
-		return nil, err
-	}
-	return scope, nil
 }

@@ -5,13 +5,19 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
+	ma "github.com/multiformats/go-multiaddr"
+	"google.golang.org/protobuf/encoding/protodelim"
 )
 
 // One user's large sync must not take the bandwidth from everybody else's.
@@ -106,7 +112,7 @@ func TestStreamsRefusedForFairnessAreCounted(t *testing.T) {
 	}
 	defer manager.Close()
 	counts := new(tally)
-	f := fairStreams{manager, 0, counts}
+	f := newFairStreams(manager, 0, counts)
 	id := newTestPeerID(t)
 	for range streamShare {
 		s, err := f.OpenStream(id, network.DirInbound)
@@ -147,15 +153,181 @@ func TestCircuitsEndAtTheirBound(t *testing.T) {
 	}
 }
 
-// A device can reach as many others as it is promised, over its one connection, and
-// still ask the DHT.
+// A device can reach as many others as it is promised, over its one connection, be
+// reached by as many, and still ask the DHT.
 func TestOneConnectionHoldsAllCircuitsOfADevice(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
-	a, b := newCrowd(t, 2).pair(testContext(t), t, r, [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)})
+	c := newCrowd(t, circuitsPerPeer+2)
+	a, b := c.pair(testContext(t), t, r, [2]lightIdentity{newLightIdentity(t), newLightIdentity(t)})
+	if err := a.reserve(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	mates := joinCrowd(t, r, circuitsPerPeer/circuitsPerPair)
+	a.acceptAll()
 	for i := range circuitsPerPeer {
-		if _, _, err := a.circuitTo(testContext(t), b); err != nil {
+		mate := mates[i/circuitsPerPair]
+		if err := mate.reserve(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		mate.acceptAll()
+		if _, err := a.circuit(testContext(t), mate.id); err != nil {
 			t.Fatalf("circuit %d of %d: %v", i+1, circuitsPerPeer, err)
 		}
+		if _, err := mate.circuit(testContext(t), a.id); err != nil {
+			t.Fatalf("circuit %d of %d to it: %v", i+1, circuitsPerPeer, err)
+		}
+	}
+	if _, err := b.circuit(testContext(t), a.id); err == nil {
+		t.Errorf("circuit %d to one device was opened", circuitsPerPeer+1)
 	}
 	a.mustAsk(t, findMessage([]byte(b.id)))
+}
+
+// acceptAll takes every circuit that the relay offers, until the connection ends.
+func (c *lightClient) acceptAll() {
+	go func() {
+		for c.Context().Err() == nil {
+			c.accept(c.Context())
+		}
+	}()
+}
+
+// A stranger takes some circuits of a device that he has chosen, and its mate gets one
+// all the same: one identity has its bound, and so has one network.
+func TestStrangerLeavesCircuitsToTheMate(t *testing.T) {
+	lim := newLimits(100, 256)
+	lim.testOnlyLimitLoopback = true
+	r := newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t))
+	homes, away := loopbackCrowd(t, "127.0.0.2", 1), loopbackCrowd(t, "127.0.0.3", 1)
+	victim := homes.join(t, r, newLightIdentity(t))
+	if err := victim.reserve(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	victim.acceptAll()
+	mate := homes.join(t, r, newLightIdentity(t))
+	opened := 0
+	for range 5 {
+		stranger := away.join(t, r, newLightIdentity(t))
+		for range 2 * circuitsPerPair {
+			if _, err := stranger.circuit(testContext(t), victim.id); err == nil {
+				opened++
+			}
+		}
+		if opened%circuitsPerPair != 0 {
+			t.Errorf("devices opened %d circuits to another, want %d each", opened, circuitsPerPair)
+		}
+	}
+	if opened != circuitsPerNetwork {
+		t.Errorf("one network opened %d circuits to a device, want %d", opened, circuitsPerNetwork)
+	}
+	from, err := mate.circuit(testContext(t), victim.id)
+	if err != nil {
+		t.Fatalf("the mate's circuit: %v", err)
+	}
+	// And once it is over, nothing of it counts any more.
+	from.CancelRead(0)
+	from.CancelWrite(0)
+	eventually(t, "the mate's circuit is over", func() bool {
+		r.circuits.mu.Lock()
+		defer r.circuits.mu.Unlock()
+		return r.circuits.parts[circuitPart{from: mate.id, to: victim.id}] == 0
+	})
+	if n := r.tally.refused[refusedCircuit].Load(); n != 5*2*circuitsPerPair-circuitsPerNetwork {
+		t.Errorf("%d refused circuits were counted, want %d", n, 5*2*circuitsPerPair-circuitsPerNetwork)
+	}
+}
+
+// What a client sends in place of a request reaches the relay service as it came.
+func TestHopRequestIsReadWhole(t *testing.T) {
+	to := newTestPeerID(t)
+	message := func(kind circuitpb.HopMessage_Type, id []byte) []byte {
+		var b bytes.Buffer
+		protodelim.MarshalTo(&b, &circuitpb.HopMessage{Type: &kind, Peer: &circuitpb.Peer{Id: id}})
+		return b.Bytes()
+	}
+	connect := message(circuitpb.HopMessage_CONNECT, []byte(to))
+	tests := []struct {
+		name     string
+		in, read []byte
+		to       peer.ID
+	}{
+		{"a circuit", append(slices.Clone(connect), "more"...), connect, to},
+		{"no peer", message(circuitpb.HopMessage_CONNECT, []byte("?")), message(circuitpb.HopMessage_CONNECT, []byte("?")), ""},
+		{"a reservation", message(circuitpb.HopMessage_RESERVE, nil), message(circuitpb.HopMessage_RESERVE, nil), ""},
+		{"cut off", connect[:len(connect)-1], connect[:len(connect)-1], ""},
+		{"nothing", nil, nil, ""},
+		{"too long", []byte{0x81, 0x20, 1, 2}, []byte{0x81, 0x20}, ""},
+		{"no length", []byte{0xff, 0xff, 0xff, 0xff}, []byte{0xff, 0xff, 0xff}, ""},
+	}
+	for _, tt := range tests {
+		read, id, err := readHopRequest(bytes.NewReader(tt.in))
+		if err != nil && err != io.EOF {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if !bytes.Equal(read, tt.read) || id != tt.to {
+			t.Errorf("%s: readHopRequest(%x) = %x, %q, want %x, %q", tt.name, tt.in, read, id, tt.read, tt.to)
+		}
+	}
+}
+
+// The circuits that strangers open to a device leave it its own streams, and its share
+// of memory is its own while others have taken all that is shared.
+func TestShareIsNobodyElses(t *testing.T) {
+	lim := limits{clients: 1, perNetwork: 256}
+	manager, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(lim.resourceLimits(1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	f := newFairStreams(manager, 0, new(tally))
+	device := newTestPeerID(t)
+	for range int(lim.shared()/peerMemory) + 1 {
+		greedy, err := manager.OpenConnection(network.DirOutbound, false, ma.StringCast("/ip4/11.0.0.1/udp/1/quic-v1"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer greedy.Done()
+		if err := greedy.SetPeer(newTestPeerID(t)); err != nil {
+			t.Fatal(err)
+		}
+		for size := 1 << 20; size > 0; size /= 2 {
+			for greedy.ReserveMemory(size, network.ReservationPriorityAlways) == nil {
+			}
+		}
+	}
+	var open []network.StreamManagementScope
+	for dir, n := range map[network.Direction]int{network.DirInbound: streamShare, network.DirOutbound: streamShareTo} {
+		for range n {
+			s, err := f.OpenStream(device, dir)
+			if err != nil {
+				t.Fatalf("%v stream within its share: %v", dir, err)
+			}
+			open = append(open, s)
+		}
+		if s, err := f.OpenStream(device, dir); err == nil {
+			t.Errorf("%v stream above its share was opened", dir)
+			s.Done()
+		}
+	}
+	last := open[len(open)-1]
+	if last.Stat().Memory != 0 {
+		t.Errorf("a stream within its peer's share takes %d bytes of what is shared", last.Stat().Memory)
+	}
+	for _, s := range open {
+		s.Done()
+	}
+	if len(f.used) != 0 {
+		t.Errorf("%d peers have something of their share in use, want none", len(f.used))
+	}
+	s, err := f.OpenStream(device, network.DirOutbound)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Done()
+	if err := s.ReserveMemory(identifyMemory, network.ReservationPriorityAlways); err != nil {
+		t.Errorf("room for identify: %v", err)
+	}
+	if err := s.ReserveMemory(1, network.ReservationPriorityAlways); err == nil {
+		t.Error("more than the share was given while nothing is left")
+	}
 }

@@ -45,14 +45,15 @@ const (
 	refusedNetwork                         // --max-clients-per-ip of that network are here, or came within rateWindow
 	refusedConnection                      // the device has connsPerPeer
 	refusedStream                          // a device has too many, or all devices together
-	refusedMemory                          // a larger QUIC window, or a circuit's buffers
+	refusedMemory                          // a larger QUIC window, a circuit's buffers, a long message; or a connection that took most in small pieces
 	refusedReserve                         // a reservation: no room
-	refusedCircuit                         // one end has circuitsPerPeer, or as many as can be are open
+	refusedCircuit                         // one end has circuitsPerPeer, or of one device or network; or as many as can be are open
 	refusedNoReservation                   // a circuit to a device that has none
 	refusedUnanswered                      // a circuit that the other device did not take
-	refusedStopping                        // a reservation or circuit, as the relay is about to stop
+	refusedStopping                        // a reservation, circuit or bridge, as the relay is about to stop
 	refusedRecord                          // see checkRecord
 	refusedMessage                         // longer than maxKadMessage
+	refusedBudget                          // had to wait, or was closed: a network's or connection's budget is spent
 	refusedBridge                          // a bridge: one end has flowsPerClient, or as many as can be are open
 	refusedBridgeStray                     // an Initial from a client that was told of no other device
 	refusedBridgeUnanswered                // packets over the bridge that the other device did not answer
@@ -65,7 +66,7 @@ func (r refusal) String() string {
 	return [refusalReasons]string{
 		"max_clients", "max_clients_per_ip", "connections_of_one_client", "streams", "memory",
 		"reservation_limit", "circuit_limit", "circuit_no_reservation", "circuit_unanswered", "stopping",
-		"record", "dht_message_too_long",
+		"record", "dht_message_too_long", "budget",
 		"bridge_limit", "bridge_no_mate", "bridge_unanswered", "bridge_unknown_packet", "bridge_bandwidth",
 	}[r]
 }

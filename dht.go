@@ -58,7 +58,12 @@ func (k *kadServer) serve(h host.Host) (*dht.IpfsDHT, error) {
 
 // hook is called with each request before kad-dht handles it. It takes a record
 // that is not to be stored out of the request; kad-dht then resets the stream.
-func (k *kadServer) hook(_ context.Context, s network.Stream, req *kadpb.Message) {
+func (k *kadServer) hook(ctx context.Context, s network.Stream, req *kadpb.Message) {
+	if stream := s.(*kadStream); stream.asked {
+		piecesOf(s.Conn()).wait(ctx) // the first request has waited when the stream was opened
+	} else {
+		stream.asked = true
+	}
 	k.tally.dhtRequest(req.GetType())
 	if req.GetType() != kadpb.Message_PUT_VALUE {
 		req.Record = nil // a request without a use for one
@@ -133,28 +138,76 @@ func (h kadHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) 
 
 // kadStream is a stream on which kad-dht reads requests and writes an answer to
 // each. It has one reader and writer.
+//
+// A client that gives an answer no room holds up what is in memory for it. So Write
+// only gathers an answer, and the next Read sends it: by then kad-dht has let go of the
+// request and of its own answer, which took 75 to 115 KiB.
 type kadStream struct {
 	network.Stream
 	server *kadServer
 	frames frameReader
 
-	// request is the one being handled; hook sets it.
+	// request is the one being handled, and asked is set from the first one on. hook
+	// sets both.
 	request *kadpb.Message
+	asked   bool
 
-	// answer holds what kad-dht has written of the answer so far.
+	// answer holds what kad-dht has written of the answer so far, or all of it, as it
+	// is sent, once whole.
 	answer []byte
+	whole  bool
+
+	// booked is how much memory is reserved for request and answer, in bytes.
+	booked int
 }
 
 func (s *kadStream) Read(p []byte) (int, error) {
+	if s.whole {
+		if err := s.send(); err != nil {
+			return 0, err
+		}
+	}
 	n, err := s.Stream.Read(p)
-	if frameErr := s.frames.follow(p[:n]); frameErr != nil {
+	longest, frameErr := s.frames.follow(p[:n])
+	if frameErr != nil {
 		return 0, frameErr
+	}
+	// kad-dht takes a buffer for the message when it has read its length, and parses it
+	// into another copy.
+	if bookErr := s.book(2 * longest); bookErr != nil {
+		return 0, bookErr
 	}
 	return n, err
 }
 
+// book reserves n bytes for a message in place of what is booked, if that is less and
+// n more than streamMemory covers.
+func (s *kadStream) book(n int) error {
+	if n <= max(s.booked, freeKadMessage) {
+		return nil
+	}
+	if err := s.Scope().ReserveMemory(n-s.booked, network.ReservationPriorityHigh); err != nil {
+		s.server.tally.refuse(refusedMemory)
+		return err
+	}
+	s.booked = n
+	return nil
+}
+
+// send sends the answer that has been gathered.
+func (s *kadStream) send() error {
+	s.Stream.SetWriteDeadline(time.Now().Add(answerTimeout))
+	_, err := s.Stream.Write(s.answer)
+	s.answer, s.whole = nil, false // a stream may idle for a minute
+	if s.booked > 0 {
+		s.Scope().ReleaseMemory(s.booked)
+		s.booked = 0
+	}
+	return err
+}
+
 // Write gathers an answer, which kad-dht writes in pieces as a varint length and
-// that many bytes (kad-dht spec, RPC messages), and sends it amended.
+// that many bytes (kad-dht spec, RPC messages), and amends it. The next Read sends it.
 func (s *kadStream) Write(p []byte) (int, error) {
 	s.answer = append(s.answer, p...)
 	length, n := binary.Uvarint(s.answer)
@@ -165,12 +218,10 @@ func (s *kadStream) Write(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	frame := append(binary.AppendUvarint(nil, uint64(len(amended))), amended...)
-	s.answer, s.request = nil, nil // a stream may idle for a minute
-	if _, err := s.Stream.Write(frame); err != nil {
-		return 0, err
-	}
-	return len(p), nil
+	s.request = nil
+	s.answer = append(binary.AppendUvarint(make([]byte, 0, len(amended)+binary.MaxVarintLen16+1), uint64(len(amended))), amended...)
+	s.whole = true
+	return len(p), s.book(len(s.answer))
 }
 
 // amend returns kad-dht's answer with the peers replaced that it names. It costs a
@@ -197,9 +248,10 @@ type frameReader struct {
 	header []byte // of the next frame, while incomplete
 }
 
-// follow fails at a length above maxKadMessage: before kad-dht has seen the last
-// byte of that length, so that it cannot yet allocate for it.
-func (r *frameReader) follow(read []byte) error {
+// follow returns the longest length among those that end in read. It fails at a length
+// above maxKadMessage: before kad-dht has seen the last byte of that length, so that it
+// cannot yet allocate for it.
+func (r *frameReader) follow(read []byte) (longest int, err error) {
 	for len(read) > 0 {
 		if skip := min(r.body, uint64(len(read))); skip > 0 {
 			r.body -= skip
@@ -214,9 +266,10 @@ func (r *frameReader) follow(read []byte) error {
 			continue
 		case size <= 0 || length > maxKadMessage:
 			r.tally.refuse(refusedMessage)
-			return errKadMessageTooLong
+			return 0, errKadMessageTooLong
 		}
+		longest = max(longest, int(length))
 		r.body, r.header = length, r.header[:0]
 	}
-	return nil
+	return longest, nil
 }

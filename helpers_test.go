@@ -659,3 +659,4 @@ type memoryStream struct {
 }
 
 func (s memoryStream) Read(p []byte) (int, error) { return s.Reader.Read(p) }
+func (memoryStream) Scope() network.StreamScope   { return &network.NullScope{} }

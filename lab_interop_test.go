@@ -349,10 +349,9 @@ func TestRustIdentify(t *testing.T) {
 	if got := r.host.Network().ConnsToPeer(id)[0].RemoteMultiaddr().String(); got != e.str("observed") {
 		t.Errorf("the client is told it was observed as %v, want %s", e["observed"], got)
 	}
-	eventually(t, "the relay has read that the agent is PrivStack/laptop", func() bool {
-		agent, err := r.host.Peerstore().Get(id, "AgentVersion")
-		return err == nil && agent == "PrivStack/laptop"
-	})
+	if said, err := r.host.Peerstore().GetProtocols(id); err != nil || !slices.Contains(said, kadProtocol) {
+		t.Errorf("protocols kept of the client = %v, %v, want %s among them", said, err, kadProtocol)
+	}
 }
 
 // A power cut at the relay: the clients, which nobody restarts, find each other

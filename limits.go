@@ -52,6 +52,14 @@ const (
 	// would allocate up to 4 MiB on the word of four bytes.
 	maxKadMessage = 16 << 10
 
+	// answerTimeout is how long a DHT answer may wait for the client to give it room:
+	// as long as rust-libp2p waits for it (substreams_timeout in its kad protocol.rs).
+	answerTimeout = 10 * time.Second
+
+	// freeKadMessage is how long a message may be that streamMemory covers, in bytes:
+	// the clients' requests have some hundreds.
+	freeKadMessage = 1 << 10
+
 	// maxRecordValue and maxRecordKey bound a DHT record, in bytes. The clients'
 	// keys have 53 (/privstack/syncgroup/ and a hash), their values some hundreds.
 	maxRecordValue = 8 << 10
@@ -106,10 +114,20 @@ const (
 	// 15 MiB a few clients would take what all share.
 	maxWindow = 1 << 20
 
-	// sharedMemory is for what comes and goes, in bytes: so much for each client,
-	// and sharedBase once. Streams, the buffers of circuits and windows that have
-	// grown share it. When it is used up, no more are granted.
-	sharedMemory = 40 << 10
+	// shareMemory is each client's own part of what comes and goes, in bytes: the
+	// streams that it can count on, and what it says in identify. Nothing that others
+	// do takes it away: see fairStreams.
+	shareMemory = (streamShare+streamShareTo)*streamMemory + identifyMemory
+
+	// identifyMemory is what go-libp2p books for an identify message, in bytes:
+	// signedIDSize in its id.go.
+	identifyMemory = 8 << 10
+
+	// sharedMemory is for the rest of what comes and goes, in bytes: so much for each
+	// client, and sharedBase once. Streams beyond a client's share, the buffers of
+	// circuits and windows that have grown share it. When it is used up, no more are
+	// granted.
+	sharedMemory = 24 << 10
 	sharedBase   = 16 << 20
 
 	// streamMemory is what an open stream costs, in bytes, half of it its
@@ -126,18 +144,28 @@ const (
 	// has ended it as well, even if the relay has refused it.
 	maxIncomingStreams = 32
 
-	// circuitsPerPeer is how many circuits one device can be part of: one for each
-	// other device of its user that only a relay can reach. Each circuit that it
-	// opens takes a stream, so that many fit into one connection beside requests.
+	// circuitsPerPeer is how many circuits one device can open, and how many can be
+	// open to it: one for each other device of its user that only a relay can reach.
+	// Each circuit that it opens takes a stream, so that many fit into one connection
+	// beside requests.
 	circuitsPerPeer = 24
+
+	// circuitsPerPair is how many of the circuits to a device one other device can
+	// open: as many as it may have connections, since it opens a new circuit when it
+	// comes back over another path. circuitsPerNetwork is how many all devices of one
+	// network can open to it: a user's others may all be at home.
+	circuitsPerPair    = connsPerPeer
+	circuitsPerNetwork = 12
 
 	// streamsPerPeer bounds the streams open from one peer, and those open to it: as
 	// many as its connections allow.
 	streamsPerPeer = connsPerPeer * maxIncomingStreams
 
-	// streamShare is how many streams each peer can count on, whatever the others
-	// do: a device asks the DHT for three things at a time.
-	streamShare = 3
+	// streamShare is how many streams each peer can count on to open, whatever the
+	// others do: a device asks the DHT for three things at a time. streamShareTo is how
+	// many can be opened to it: one, to ask it who it is.
+	streamShare   = 3
+	streamShareTo = 1
 
 	// connsPerPeer is how many connections one client may have: room for a device
 	// that comes back over another path before its old connection has timed out.
@@ -251,13 +279,13 @@ func clientsFor(memory uint64) int {
 		memory = 512 << 20
 	}
 	usable := int64(min(memory, 1<<40)) - (baseMemory + sharedBase)
-	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+sharedMemory), 64), maxMaxClients))
+	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+shareMemory+sharedMemory), 64), maxMaxClients))
 }
 
 // memory returns the most that the relay takes, in bytes, while all of its clients
 // do their worst. A thousand well-behaved ones take 60 % of it.
 func (l limits) memory() int64 {
-	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow) + l.shared()
+	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow+shareMemory) + l.shared()
 }
 
 // goMemory returns the part of memory() that the Go runtime should stay within, in
@@ -285,7 +313,7 @@ func (l limits) unproven() int64 { return int64(max(l.clients/8, 16)) }
 
 // streams returns the most streams open at once: everybody's share, and those
 // beside it.
-func (l limits) streams() int { return streamShare*l.clients + l.unshared() }
+func (l limits) streams() int { return (streamShare+streamShareTo)*l.clients + l.unshared() }
 
 // unshared returns how many streams may be open beside everybody's share: as many
 // as there are clients, or as a few busy ones may have.
@@ -304,8 +332,9 @@ func (l limits) circuitResources(duration time.Duration, bytes int64) circuit.Re
 	res := circuit.Resources{
 		ReservationTTL:  time.Hour,
 		MaxReservations: l.clients,
-		MaxCircuits:     circuitsPerPeer,
-		BufferSize:      circuitBuffer,
+		// Both directions count here, so it never bites before circuits.admit.
+		MaxCircuits: 2 * circuitsPerPeer,
+		BufferSize:  circuitBuffer,
 		// A reservation ends with its peer's last connection, so the limits on
 		// connections per network are the limits on reservations too. These
 		// would count loopback, and whole providers by IPv6 ASN.
@@ -334,9 +363,9 @@ func (l limits) resourceLimits(relays int) rcmgr.ConcreteLimitConfig {
 		outbound, outboundEach = rcmgr.LimitVal(relays*maxDials), maxDials
 	}
 	streams := rcmgr.LimitVal(l.streams())
-	// The resource manager counts what fairStreams reserves for each stream, circuit
-	// buffers, messages being parsed, and QUIC windows beyond the initial one. It
-	// gives windows 60 % of the whole and buffers 80 %, so windows starve first.
+	// The resource manager counts streams and messages beyond their peer's share,
+	// circuit buffers, and QUIC windows beyond the initial one. It gives windows 60 % of
+	// the whole, streams and buffers 80 %, so windows starve first.
 	memory := rcmgr.LimitVal64(l.shared())
 
 	return rcmgr.PartialLimitConfig{
@@ -393,6 +422,11 @@ func (l limits) resourceOptions() []rcmgr.Option {
 			},
 		}),
 	}
+}
+
+// free reports whether addr is exempt from the bounds per network.
+func (l limits) free(addr netip.Addr) bool {
+	return !addr.IsValid() || !l.testOnlyLimitLoopback && addr.IsLoopback()
 }
 
 // A network is the block of addresses that a provider gives to one customer: an

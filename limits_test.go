@@ -17,9 +17,9 @@ func TestClientsForMemory(t *testing.T) {
 	}{
 		{0, 1000, 10_000},                        // unknown
 		{1 << 20, 64, 64},                        // too small for anyone, but it starts
-		{512 << 20, 3000, 6000},                  //
-		{1 << 30, 6500, 12_000},                  // the 5-dollar machine
-		{4 << 30, 28_000, 55_000},                //
+		{512 << 20, 2400, 6000},                  //
+		{1 << 30, 5000, 12_000},                  // the 5-dollar machine
+		{4 << 30, 20_000, 55_000},                //
 		{1 << 50, maxMaxClients, 1 << 20},        //
 		{math.MaxUint64, maxMaxClients, 1 << 20}, //
 	}
@@ -81,12 +81,12 @@ func TestLimitsFollowMaxClients(t *testing.T) {
 			t.Errorf("%d clients: %d streams, want %d for the circuits alone", clients, host.System.Streams, min)
 		}
 		// go-libp2p lets circuit buffers take 80 % of a scope's memory.
-		buffers := int64(l.circuits()) * 2 * (circuitBuffer + streamMemory)
+		buffers := int64(l.circuits()) * 2 * circuitBuffer // the streams are in their peers' shares
 		if int64(host.System.Memory)/5*4 < buffers || int64(host.Service["libp2p.relay/v2"].Memory)/5*4 < buffers {
 			t.Errorf("%d clients: memory for circuits is short of %d bytes", clients, buffers)
 		}
 		// The memory that the start log promises is enough for all of it.
-		if sum := baseMemory + int64(clients)*(clientMemory+initialWindow) + int64(host.System.Memory); l.memory() < sum {
+		if sum := baseMemory + int64(clients)*(clientMemory+initialWindow+shareMemory) + int64(host.System.Memory); l.memory() < sum {
 			t.Errorf("%d clients: the start log promises %d bytes, and they could take %d", clients, l.memory(), sum)
 		}
 	}

@@ -16,9 +16,11 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -288,6 +290,45 @@ func (b addrBook) Addrs(id peer.ID) []ma.Multiaddr {
 		return addrs
 	}
 	return b.peers.addrs(id)
+}
+
+// usedProtocols are what the relay or a library under it asks a peer for. What else a
+// client says that it speaks is dropped: 900 long names took 163 KiB.
+var usedProtocols = []protocol.ID{kadProtocol, proto.ProtoIDv2Stop, identify.IDPush, holepunch.Protocol}
+
+// SetProtocols keeps, of what a peer says in identify, the protocols that are used.
+func (b addrBook) SetProtocols(id peer.ID, said ...protocol.ID) error {
+	if id == b.self {
+		return b.addrStore.SetProtocols(id, said...)
+	}
+	return b.addrStore.SetProtocols(id, known(said)...)
+}
+
+func (b addrBook) AddProtocols(id peer.ID, said ...protocol.ID) error {
+	if id == b.self {
+		return b.addrStore.AddProtocols(id, said...)
+	}
+	return b.addrStore.AddProtocols(id, known(said)...)
+}
+
+// known returns those of usedProtocols that are in said. It returns strings of ours,
+// because each of the others would keep what it came in.
+func known(said []protocol.ID) (used []protocol.ID) {
+	for _, p := range usedProtocols {
+		if slices.Contains(said, p) {
+			used = append(used, p)
+		}
+	}
+	return used
+}
+
+// Put keeps that a peer is a relay like this one, which answers.elsewhere asks for, and
+// nothing else of what identify stores: agents and other versions are of any length.
+func (b addrBook) Put(id peer.ID, key string, value any) error {
+	if key == "ProtocolVersion" && value == protocolVersion {
+		return b.addrStore.Put(id, key, protocolVersion)
+	}
+	return nil
 }
 
 func (b addrBook) PeerInfo(id peer.ID) peer.AddrInfo {

@@ -13,6 +13,7 @@ import (
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/proto"
 )
@@ -57,6 +58,33 @@ func TestReportedAddrsAreHandedOutWithinBounds(t *testing.T) {
 				t.Errorf("answer = %v, want %d with the observed one first", addrs, want)
 			}
 		})
+	}
+}
+
+// Whoever says that he speaks a thousand protocols takes no more memory than others:
+// of what identify tells, the relay keeps what it uses.
+func TestIdentifyLeavesNoStringsBehind(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c := newClient(t, libp2p.UserAgent(strings.Repeat("agent", 400)), libp2p.ProtocolVersion(strings.Repeat("version", 100)))
+	serveKad(t, c)
+	for i := range 20 { // more do not fit into one message with the rest
+		c.SetStreamHandler(protocol.ID(fmt.Sprint("/", i, strings.Repeat("/long", 20))), func(s network.Stream) { s.Reset() })
+	}
+	connect(t, c, r)
+	eventually(t, "the client is identified", func() bool {
+		said, err := r.host.Peerstore().GetProtocols(c.ID())
+		return err == nil && slices.Contains(said, kadProtocol)
+	})
+	said, _ := r.host.Peerstore().GetProtocols(c.ID())
+	for _, p := range said {
+		if !slices.Contains(usedProtocols, p) {
+			t.Errorf("kept %q, want nothing but %v", p, usedProtocols)
+		}
+	}
+	for _, key := range []string{"AgentVersion", "ProtocolVersion"} {
+		if got, err := r.host.Peerstore().Get(c.ID(), key); err == nil {
+			t.Errorf("kept %s of %d bytes, want none", key, len(fmt.Sprint(got)))
+		}
 	}
 }
 

@@ -55,7 +55,7 @@ records.go         the DHT's values, and how many are kept
 reach.go           where the relay can be reached, as clients are told it
 federation.go      other relays
 names.go           what DNS names lead to
-circuits.go        circuits and their shares of bandwidth and streams
+circuits.go        circuits, how many there may be, and their shares of bandwidth
 comeback.go        a device that comes back while its old connections still count
 peers.go           who is connected, and at which address
 
@@ -63,7 +63,11 @@ config.go          what an operator can choose: flags, help, version
 sockets.go         the UDP sockets
 sockets_linux.go   ... many datagrams of one sender at a time
 sockets_other.go   ... or not
+gate.go            which packets of handshakes reach quic-go
 sockets_udp.go     ... one socket, and the one that reads one datagram at a time
+pieces.go          what clients make quic-go keep in small pieces
+budgets.go         how much CPU one network can take
+shares.go          streams and memory of each client's own
 host.go            a libp2p host that speaks QUIC alone
 
 identity.go        the key file

@@ -80,7 +80,8 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 		records: newRecordStore(lim.records()),
 		broken:  make(chan error, 1),
 	}
-	r.circuits = newCircuits(lim.circuits(), log, &r.tally, r.peers.reserve)
+	r.circuits = newCircuits(lim, log, &r.tally, r.peers.reserve)
+	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
@@ -103,7 +104,8 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	r.peers.left = r.groups.leave
 	r.bridge = newBridge(log, &r.tally, lim, r.peers, r.federation.members)
 	r.bridge.maxBytes, r.bridge.maxAge = cfg.circuitBytes, cfg.circuitDuration
-	r.sockets.tap, r.sockets.ids = r.bridge.tap, r.bridge
+	r.sockets.tap = func(s udpSocket) tapped { return newGate().behind(r.bridge.tap(s)) }
+	r.sockets.ids = r.bridge // by which the bridge tells packets that are quic-go's
 	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
 
 	defer func() {
@@ -160,7 +162,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		return nil, err
 	}
 	resources := newestFirst{
-		fairStreams{manager, r.limits.unshared(), &r.tally},
+		newFairStreams(manager, r.limits.unshared(), &r.tally),
 		func(id peer.ID) []network.Conn { return r.host.Network().ConnsToPeer(id) },
 	}
 	transport, err := r.sockets.newTransport(key, r.federation, resources)

@@ -33,6 +33,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/qlogwriter"
 	"golang.org/x/time/rate"
 )
 
@@ -69,6 +70,7 @@ const (
 // newTransport to the network, then call listen, and close at the end.
 type quicSockets struct {
 	tally   *tally
+	pieces  *pieces
 	manager *quicreuse.ConnManager
 	reset   quic.StatelessResetKey
 	token   quic.TokenGeneratorKey
@@ -109,8 +111,9 @@ func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionG
 	if err != nil {
 		return nil, err
 	}
-	return libp2pquic.NewTransport(key, manager, nil, gater, resources,
+	inner, err := libp2pquic.NewTransport(key, manager, nil, gater, resources,
 		libp2pquic.WithTLSIdentityOption(libp2ptls.WithCertTemplate(certificate)))
+	return watchedTransport{inner}, err
 }
 
 // certificateTemplate returns what the relay's TLS certificate says beside its key. The
@@ -168,6 +171,7 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 			return ctx, err
 		}
 		context.AfterFunc(ctx, scope.Done)
+		ctx, scope = q.pieces.begin(ctx, scope, client.RemoteAddr)
 		waiting, taken := context.WithCancel(ctx)
 		if !client.AddrVerified {
 			q.unproven.Add(1)
@@ -207,7 +211,7 @@ func (q *quicSockets) bind(family string, port int) error {
 		tr.ConnectionIDGenerator = q.ids
 	}
 	q.transports = append(q.transports, tr)
-	_, err = q.manager.LendTransport(family, lentTransport{tr}, conn)
+	_, err = q.manager.LendTransport(family, lentTransport{tr, q.pieces.trace}, conn)
 	return err
 }
 
@@ -243,10 +247,15 @@ func (q *quicSockets) close() error {
 }
 
 // lentTransport is a transport on which QUIC is configured as a relay needs it.
-type lentTransport struct{ *quic.Transport }
+type lentTransport struct {
+	*quic.Transport
+	trace func(context.Context, bool, quic.ConnectionID) qlogwriter.Trace
+}
 
 func (t lentTransport) Listen(tlsConf *tls.Config, conf *quic.Config) (quicreuse.QUICListener, error) {
-	l, err := t.Transport.Listen(namingALPN(tlsConf), tuned(conf))
+	conf = tuned(conf)
+	conf.Tracer = t.trace
+	l, err := t.Transport.Listen(namingALPN(tlsConf), conf)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,143 @@
+package main
+
+// Handshakes through the gate, honest and not.
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"slices"
+	"sync"
+	"testing"
+)
+
+// A flood that pretends to begin one handshake gets a few datagrams through, and the
+// handshakes of others, as well as established connections, all of theirs.
+func TestGateBoundsEachHandshake(t *testing.T) {
+	g := newGate()
+	initial := func(id string) []byte {
+		return append([]byte{0xc0, 0, 0, 0, 1, byte(len(id))}, id+"\x00rest"...)
+	}
+	passed := 0
+	for range 1000 {
+		if g.admit(initial("attacker")) {
+			passed++
+		}
+	}
+	if passed != handshakeDatagrams {
+		t.Errorf("%d datagrams of one handshake passed, want %d", passed, handshakeDatagrams)
+	}
+	if !g.admit(initial("honest")) {
+		t.Error("the first datagram of another handshake was dropped")
+	}
+	for range 100 {
+		if !g.admit(append([]byte{0x40}, "attacker"...)) {
+			t.Fatal("a packet of an established connection was dropped")
+		}
+	}
+	if id := []byte("again"); !g.count(id, 5) || !g.count(id, 5+handshakeAge) {
+		t.Error("a connection ID that comes again much later was dropped")
+	}
+	for _, broken := range [][]byte{nil, {0xc0}, {0xc0, 0, 0, 0, 1, 8, 1}} {
+		if !g.admit(broken) {
+			t.Errorf("%x was dropped, want it left to quic-go", broken)
+		}
+	}
+}
+
+// Whatever goroutines count at once, no datagram is counted twice or not at all.
+func TestGateCountsForSeveralGoroutines(t *testing.T) {
+	g := newGate()
+	passed := make([]int, 8)
+	var counting sync.WaitGroup
+	for i := range passed {
+		counting.Go(func() {
+			for range 1000 {
+				if g.count([]byte("one"), 1) {
+					passed[i]++
+				}
+			}
+		})
+	}
+	counting.Wait()
+	sum := 0
+	for _, n := range passed {
+		sum += n
+	}
+	if sum != handshakeDatagrams {
+		t.Errorf("%d datagrams passed, want %d", sum, handshakeDatagrams)
+	}
+}
+
+// The clients' handshakes stay far below the bound, also the large ones of those who
+// offer post-quantum keys and have to prove their address.
+func TestHandshakesFitThroughTheGate(t *testing.T) {
+	lim := newLimits(100, 256)
+	r := newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t))
+	r.sockets.maxUnproven = 0 // a Retry for everybody
+	var mu sync.Mutex
+	counts := map[string]int{}
+	inner, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newCrowdFrom(t, []*net.UDPConn{inner})
+	c.transports[0].Conn = writeWatcher{inner, func(p []byte) {
+		if id, ok := handshakeID(p); ok {
+			mu.Lock()
+			defer mu.Unlock()
+			counts[string(bytes.Clone(id))]++
+		}
+	}}
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	for range 10 {
+		if _, err := c.dial(ctx, newLightIdentity(t), r.info); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	most := 0
+	for _, n := range counts {
+		most = max(most, n)
+	}
+	if t.Logf("at most %d datagrams with one connection ID", most); most > handshakeDatagrams/2 || most == 0 {
+		t.Errorf("a handshake sent %d datagrams with one connection ID, want at most half of %d", most, handshakeDatagrams)
+	}
+}
+
+// writeWatcher shows what is written.
+type writeWatcher struct {
+	net.PacketConn
+	show func([]byte)
+}
+
+func (w writeWatcher) WriteTo(p []byte, to net.Addr) (int, error) {
+	w.show(p)
+	return w.PacketConn.WriteTo(p, to)
+}
+
+func (w writeWatcher) SetReadBuffer(int) error  { return nil }
+func (w writeWatcher) SetWriteBuffer(int) error { return nil }
+
+// Honest datagrams pass unchanged and in order, and those of a flood do not, also where
+// the kernel has put both into one message.
+func TestGateTakesOutWhatIsTooMuch(t *testing.T) {
+	initial := make([]byte, 1200)
+	initial[0], initial[5], initial[6] = 0xc0, 8, 1
+	short := make([]byte, 1200)
+	short[0] = 0x40
+	tap := newGate().behind(func([]arrival) {})
+	for n := range 2 * handshakeDatagrams {
+		a := []arrival{{size: 1200, data: slices.Concat(short, initial, short)}}
+		tap(a)
+		want := slices.Concat(short, initial, short)
+		if n >= handshakeDatagrams {
+			want = slices.Concat(short, short)
+		}
+		if !bytes.Equal(a[0].data, want) {
+			t.Fatalf("message %d: %d bytes are left, want %d", n, len(a[0].data), len(want))
+		}
+	}
+}
