@@ -29,6 +29,10 @@ const (
 	identityRoute = "/api/v1/identity"
 )
 
+// maxSyncMessage is the size of the largest message that the clients send each other, in
+// bytes: the limit of their request-response protocol.
+const maxSyncMessage = 16 << 20
+
 // maxPeerID is the length of the longest peer ID, in bytes: a key of at most 42
 // bytes as it is, or its SHA-256.
 // https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md#peer-ids
