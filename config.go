@@ -25,6 +25,8 @@ const usage = `privstack-relay - find and reach your PrivStack devices through y
 Usage: privstack-relay [flags]
        privstack-relay check RELAY   test a running relay, from anywhere
                                      (see check --help)
+       privstack-relay healthy       ask the relay on this machine whether it is up:
+                                     takes the same flags, and exits with 0 or 1
 
   -p, --port PORT               UDP port for QUIC (default 4001)
       --http-port PORT          TCP port for the identity endpoint (default 4002)
