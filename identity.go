@@ -212,6 +212,9 @@ func explainCreate(err error, dir string) error {
 	if cause := (*fs.PathError)(nil); errors.As(err, &cause) {
 		err = cause.Err // without the name of the temporary file
 	}
+	if abs, err := filepath.Abs(dir); err == nil {
+		dir = abs
+	}
 	uid := os.Geteuid()
 	switch {
 	case errors.Is(err, fs.ErrPermission) && uid > 0: // -1 on Windows

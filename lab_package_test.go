@@ -363,7 +363,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		s.until("systemctl show --value -p ActiveState,Result,NRestarts privstack-relay | sort | xargs", "0 exit-code failed")
 		s.is("journalctl -u privstack-relay -p err -o cat | grep 'privstack-relay: '", "privstack-relay: there is no flag --max-clints")
 		s.do(`echo 'RELAY_FLAGS="--circuit-bytes 1MiB"' >/etc/default/privstack-relay; systemctl restart privstack-relay`)
-		s.is("journalctl -u privstack-relay -p warning -o cat | grep -c -e '--circuit-bytes is less'", "1")
+		s.until("journalctl -u privstack-relay -p warning -o cat | grep -c -e '--circuit-bytes is less'", "1")
 		s.is("journalctl -u privstack-relay -p warning -o cat | grep -c level=INFO || true", "0")
 		s.is("journalctl -u privstack-relay -o cat | grep -c time= || true", "0")
 		same(t)
