@@ -91,6 +91,36 @@ func announcedAddrs(announce []string, port int, self peer.ID) ([]ma.Multiaddr, 
 	return addrs, nil
 }
 
+// doubtfulAnnounced returns those of announce, which parseAnnounce accepts, at which only
+// this machine reaches itself, and those that are there more than once.
+func doubtfulAnnounced(announce []string) (loopback, twice []string) {
+	seen := make(map[string]int)
+	for _, s := range announce {
+		addr, err := parseAnnounce(s, 1)
+		if err != nil {
+			continue
+		}
+		addr, _ = peer.SplitAddr(addr)
+		if manet.IsIPLoopback(addr) || isDNS(addr) && strings.EqualFold(addr[0].Value(), "localhost") {
+			loopback = append(loopback, s)
+		}
+		text := strings.ToLower(addr.String())
+		if seen[text]++; seen[text] == 2 {
+			twice = append(twice, s)
+		}
+	}
+	return loopback, twice
+}
+
+// maskOf returns the private address that all of from are, if there are at least two. It
+// is the zero Addr if they differ. Loopback is no mask: the operator connects from there.
+func maskOf(from []netip.Addr) (mask netip.Addr) {
+	if len(from) < 2 || !from[0].IsPrivate() || slices.ContainsFunc(from, func(a netip.Addr) bool { return a != from[0] }) {
+		return netip.Addr{}
+	}
+	return from[0]
+}
+
 // bestAddrs returns those of the machine's addresses that are worth advertising:
 // public ones first, then private ones, and loopback only if there is nothing
 // else. It is empty only if addrs is.

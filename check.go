@@ -100,7 +100,7 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	report := checkReport{Target: target.given, Version: buildVersion()}
+	report := checkReport{Target: clean(target.given), Version: buildVersion()}
 	// Each phase reads what the one before it has found.
 	endpoint := &endpointCheck{checkTarget: target}
 	dials := &dialCheck{endpoint: endpoint}
@@ -142,6 +142,7 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 			report.failed++
 		}
 		s.Name, blocked = step.name, cmp.Or(blocked, s.blocks)
+		s = s.cleaned()
 		report.Steps = append(report.Steps, s)
 		tell(s)
 	}

@@ -33,7 +33,8 @@ type dialCheck struct {
 
 // dialled is an address of the relay and what came of it.
 type dialled struct {
-	addr      ma.Multiaddr
+	addr      ma.Multiaddr // nil for one that is only named in the report
+	name      string       // stands for addr if that is nil
 	family    string
 	announced bool   // by the operator, rather than the host that was asked
 	result    string // as a step has it; "" if it is yet to be dialled
@@ -131,7 +132,11 @@ func (c *dialCheck) addresses(context.Context) checkStep {
 	count := make(map[string]int)
 	for _, d := range c.dials {
 		count[d.result]++
-		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", checkMarks[d.result], d.addr, d.says)))
+		name := d.name
+		if d.addr != nil {
+			name = d.addr.String()
+		}
+		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", checkMarks[d.result], name, d.says)))
 	}
 	listed, good, bad := len(c.endpoint.listed), count[checkPassed], count[checkFailed]
 	s := stepPassed("%d listed, %d answer", listed, good)
@@ -158,9 +163,9 @@ func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
 	case isRefusal(d.err):
 		return whyFull()
 	case isTimeout(d.err) && runs:
-		return likely("a firewall, on the machine or at its provider, blocks UDP "+port+" over "+d.family, "ufw allow "+port+"/udp", "systemctl status privstack-relay")
+		return likely("a firewall, on the machine or at its provider, blocks UDP "+port+" over "+d.family, append(tryOpen(port, "udp"), tryStatus)...)
 	case isTimeout(d.err):
-		return likely("the relay is not running, or a firewall blocks UDP "+port, "systemctl status privstack-relay", "ufw allow "+port+"/udp")
+		return likely("the relay is not running, or a firewall blocks UDP "+port, append([]string{tryStatus}, tryOpen(port, "udp")...)...)
 	}
 	return likely("another program answers on UDP "+port, "ss -lunp 'sport = :"+port+"'")
 }
@@ -176,12 +181,23 @@ func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 	case c.endpoint.listed == nil: // the endpoint did not answer
 		found = c.atIPs(host, ma.StringCast(fmt.Sprintf("/udp/%d/quic-v1", checkPort)), false)
 	}
+	// Each that is listed has a line in the report, whatever becomes of it.
 	for _, s := range c.endpoint.listed {
-		found = append(found, c.atListed(ctx, s)...)
+		stands := c.atListed(ctx, s)
+		if len(stands) == 0 {
+			stands = []dialled{{name: s, result: checkSkipped, says: "not QUIC, which is all that clients speak"}}
+		} else if fresh := slices.DeleteFunc(slices.Clone(stands), func(d dialled) bool { return isAmong(found, d) }); len(fresh) > 0 {
+			stands = fresh
+		} else if stands[0].addr.String() != s {
+			stands = []dialled{{name: s, result: checkSkipped, says: "stands for " + stands[0].addr.String()}}
+		} else {
+			stands = []dialled{{name: s, result: checkSkipped, says: "listed twice"}}
+		}
+		found = append(found, stands...)
 	}
 	left := maxCheckDials
 	for _, d := range found {
-		if slices.ContainsFunc(dials, func(o dialled) bool { return o.addr.Equal(d.addr) }) {
+		if d.addr != nil && isAmong(dials, d) {
 			continue
 		}
 		if d.result == "" && left == 0 {
@@ -192,6 +208,11 @@ func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 		dials = append(dials, d)
 	}
 	return dials
+}
+
+// isAmong reports whether one of dials has the address of d.
+func isAmong(dials []dialled, d dialled) bool {
+	return slices.ContainsFunc(dials, func(o dialled) bool { return o.addr != nil && o.addr.Equal(d.addr) })
 }
 
 // atListed returns the addresses that s, in the endpoint's list, stands for: none if it

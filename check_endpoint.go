@@ -213,7 +213,7 @@ func (a *endpointAnswer) get(ctx context.Context, client *http.Client, u *url.UR
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("HTTP status %d", resp.StatusCode)
+		return httpStatus(resp.StatusCode)
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxIdentityBody+1))
 	if err != nil {
@@ -233,6 +233,17 @@ func (a *endpointAnswer) get(ctx context.Context, client *http.Client, u *url.UR
 	return nil
 }
 
+// httpStatus is the status of an answer that should have been 200.
+type httpStatus int
+
+func (s httpStatus) Error() string { return fmt.Sprintf("HTTP status %d", int(s)) }
+
+// isFromProxy reports whether a reverse proxy says by s that it does not reach the relay.
+// The relay itself never answers with these.
+func (s httpStatus) isFromProxy() bool {
+	return s == http.StatusBadGateway || s == http.StatusServiceUnavailable || s == http.StatusGatewayTimeout
+}
+
 // explain makes a.err fit to print, and says what is likely wrong.
 func (a *endpointAnswer) explain(u *url.URL) {
 	port := u.Port()
@@ -245,17 +256,24 @@ func (a *endpointAnswer) explain(u *url.URL) {
 		badTLS = e.Op == "remote error" // crypto/tls: an alert, as from a proxy without this name
 		a.err = e.Err                   // without the addresses
 	}
+	status := httpStatus(0)
+	errors.As(a.err, &status)
+	refused := errors.Is(a.err, syscall.ECONNREFUSED) || errors.Is(a.err, wsaConnRefused)
 	switch {
+	case status.isFromProxy():
+		a.why = likely("the reverse proxy answers, but does not reach the relay behind it: the relay is not running, or the proxy has another port than its --http-port", tryStatus)
+	case refused && u.Scheme == "https":
+		a.why = likely("nothing listens on TCP "+port+": the reverse proxy is not running", "systemctl status caddy nginx")
 	case timedOut && !connected:
 		a.err = errors.New("no answer")
-		a.why = likely("a firewall, on the machine or at its provider, blocks TCP "+port, "ufw allow "+port+"/tcp", "systemctl status privstack-relay")
+		a.why = likely("a firewall, on the machine or at its provider, blocks TCP "+port, append(tryOpen(port, "tcp"), tryStatus)...)
 	case timedOut:
 		a.err = errors.New("accepts the connection but does not answer in time")
 		a.why = likely("the program on TCP "+port+" hangs, or does not speak HTTP", "ss -ltnp 'sport = :"+port+"'", "systemctl restart privstack-relay")
-	case errors.Is(a.err, syscall.ECONNREFUSED) || errors.Is(a.err, wsaConnRefused):
-		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or it has another --http-port", "systemctl status privstack-relay")
+	case refused:
+		a.why = likely("nothing listens on TCP "+port+": the relay is not running, or it has another --http-port", tryStatus)
 	case !connected:
-		a.why = likely("the machine is down, or a firewall rejects TCP "+port, "ufw allow "+port+"/tcp")
+		a.why = likely("the machine is down, or a firewall rejects TCP "+port, tryOpen(port, "tcp")...)
 	case errors.Is(a.err, http.ErrSchemeMismatch):
 		a.why = likely("TCP "+port+" speaks HTTP without TLS: write http:// instead of https://", "curl -v "+u.String())
 	case badTLS:

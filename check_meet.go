@@ -78,7 +78,9 @@ func (c *meetCheck) observed(context.Context) checkStep {
 	}
 	s := stepPassed("the relay sees us at %s", seen)
 	if manet.IsPrivateAddr(addr) && !manet.IsPrivateAddr(c.dials.used.addr) {
-		s = stepFailed(likely("a proxy or NAT in front of the relay, such as a container's port forwarding, hides where clients are: homes behind NATs will not meet", "docker run --network host ..."),
+		s = stepFailed(likely("a proxy or NAT in front of the relay, such as a container's port forwarding, hides where clients are: homes behind NATs will not meet directly, and all share one address's limit",
+			"run the container with --network host",
+			"or, without root: podman run --network slirp4netns:port_handler=slirp4netns ..."),
 			"the relay sees us at %s, which is private", seen)
 	}
 	return s.with(map[string]any{"address": clean(seen)})
@@ -185,14 +187,14 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 		carries = fmt.Sprintf("%.4g MiB", float64(c.dataMost)/(1<<20))
 	}
 	s := stepPassed("accepted; one circuit may last %s and carry %s", lasts, carries)
-	announce := editUnit + "--announce " + c.dials.endpoint.host
+	announce := tryFlag("--announce " + c.dials.endpoint.host)
 	switch {
 	case time.Until(time.Unix(int64(resp.GetReservation().GetExpire()), 0)) < 0:
 		s = stepFailed(likely("the clock of the relay's machine or of this one is wrong", "timedatectl"), "accepted, but it has already expired")
 	case len(addrs) == 0:
-		s = stepFailed(likely("the relay does not know its own address: libp2p clients in Rust refuse such a reservation", announce), "accepted, but without an address")
+		s = stepFailed(likely("the relay does not know its own address: libp2p clients in Rust refuse such a reservation", announce...), "accepted, but without an address")
 	case private && !manet.IsPrivateAddr(c.dials.used.addr):
-		s = stepFailed(likely("the relay is behind a NAT and knows only its private address: nobody outside can use these", announce), "accepted, but its addresses are all private")
+		s = stepFailed(likely("the relay is behind a NAT and knows only its private address: nobody outside can use these", announce...), "accepted, but its addresses are all private")
 	}
 	s.Lines = addrs
 	return s.with(map[string]any{"addresses": addrs, "duration_s": int(duration.Seconds()), "data_bytes": c.dataMost})
@@ -229,7 +231,7 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	if err != nil {
 		why := likely("the path to the relay is slow or loses packets")
 		if c.dataMost > 0 && c.dataMost < 2*checkEchoBytes {
-			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), editUnit+"--circuit-bytes 1GiB")
+			why = likely(fmt.Sprintf("the relay cuts circuits at %d bytes, and a sync message has up to 16 MiB", c.dataMost), tryFlag("--circuit-bytes 1GiB")...)
 		}
 		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(cmp.Or(ctx.Err(), err)))
 	}

@@ -128,5 +128,49 @@ func wrapText(s string, width int) (lines []string) {
 // millis is d in milliseconds, to the microsecond.
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// editUnit is how an operator adds a flag, which stands behind it.
-const editUnit = "systemctl edit --full privstack-relay  # add "
+// tryFlag tells how to give the relay one more flag.
+func tryFlag(flag string) []string {
+	return []string{
+		"add " + flag + " to RELAY_FLAGS in /etc/default/privstack-relay",
+		"systemctl restart privstack-relay",
+	}
+}
+
+// tryOpen tells how to open a port in the machine's firewall. network is "tcp" or "udp".
+func tryOpen(port, network string) []string {
+	return []string{
+		"ufw allow " + port + "/" + network,
+		"firewall-cmd --permanent --add-port=" + port + "/" + network + " && firewall-cmd --reload  # Fedora and its kin",
+		"netsh advfirewall firewall add rule name=privstack-relay dir=in action=allow protocol=" + network + " localport=" + port + "  # Windows",
+	}
+}
+
+// tryStatus shows whether the relay runs, and its last log lines.
+const tryStatus = "systemctl status privstack-relay  # in a container: podman logs privstack-relay"
+
+// cleaned returns s without anything in its texts that a terminal acts on, or that makes
+// text run from right to left.
+func (s checkStep) cleaned() checkStep {
+	each := func(texts []string) []string {
+		var out []string
+		for _, text := range texts {
+			out = append(out, clean(text))
+		}
+		return out
+	}
+	s.Detail, s.Cause, s.Lines, s.Try = clean(s.Detail), clean(s.Cause), each(s.Lines), each(s.Try)
+	values := make(map[string]any)
+	for name, value := range s.Values {
+		switch v := value.(type) {
+		case string:
+			value = clean(v)
+		case []string:
+			value = append([]string{}, each(v)...)
+		}
+		values[name] = value
+	}
+	if s.Values != nil {
+		s.Values = values
+	}
+	return s
+}

@@ -323,10 +323,72 @@ func TestCheckFindsRelayStopped(t *testing.T) {
 	p.Wait()
 	got := runCheckJSON(t, p.http)
 	s := got.step(t, "identity-ipv4")
-	if got.OK || s.Result != checkFailed || !slices.Contains(s.Try, "systemctl status privstack-relay") {
+	if got.OK || s.Result != checkFailed || !slices.Contains(s.Try, tryStatus) {
 		t.Errorf("got\n%swant the first step to say that nothing listens", got.text())
 	}
 	wantReadable(t, got.text())
+}
+
+// A relay behind a proxy can be down in two ways, and the operator is sent to the one that
+// is.
+func TestCheckTellsTheProxyFromTheRelay(t *testing.T) {
+	for _, status := range []int{502, 503, 504} {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) }))
+		defer srv.Close()
+		got := runCheckJSON(t, srv.URL).step(t, "identity-ipv4")
+		if got.Result != checkFailed || !strings.Contains(got.Cause, "does not reach the relay behind it") {
+			t.Errorf("with status %d: %+v, want the relay behind the proxy named", status, got)
+		}
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close() // nobody listens there now
+	got := runCheckJSON(t, "https://"+ln.Addr().String()).step(t, "identity-ipv4")
+	if got.Result != checkFailed || !strings.Contains(got.Cause, "the reverse proxy is not running") {
+		t.Errorf("without a proxy: %+v, want it named", got)
+	}
+}
+
+// Whoever counts the lines finds each address that the relay lists.
+func TestCheckShowsEachListedAddress(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	good := r.info.Addrs[0].String()
+	all := strings.Replace(good, "127.0.0.1", "0.0.0.0", 1)
+	got := runCheckJSON(t, fakeEndpoint(t, identityBody(t, r.info.ID, good, "/ip4/127.0.0.1/tcp/1", good, all, "\u202enonsense")))
+	want := []string{
+		"✓ " + good, "– /ip4/127.0.0.1/tcp/1  not QUIC", "– " + good + "  listed twice", "– " + all + "  stands for " + good, "– ?nonsense  not QUIC",
+	}
+	s := got.step(t, "addresses")
+	if !got.OK || s.Detail != "5 listed, 1 answer" || !slices.EqualFunc(s.Lines, want, strings.HasPrefix) {
+		t.Errorf("addresses = %+v, want a line for each:\n%s", s, strings.Join(want, "\n"))
+	}
+}
+
+// A monitor shows these texts in terminals and on pages.
+func TestCheckReportIsHarmlessInEveryField(t *testing.T) {
+	const bad = "a\x1b[2J\u202eb\u2066c\x00\r\n\u0085"
+	s := stepFailed(diagnosis{bad, []string{bad}}, "%s", bad).with(map[string]any{"text": bad, "texts": []string{bad}, "none": []string{}, "n": 7})
+	s.Lines = []string{bad}
+	text, err := json.Marshal(s.cleaned())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "a?[2J?b?c????"
+	if n := strings.Count(string(text), `"`+want+`"`); n != 6 || !strings.Contains(string(text), `"n":7,"none":[],`) {
+		t.Errorf("%d of 6 fields are %q:\n%s", n, want, text)
+	}
+	target, err := parseCheckTarget("https://relay.example.org/\u202e")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	report, err := json.Marshal(checkRelay(ctx, target, func(checkStep) {}))
+	if err != nil || strings.ContainsRune(string(report), '\u202e') {
+		t.Errorf("report %s, %v, want nothing that runs from right to left", report, err)
+	}
 }
 
 // Another key file than the one clients know.

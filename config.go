@@ -25,6 +25,8 @@ const usage = `privstack-relay - find and reach your PrivStack devices through y
 Usage: privstack-relay [flags]
        privstack-relay check RELAY   test a running relay, from anywhere
                                      (see check --help)
+       privstack-relay healthy       ask the relay on this machine whether it is up:
+                                     takes the same flags, and exits with 0 or 1
 
   -p, --port PORT               UDP port for QUIC (default 4001)
       --http-port PORT          TCP port for the identity endpoint (default 4002)
@@ -127,13 +129,29 @@ var (
 // parseFlags reads the command line. Its error is a usageError, errHelp or
 // errVersion.
 func parseFlags(args []string) (config, error) {
-	cfg := config{circuitBytes: 1 << 30}
+	cfg := config{circuitDuration: time.Hour, circuitBytes: 1 << 30}
 	fs := flag.NewFlagSet("privstack-relay", flag.ContinueOnError)
 	fs.SetOutput(io.Discard) // run and main say what went wrong, once
-	for _, name := range []string{"port", "p"} {
-		fs.IntVar(&cfg.port, name, 4001, "")
+	number := func(name string, n *int, otherwise int) {
+		*n = otherwise
+		fs.Func(name, "", func(s string) error {
+			value, err := strconv.ParseInt(s, 0, strconv.IntSize)
+			if err != nil && !errors.Is(err, strconv.ErrRange) { // of which the checks below tell
+				return errors.New("not a number")
+			}
+			*n = int(value)
+			return nil
+		})
 	}
-	fs.IntVar(&cfg.httpPort, "http-port", 4002, "")
+	size := func(name string, n *int64) {
+		fs.Func(name, "", func(s string) (err error) {
+			*n, err = parseSize(s)
+			return err
+		})
+	}
+	number("port", &cfg.port, 4001)
+	number("p", &cfg.port, 4001)
+	number("http-port", &cfg.httpPort, 4002)
 	for _, name := range []string{"identity", "i"} {
 		fs.StringVar(&cfg.keyFile, name, "relay-identity.key", "")
 	}
@@ -151,17 +169,14 @@ func parseFlags(args []string) (config, error) {
 		cfg.bootstrap = append(cfg.bootstrap, s)
 		return nil
 	})
-	fs.DurationVar(&cfg.circuitDuration, "circuit-duration", time.Hour, "")
-	fs.Func("circuit-bytes", "", func(s string) (err error) {
-		cfg.circuitBytes, err = parseSize(s)
+	fs.Func("circuit-duration", "", func(s string) (err error) {
+		cfg.circuitDuration, err = parseTime(s)
 		return err
 	})
-	fs.Func("max-bandwidth", "", func(s string) (err error) {
-		cfg.maxBandwidth, err = parseSize(s)
-		return err
-	})
-	fs.IntVar(&cfg.maxClients, "max-clients", 0, "")
-	fs.IntVar(&cfg.maxClientsPerIP, "max-clients-per-ip", 256, "")
+	size("circuit-bytes", &cfg.circuitBytes)
+	size("max-bandwidth", &cfg.maxBandwidth)
+	number("max-clients", &cfg.maxClients, 0)
+	number("max-clients-per-ip", &cfg.maxClientsPerIP, 256)
 	fs.Func("metrics", "", func(s string) error {
 		_, port, err := net.SplitHostPort(s)
 		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
@@ -180,7 +195,7 @@ func parseFlags(args []string) (config, error) {
 	case errors.Is(err, flag.ErrHelp):
 		return config{}, errHelp
 	case err != nil:
-		return config{}, usageError{err.Error()}
+		return config{}, usageError{flagMistake(err)}
 	case *showVersion:
 		return config{}, errVersion
 	case fs.NArg() > 0:
@@ -219,12 +234,58 @@ func parseFlags(args []string) (config, error) {
 	return cfg, nil
 }
 
-// parseSize reads a number of bytes: 1048576, 512KiB, 1.5GiB, or 10MB (a power of
-// ten), in upper or lower case.
+// badValue, noValue and unknownFlag match what package flag says of a mistake. It names
+// each flag with one dash and explains nothing.
+var (
+	badValue    = regexp.MustCompile(`^invalid (?:boolean )?value ("(?:[^"\\]|\\.)*") for (?:flag )?-([a-z-]+): (.*)$`)
+	noValue     = regexp.MustCompile(`^flag needs an argument: -+([a-z-]+)$`)
+	unknownFlag = regexp.MustCompile(`^flag provided but not defined: -+(.*)$`)
+)
+
+// flagMistake returns what package flag says in err, in the words of --help.
+func flagMistake(err error) string {
+	dashes := func(name string) string { return strings.Repeat("-", 1+min(len(name)-1, 1)) + name }
+	text := err.Error()
+	if m := badValue.FindStringSubmatch(text); m != nil {
+		why := m[3]
+		if why == "parse error" { // only switches are still read by package flag
+			why = "a switch takes no value"
+		}
+		return fmt.Sprintf("%s %s: %s", dashes(m[2]), m[1], why)
+	}
+	if m := noValue.FindStringSubmatch(text); m != nil {
+		return dashes(m[1]) + " needs a value"
+	}
+	if m := unknownFlag.FindStringSubmatch(text); m != nil && m[1] != "" {
+		return "there is no flag " + dashes(m[1])
+	}
+	return text
+}
+
+// parseTime reads a length of time: 30m, 1h30m, 1d or 0.
+func parseTime(s string) (time.Duration, error) {
+	if n, ok := strings.CutSuffix(s, "d"); ok {
+		if days, err := strconv.ParseUint(n, 10, 16); err == nil {
+			return time.Duration(days) * 24 * time.Hour, nil
+		}
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil {
+		return 0, errors.New("write a number and a unit, such as 30m or 24h")
+	}
+	return d, nil
+}
+
+// parseSize reads a number of bytes: 1048576, 512KiB, 1.5GiB, 512M (the same as 512MiB),
+// or 10MB (a power of ten), in upper or lower case.
 func parseSize(s string) (int64, error) {
 	number, factor := strings.ToLower(strings.TrimSpace(s)), 1.0
 	for i, unit := range []string{"k", "m", "g", "t"} {
-		if n, ok := strings.CutSuffix(number, unit+"ib"); ok {
+		n, binary := strings.CutSuffix(number, unit+"ib")
+		if !binary {
+			n, binary = strings.CutSuffix(number, unit)
+		}
+		if binary {
 			number, factor = n, math.Pow(1024, float64(i+1))
 			break
 		}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -113,7 +114,8 @@ func (f *federation) keep(ctx context.Context, id peer.ID) {
 		if ctx.Err() != nil {
 			return
 		}
-		if !missed { // warn once, until it is there again
+		// Warn once, until it is there again. Of a name that does not resolve, names warns.
+		if !missed && slices.ContainsFunc(f.addrs(id), func(a ma.Multiaddr) bool { return !isDNS(a) }) {
 			missed = true
 			f.log.Warn("other relay not connected, trying again", "peer", id, "err", err)
 		}

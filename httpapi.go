@@ -4,12 +4,16 @@ package main
 // up. It gets plain values and knows nothing of libp2p.
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"path"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +28,9 @@ type apiHandler struct {
 	// looks elsewhere while open circuits finish.
 	stopping atomic.Bool
 }
+
+// healthRoute is the path at which monitors ask whether the relay is up.
+const healthRoute = "/healthz"
 
 // newAPIHandler answers with what identity returns at that moment. The mux adds HEAD
 // to each GET, and answers 404 and 405 by itself.
@@ -40,7 +47,11 @@ func newAPIHandler(identity func() identityResponse) *apiHandler {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(body)
 	})
-	h.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+	// It is not found, as with the old relay, but whoever looks here learns where to look.
+	h.HandleFunc("/{$}", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "This is a PrivStack relay. Ask "+identityRoute+" who it is, and "+healthRoute+" whether it is up.", http.StatusNotFound)
+	})
+	h.HandleFunc("GET "+healthRoute, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		w.Header().Set("Cache-Control", "no-store")
 		if h.stopping.Load() {
@@ -93,4 +104,39 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		// net/http's complaints are about one connection each: debug.
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+}
+
+// healthTimeout bounds a question to healthRoute, over each address family.
+const healthTimeout = 3 * time.Second
+
+// askHealth asks the relay on this machine whose TCP port is port whether it is up, and
+// returns nil if it is.
+func askHealth(ctx context.Context, port int) error {
+	if port == 0 {
+		return errors.New("0 is no port to ask at: give the relay's --http-port")
+	}
+	err := askHealthAt(ctx, net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	if err != nil && askHealthAt(ctx, net.JoinHostPort("::1", strconv.Itoa(port))) == nil {
+		return nil // a machine that has only IPv6
+	}
+	return err
+}
+
+func askHealthAt(ctx context.Context, addr string) error {
+	// Not the default transport, which may ask a proxy of the environment.
+	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+healthRoute, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		says, _ := io.ReadAll(io.LimitReader(resp.Body, 100))
+		return fmt.Errorf("%s answers %d: %.100q", addr, resp.StatusCode, says)
+	}
+	return nil
 }

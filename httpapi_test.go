@@ -103,6 +103,17 @@ func TestRoutesAndMethods(t *testing.T) {
 	}
 }
 
+// An operator who opens the bare address learns what answers there.
+func TestRootSaysWhatThisIs(t *testing.T) {
+	w := httptest.NewRecorder()
+	newTestAPI().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	for _, want := range []string{"PrivStack relay", identityRoute, healthRoute} {
+		if body := w.Body.String(); !strings.Contains(body, want) || strings.Count(body, "\n") != 1 {
+			t.Errorf("/ says %q, want one line with %s", body, want)
+		}
+	}
+}
+
 // A web page that a user happens to visit must not learn which relay is in reach.
 func TestWebPagesCannotReadAnswers(t *testing.T) {
 	for _, method := range []string{"GET", "OPTIONS"} {

@@ -80,6 +80,9 @@ func loadIdentity(path string) (identity, error) {
 			return identity{}, fmt.Errorf("%s is a symbolic link to %s, which does not exist", path, target)
 		}
 	}
+	if errors.Is(err, fs.ErrPermission) {
+		return identity{}, explainCreate(err, filepath.Dir(path))
+	}
 	if err != nil {
 		return identity{}, err
 	}
@@ -177,7 +180,7 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	dir := filepath.Dir(path)
 	tmp, err := os.CreateTemp(dir, ".relay-identity-*") // mode 0600
 	if err != nil {
-		return err
+		return explainCreate(err, dir)
 	}
 	defer os.Remove(tmp.Name())
 	_, err = tmp.Write(encodeIdentity(key))
@@ -201,6 +204,25 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	}
 	os.Remove(tmp.Name()) // the key's second name, before the sync that takes long
 	return syncDir(dir)
+}
+
+// explainCreate says what to do about err, which is why a key can be neither found nor
+// made in dir.
+func explainCreate(err error, dir string) error {
+	if cause := (*fs.PathError)(nil); errors.As(err, &cause) {
+		err = cause.Err // without the name of the temporary file
+	}
+	if abs, err := filepath.Abs(dir); err == nil {
+		dir = abs
+	}
+	uid := os.Geteuid()
+	switch {
+	case errors.Is(err, fs.ErrPermission) && uid > 0: // -1 on Windows
+		return fmt.Errorf("cannot make the key in %s: %w: let %s write there, as root: chown %d %s", dir, err, userName(uid), uid, dir)
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("cannot make the key in %s: there is no such directory: %w", dir, err)
+	}
+	return fmt.Errorf("cannot make the key in %s: %w", dir, err)
 }
 
 // syncDir makes a new name in dir survive a power failure.

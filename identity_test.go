@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -180,6 +181,42 @@ func TestKeyPathThatIsNoFile(t *testing.T) {
 		}
 		if _, err := loadOrCreateIdentity(secret); err == nil || !strings.Contains(err.Error(), "permission denied") {
 			t.Errorf("unreadable: error = %v, want permission denied", err)
+		}
+	}
+}
+
+// A directory of the host that is given to a container belongs to root. Who sees this for
+// the first time is told the command that mends it.
+func TestKeyDirectoryOfAnotherUserIsNamed(t *testing.T) {
+	if runtime.GOOS == "windows" || os.Geteuid() != 0 {
+		t.Skip("needs root, to become another user")
+	}
+	name, err := buildBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []os.FileMode{0o755, 0o700} {
+		// Not below the test's own directory, which that user may not enter.
+		dir, err := os.MkdirTemp("", "privstack-relay-test-*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(dir)
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		// The new user can't enter the binary's directory either, but can run an open file.
+		binary, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer binary.Close()
+		cmd := exec.Command("setpriv", "--reuid=65532", "--clear-groups", "/proc/self/fd/3", "--port=0", "--http-port=0", "--identity="+filepath.Join(dir, "key"))
+		cmd.ExtraFiles = []*os.File{binary}
+		out, err := cmd.CombinedOutput()
+		want := "cannot make the key in " + dir + ": permission denied: let uid 65532 write there, as root: chown 65532 " + dir + "\n"
+		if err == nil || !strings.HasSuffix(string(out), want) {
+			t.Errorf("mode %v: %v, %q, want %q at the end", mode, err, out, want)
 		}
 	}
 }

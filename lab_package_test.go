@@ -293,7 +293,13 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 	}
 
 	step("install", func(t *testing.T) {
-		t.Logf("%s", s.do("dpkg -i /mnt/first.deb 2>&1"))
+		out := s.do("dpkg -i /mnt/first.deb 2>&1")
+		t.Logf("%s", out)
+		for _, next := range []string{"open UDP 4001 and TCP 4002", `ufw allow "PrivStack Relay"`, "journalctl -u privstack-relay", "privstack-relay check"} {
+			if !strings.Contains(out, next) {
+				t.Errorf("dpkg -i does not say what is left to do: %s", next)
+			}
+		}
 		s.is("systemctl is-active privstack-relay", "active")
 		s.is("systemctl is-enabled privstack-relay", "enabled")
 		s.is("stat -c '%a %U %G' /var/lib/privstack", "700 privstack privstack")
@@ -344,6 +350,22 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 			t.Fatalf("%d starts, want %d", s.starts(), before+1)
 		}
 		s.is("journalctl -u privstack-relay | grep -c 'Watchdog timeout'", "1")
+		same(t)
+	})
+	step("fault", func(t *testing.T) {
+		before := s.starts()
+		s.do("systemctl kill --kill-whom=main --signal=QUIT privstack-relay") // ends a Go program as a panic does
+		s.until(`journalctl -u privstack-relay -o cat | grep -c 'msg="relay ready"'`, strconv.Itoa(before+1))
+		same(t)
+	})
+	step("mistyped flag", func(t *testing.T) {
+		s.do(`echo 'RELAY_FLAGS="--max-clints 7"' >/etc/default/privstack-relay; systemctl restart privstack-relay || true`)
+		s.until("systemctl show --value -p ActiveState,Result,NRestarts privstack-relay | sort | xargs", "0 exit-code failed")
+		s.is("journalctl -u privstack-relay -p err -o cat | grep 'privstack-relay: '", "privstack-relay: there is no flag --max-clints")
+		s.do(`echo 'RELAY_FLAGS="--circuit-bytes 1MiB"' >/etc/default/privstack-relay; systemctl restart privstack-relay`)
+		s.until("journalctl -u privstack-relay -p warning -o cat | grep -c -e '--circuit-bytes is less'", "1")
+		s.is("journalctl -u privstack-relay -p warning -o cat | grep -c level=INFO || true", "0")
+		s.is("journalctl -u privstack-relay -o cat | grep -c time= || true", "0")
 		same(t)
 	})
 	step("upgrade", func(t *testing.T) {
@@ -455,7 +477,7 @@ func TestManPageHasEveryFlag(t *testing.T) {
 	mnt := t.TempDir()
 	page := sh(t, `dpkg-deb --fsys-tarfile "$1" | tar -xO ./usr/share/man/man8/privstack-relay.8.gz >"$2"/page.8.gz
 		zcat "$2"/page.8.gz`, packageFile(t, "deb"), mnt)
-	for _, flag := range regexp.MustCompile(`--[a-z-]+`).FindAllString(usage, -1) {
+	for _, flag := range regexp.MustCompile(`--[a-z-]+`).FindAllString(usage+checkUsage, -1) {
 		if !strings.Contains(page, strings.ReplaceAll(flag, "-", `\-`)) {
 			t.Errorf("man page lacks %s", flag)
 		}

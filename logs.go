@@ -1,10 +1,11 @@
 package main
 
-// The libraries' logs, joined to ours: go-libp2p logs through slog, kad-dht through
-// zap (go-log), quic-go through the standard log package.
+// How log lines look, and the libraries' logs, joined to ours: go-libp2p logs through
+// slog, kad-dht through zap (go-log), quic-go through the standard log package.
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"os"
 	"slices"
@@ -14,6 +15,85 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
+
+// journalEnv is set by systemd to the device and inode of the stream that leads to the
+// journal. https://www.freedesktop.org/software/systemd/man/systemd.exec.html
+const journalEnv = "JOURNAL_STREAM"
+
+// newLogHandler returns what writes log lines to w, from level on. The journal knows the
+// time of each line by itself, and is told its priority, so that journalctl -p warning
+// finds the warnings.
+func newLogHandler(w io.Writer, level slog.Level, journal bool) slog.Handler {
+	options := &slog.HandlerOptions{Level: level}
+	if !journal {
+		return slog.NewTextHandler(w, options)
+	}
+	options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+		if len(groups) == 0 && a.Key == slog.TimeKey && a.Value.Kind() == slog.KindTime {
+			return slog.Attr{}
+		}
+		return a
+	}
+	h := journalHandler{}
+	for _, level := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+		priority := priorityOf(level)
+		h[priority] = slog.NewTextHandler(prefixed{w, priority}, options)
+	}
+	return h
+}
+
+// priorityOf returns how a line of that level begins in the journal: with syslog's
+// priority in angle brackets.
+// https://www.freedesktop.org/software/systemd/man/sd-daemon.html
+func priorityOf(level slog.Level) string {
+	switch {
+	case level < slog.LevelInfo:
+		return "<7>"
+	case level < slog.LevelWarn:
+		return "<6>"
+	case level < slog.LevelError:
+		return "<4>"
+	}
+	return "<3>"
+}
+
+// prefixed writes prefix before each text. A slog handler writes one line at a time.
+type prefixed struct {
+	w      io.Writer
+	prefix string
+}
+
+func (p prefixed) Write(text []byte) (int, error) {
+	_, err := p.w.Write(append([]byte(p.prefix), text...))
+	return len(text), err
+}
+
+// journalHandler has one handler for each priority.
+type journalHandler map[string]slog.Handler
+
+func (h journalHandler) Enabled(ctx context.Context, level slog.Level) bool {
+	return h[priorityOf(level)].Enabled(ctx, level)
+}
+
+func (h journalHandler) Handle(ctx context.Context, r slog.Record) error {
+	return h[priorityOf(r.Level)].Handle(ctx, r)
+}
+
+func (h journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return h.each(func(one slog.Handler) slog.Handler { return one.WithAttrs(attrs) })
+}
+
+func (h journalHandler) WithGroup(name string) slog.Handler {
+	return h.each(func(one slog.Handler) slog.Handler { return one.WithGroup(name) })
+}
+
+func (h journalHandler) each(change func(slog.Handler) slog.Handler) slog.Handler {
+	changed := journalHandler{}
+	for priority, one := range h {
+		changed[priority] = change(one)
+	}
+	return changed
+}
 
 // quicWarningEnv keeps quic-go from warning about small UDP buffers. We do that, and
 // say what to run. https://github.com/quic-go/quic-go/wiki/UDP-Buffer-Sizes
@@ -54,8 +134,9 @@ func (h *libraryHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	muted := h.muted || slices.ContainsFunc(attrs, func(a slog.Attr) bool {
 		// identify warns about each peer that hangs up early or sends nonsense, the
 		// QUIC transport about each connection that it drops. Anybody could fill
-		// the disk with such lines, and they name the peer.
-		return a.Key == "logger" && (a.Value.String() == "net/identify" || a.Value.String() == "quic-transport")
+		// the disk with such lines, and they name the peer. The swarm warns at each
+		// dial of a name that does not resolve, of which names.go tells once.
+		return a.Key == "logger" && slices.Contains([]string{"net/identify", "quic-transport", "swarm2"}, a.Value.String())
 	})
 	return &libraryHandler{h.Handler.WithAttrs(attrs), h.verbose, muted}
 }

@@ -21,6 +21,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -42,6 +43,13 @@ const (
 	// the HTTP servers.
 	closeTimeout = 5 * time.Second
 
+	// sameRequest is how long a second signal is taken for the first: a program that
+	// stops a whole group of processes may send it to each, and to the group too.
+	sameRequest = 300 * time.Millisecond
+
+	// maskInterval is how often the relay looks whether something hides its clients.
+	maskInterval = 10 * time.Second
+
 	// summaryInterval is how often the counters are logged.
 	summaryInterval = time.Hour
 )
@@ -58,14 +66,18 @@ func main() {
 		signal.Ignore(syscall.SIGHUP)
 		// Give the second signal back to the runtime: an operator who asks
 		// twice wants the process gone, not a tidier goodbye.
-		stop()
+		time.AfterFunc(sameRequest, stop)
 	})
+	dumpOnAbort(os.Stderr)
 
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	if err == nil {
 		return
 	}
 	stderr := newOutlet(os.Stderr)
+	if isJournal(os.Stderr, os.Getenv(journalEnv)) {
+		io.WriteString(stderr, priorityOf(slog.LevelError))
+	}
 	fmt.Fprintf(stderr, "privstack-relay: %v\n", err)
 	status := 1
 	if errors.As(err, new(usageError)) {
@@ -83,6 +95,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) > 0 && args[0] == "check" {
 		return runCheck(ctx, args[1:], stdout)
 	}
+	askHealthOnly := len(args) > 0 && args[0] == "healthy"
+	if askHealthOnly {
+		args = args[1:]
+	}
 	cfg, err := parseFlags(args)
 	switch {
 	case errors.Is(err, errHelp):
@@ -92,6 +108,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		_, err = fmt.Fprintln(stdout, "privstack-relay", buildVersion())
 		return err
 	case err != nil:
+		return err
+	case askHealthOnly:
+		if err := askHealth(ctx, cfg.httpPort); err != nil {
+			return fmt.Errorf("healthy: %w", err)
+		}
+		_, err = fmt.Fprintln(stdout, "ok")
 		return err
 	}
 
@@ -105,7 +127,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if cfg.verbose {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(lines, &slog.HandlerOptions{Level: level}))
+	log := slog.New(newLogHandler(lines, level, isJournal(stderr, os.Getenv(journalEnv))))
 	joinLibraryLogs(log.Handler(), cfg.verbose)
 
 	id, err := loadOrCreateIdentity(cfg.keyFile)
@@ -130,6 +152,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if id.openDirOwner != "" {
 		log.Warn("identity key is in a directory that every user can write to, move it to one that is yours alone",
 			"path", path, "directory_owner", id.openDirOwner)
+	}
+
+	if dir := filepath.Dir(path); endsWithContainer(os.DirFS("/"), dir) {
+		log.Warn("this key is gone with the container, and the peer ID with it: give "+dir+" a volume with a name, such as -v privstack:"+dir, "path", path)
 	}
 
 	return serve(ctx, cfg, id, log, func(n node) {
@@ -166,9 +192,21 @@ func (n node) logStart(log *slog.Logger, cfg config) {
 		"announced", len(cfg.announce) > 0, "http_port", n.httpPort)
 	log.Info("limits", "max_clients", lim.clients, "because_of", lim.why, "max_clients_per_ip", lim.perNetwork, "max_memory_bytes", lim.memory(),
 		"circuits", lim.circuits(), "circuit_duration", cfg.circuitDuration, "circuit_bytes", cfg.circuitBytes)
-	if lim.available > 0 && lim.clients > clientsFor(lim.available) {
+	// Even a relay with very little memory admits 64 clients.
+	if lim.available > 0 && lim.memory() > int64(min(lim.available, math.MaxInt64)) {
 		log.Warn("max_clients exceeds what memory can hold in the worst case",
 			"memory_bytes", lim.available, "max_clients_that_fit", clientsFor(lim.available))
+	}
+	if cfg.circuitBytes > 0 && cfg.circuitBytes < maxSyncMessage {
+		log.Warn("--circuit-bytes is less than the largest sync message has, so a sync over a circuit can break off",
+			"circuit_bytes", cfg.circuitBytes, "sync_message_bytes", maxSyncMessage)
+	}
+	loopback, twice := doubtfulAnnounced(cfg.announce)
+	if len(loopback) > 0 {
+		log.Warn("--announce names this machine itself, where no other machine can reach it", "addrs", loopback)
+	}
+	if len(twice) > 0 {
+		log.Warn("--announce has the same address more than once", "addrs", twice)
 	}
 	receiveBuf, sendBuf := n.sockets.buffers()
 	switch {
@@ -198,16 +236,29 @@ func bufferAdvice(system string, root fs.FS) string {
 	}
 	where := ", run"
 	limit, err := fs.Stat(root, "proc/sys/net/core/rmem_max")
-	contained := err != nil || limit.Mode().Perm()&0o200 == 0
-	for _, mark := range []string{".dockerenv", "run/.containerenv", "run/systemd/container"} {
-		_, err := fs.Stat(root, mark)
-		contained = contained || err == nil
-	}
-	if contained {
+	if err != nil || limit.Mode().Perm()&0o200 == 0 || inContainer(root) {
 		where = ", run on the host, outside the container"
 	}
 	return where + ": sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000, then restart the relay"
 }
+
+// explainBind adds to err, which is why port could not be bound, what to do about it.
+// network is "TCP" or "UDP", and flag is what chooses the port.
+func explainBind(err error, network string, port int, flag string) error {
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, wsaAddrInUse):
+		letter := strings.ToLower(network[:1])
+		return fmt.Errorf("%w: another program has %s port %d, perhaps another relay (ss -l%snp 'sport = :%d' shows which); stop it, or choose another port with %s",
+			err, network, port, letter, port, flag)
+	case errors.Is(err, fs.ErrPermission) && port > 0 && port < 1024:
+		return fmt.Errorf("%w: only root may use a port below 1024, unless the machine allows others: sysctl -w net.ipv4.ip_unprivileged_port_start=%d", err, port)
+	}
+	return err
+}
+
+// wsaAddrInUse is what Windows says for EADDRINUSE, which Go made up there.
+// https://learn.microsoft.com/windows/win32/winsock/windows-sockets-error-codes-2
+const wsaAddrInUse = syscall.Errno(10048)
 
 // serve binds all sockets, calls ready once, and serves until ctx is done (a nil
 // error) or a part fails. By the time it returns everything is closed.
@@ -216,14 +267,16 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	// returns and not a line in the log of a process that looks alive.
 	ln, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(cfg.httpPort)))
 	if err != nil {
-		return fmt.Errorf("bind identity endpoint: %w", err)
+		return fmt.Errorf("bind identity endpoint: %w", explainBind(err, "TCP", cfg.httpPort, "--http-port"))
 	}
 	defer ln.Close() // Shutdown closes it first; only an early return needs this
 
 	var metricsListener net.Listener
 	if cfg.metrics != "" {
 		if metricsListener, err = net.Listen("tcp", cfg.metrics); err != nil {
-			return fmt.Errorf("bind metrics: %w", err)
+			_, port, _ := net.SplitHostPort(cfg.metrics)
+			number, _ := strconv.Atoi(port) // parseFlags has seen that it is a number
+			return fmt.Errorf("bind metrics: %w", explainBind(err, "TCP", number, "--metrics"))
 		}
 		defer metricsListener.Close()
 	}
@@ -231,7 +284,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	started := time.Now()
 	relay, err := startRelay(cfg, id.key, log)
 	if err != nil {
-		return err
+		return explainBind(err, "UDP", cfg.port, "--port")
 	}
 	// The kernel takes the rest of what was promised, for sockets.
 	defer boundMemory(relay.limits.goMemory())()
@@ -261,6 +314,9 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	defer signal.Stop(asked)
 	hourly := time.NewTicker(summaryInterval)
 	defer hourly.Stop()
+	looks := time.NewTicker(maskInterval)
+	defer looks.Stop()
+	masked := false
 	logSummary := func() {
 		about := []any{"uptime", time.Since(started).Round(time.Second), "memory_bytes", memoryInUse()}
 		log.Info("summary", append(about, relay.counters().attrs()...)...)
@@ -282,6 +338,13 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 			logSummary()
 		case <-asked:
 			logSummary()
+		case <-looks.C:
+			addr, clients := relay.maskedBy()
+			if addr.IsValid() && !masked { // warn once, until clients from elsewhere have come
+				log.Warn("all clients come from one private address: something in front of the relay hides where they are, such as a container's port forwarding, "+
+					"so two homes will not meet directly and all clients share one address's limit: see docs/container.md", "addr", addr, "clients", clients)
+			}
+			masked = addr.IsValid() || masked && clients == 0
 		case <-signOfLife:
 			// This line is not reached while the loop hangs, and not passed while a
 			// lock does: the watchdog then ends a process that only looks alive.

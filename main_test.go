@@ -9,9 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +22,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/fstest"
@@ -53,6 +56,7 @@ func TestFlags(t *testing.T) {
 		{[]string{"--port", "1", "--identity=k", "--verbose"}, with(func(c *config) { c.port, c.keyFile, c.verbose = 1, "k", true })},
 		{[]string{"-port=1", "-http-port", "0"}, with(func(c *config) { c.port, c.httpPort = 1, 0 })},
 		{[]string{"--circuit-duration", "90m", "--circuit-bytes", "512MiB"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 90*time.Minute, 512<<20 })},
+		{[]string{"--circuit-duration", "1d", "--circuit-bytes", "512M"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 24*time.Hour, 512<<20 })},
 		{[]string{"--circuit-duration=0", "--circuit-bytes=0"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 0, 0 })},
 		{[]string{"--max-bandwidth=5MiB"}, with(func(c *config) { c.maxBandwidth = 5 << 20 })},
 		{[]string{"--max-bandwidth=0"}, bare},
@@ -73,14 +77,24 @@ func TestBadFlags(t *testing.T) {
 		{"--port=70000", "--port 70000 is not between"},
 		{"--port=-1", "not between"},
 		{"--http-port=65536", "--http-port 65536"},
-		{"--port=x", "invalid value"},
+		{"--port=x", `--port "x": not a number`},
+		{"-p=4001x", `-p "4001x": not a number`},
+		{"--max-clients=1e3", `--max-clients "1e3": not a number`},
+		{"--port=99999999999999999999", "is not between"},
+		{"--port", "--port needs a value"},
+		{"--verbose=perhaps", `--verbose "perhaps": a switch takes no value`},
 		{"--identity=", "--identity needs"},
-		{"--nonsense", "not defined"},
+		{"--nonsense", "there is no flag --nonsense"},
+		{"-nonsense=1", "there is no flag --nonsense"},
+		{"-x", "there is no flag -x"},
 		{"stray", `unexpected argument "stray"`},
 		{"--circuit-duration=-1s", "negative"},
 		{"--circuit-duration=10ms", "under one second"},
 		{"--circuit-duration=2000000h", "use 0 for unlimited"},
-		{"--circuit-duration=5", "invalid value"},
+		{"--circuit-duration=5", `--circuit-duration "5": write a number and a unit, such as 30m or 24h`},
+		{"--circuit-duration=d", "such as 30m or 24h"},
+		{"--circuit-duration=-1d", "such as 30m or 24h"},
+		{`--announce=a "quoted" one`, `--announce "a \"quoted\" one": write an IP address`},
 		{"--circuit-bytes=-1", "not between"},
 		{"--circuit-bytes=lots", "not a size"},
 		{"--max-bandwidth=-1", "not between"},
@@ -148,7 +162,7 @@ func TestHelpTellsTheDefaults(t *testing.T) {
 func TestParseSize(t *testing.T) {
 	for s, want := range map[string]int64{
 		"0": 0, "1048576": 1 << 20, "1KiB": 1 << 10, "512MiB": 512 << 20, "1.5GiB": 3 << 29,
-		"2TiB": 2 << 40, "10MB": 10_000_000, "1 gib": 1 << 30, "7B": 7,
+		"512M": 512 << 20, "1g": 1 << 30, "2TiB": 2 << 40, "10MB": 10_000_000, "1 gib": 1 << 30, "7B": 7,
 	} {
 		if got, err := parseSize(s); err != nil || got != want {
 			t.Errorf("parseSize(%q) = %d, %v, want %d", s, got, err, want)
@@ -322,13 +336,13 @@ func TestProcessFailsClearly(t *testing.T) {
 		code int
 		says string
 	}{
-		{"UDP port taken", []string{"--http-port=0", "--port=" + udpPort}, 1, "bind UDP port " + udpPort + " on IPv4"},
-		{"TCP port taken", []string{"--port=0", "--http-port=" + tcpPort}, 1, "bind identity endpoint: listen tcp :" + tcpPort},
-		{"metrics port taken", []string{"--port=0", "--http-port=0", "--metrics=127.0.0.1:" + tcpPort}, 1, "bind metrics: listen tcp 127.0.0.1:" + tcpPort},
+		{"UDP port taken", []string{"--http-port=0", "--port=" + udpPort}, 1, "UDP port " + udpPort + ", perhaps another relay (ss -lunp 'sport = :" + udpPort + "' shows which); stop it, or choose another port with --port\n"},
+		{"TCP port taken", []string{"--port=0", "--http-port=" + tcpPort}, 1, "TCP port " + tcpPort + ", perhaps another relay (ss -ltnp 'sport = :" + tcpPort + "' shows which); stop it, or choose another port with --http-port\n"},
+		{"metrics port taken", []string{"--port=0", "--http-port=0", "--metrics=127.0.0.1:" + tcpPort}, 1, "choose another port with --metrics\n"},
 		{"not an address of this machine", []string{"--port=0", "--http-port=0", "--metrics=192.0.2.77:0"}, 1, "bind metrics: listen tcp 192.0.2.77:0"},
 		{"bad key", []string{"--identity=" + bad}, 1, bad + " is not a libp2p Ed25519 key file"},
 		{"key is a directory", []string{"--identity=" + t.TempDir()}, 1, "is a directory"},
-		{"no such directory", []string{"--identity=/nonexistent/key"}, 1, "identity: open /nonexistent/"},
+		{"no such directory", []string{"--identity=/nonexistent/key"}, 1, "identity: cannot make the key in /nonexistent: there is no such directory"},
 		{"unknown flag", []string{"--nonsense"}, 2, "nonsense"},
 		{"stray argument", []string{"start"}, 2, `unexpected argument "start"`},
 	}
@@ -442,9 +456,194 @@ func TestSecondSignalKills(t *testing.T) {
 		}
 		return err != nil || resp.StatusCode == http.StatusServiceUnavailable
 	})
-	p.Process.Signal(os.Interrupt)
-	if code := p.wait(t); code != -1 {
+	// A signal that comes at once with the first is not counted, so he asks again.
+	ended, asking := make(chan struct{}), new(sync.WaitGroup)
+	asking.Go(func() {
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				p.Process.Signal(os.Interrupt)
+			case <-ended:
+				return
+			}
+		}
+	})
+	code := p.wait(t)
+	close(ended)
+	asking.Wait()
+	if code != -1 {
 		t.Errorf("exit status %d, want death by signal", code)
+	}
+}
+
+// Who stops a whole group of processes may signal each of them and the group as well. That
+// is one request, and a clean stop.
+func TestTwoSignalsAtOnceAreOne(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, testRelay{info: p.bootstrap}, src, dst)
+	s := openEcho(t, src, dst) // delays the stop for longer than the signals are apart
+	p.Process.Signal(syscall.SIGTERM)
+	p.Process.Signal(syscall.SIGTERM)
+	eventually(t, "the relay stops", func() bool { return p.stderr.line("msg=stopping") != "" || p.stderr.line("stopping") != "" })
+	s.Reset()
+	if code := p.wait(t); code != 0 || p.stderr.line("stopped") == "" {
+		t.Errorf("exit status %d, want 0 and a clean stop:\n%s", code, p.stderr)
+	}
+}
+
+// A hung relay leaves a dump that fits into the journal, and an exit status that makes
+// systemd start it again.
+func TestAbortedProcessTellsWhatItDid(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	p.Process.Signal(syscall.SIGABRT)
+	code := p.wait(t)
+	dump := p.stderr.String()
+	if code != 1 || !strings.Contains(dump, "goroutine profile: total ") || !strings.Contains(dump, "main.serve+") {
+		t.Errorf("exit status %d, want 1 and where each goroutine was:\n%s", code, dump)
+	}
+	// Of each stack once, however many goroutines wait for connections.
+	if n := strings.Count(dump, "\n"); n > 500 {
+		t.Errorf("the dump has %d lines", n)
+	} else {
+		t.Logf("%d lines", n)
+	}
+}
+
+// A health check in a container has no shell and no curl, only the relay itself.
+func TestProcessSaysWhetherItIsHealthy(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	port := p.http[strings.LastIndex(p.http, ":")+1:]
+	ask := func(args ...string) (code int, says string) {
+		cmd := command(t, append([]string{"healthy"}, args...)...)
+		out, _ := cmd.CombinedOutput()
+		if files, err := os.ReadDir(cmd.Dir); err != nil || len(files) > 0 {
+			t.Errorf("healthy left %v behind (%v)", files, err)
+		}
+		return cmd.ProcessState.ExitCode(), string(out)
+	}
+	// It takes the flags of the relay itself, whatever else they say.
+	for _, args := range [][]string{{"--http-port", port}, {"--http-port=" + port, "--max-clients=7", "--announce=203.0.113.7"}} {
+		if code, says := ask(args...); code != 0 || says != "ok\n" {
+			t.Errorf("healthy %q = %d, %q, want 0 and ok", args, code, says)
+		}
+	}
+	src, dst := newClient(t), newClient(t)
+	circuitBetween(t, testRelay{info: p.bootstrap}, src, dst)
+	s := openEcho(t, src, dst) // delays the stop
+	p.Process.Signal(syscall.SIGTERM)
+	eventually(t, "the relay says that it is about to stop", func() bool {
+		code, says := ask("--http-port", port)
+		return code == 1 && strings.Contains(says, `answers 503: "stopping"`)
+	})
+	s.Reset()
+	p.wait(t)
+	if code, says := ask("--http-port", port); code != 1 || !strings.Contains(says, "connection refused") {
+		t.Errorf("healthy = %d, %q, want 1, because nothing listens", code, says)
+	}
+	for _, args := range [][]string{{"--http-port=x"}, {"stray"}} {
+		if code, says := ask(args...); code != 2 {
+			t.Errorf("healthy %q = %d, %q, want 2", args, code, says)
+		}
+	}
+}
+
+// What an operator wrote is taken as it is, but he hears what is likely a mistake.
+func TestProcessWarnsOfDoubtfulFlags(t *testing.T) {
+	skipOnWindows(t)
+	stop := func(p *process) *process {
+		p.Process.Signal(syscall.SIGTERM)
+		p.wait(t)
+		return p
+	}
+	const small, itself, twice, memory = "--circuit-bytes is less", "--announce names this machine itself", "--announce has the same address", "max_clients exceeds what memory can hold"
+	p := stop(start(t, "--circuit-bytes=1MiB", "--announce=127.0.0.1", "--announce=relay.example.org", "--announce=Relay.Example.org."))
+	for _, want := range []string{small, itself, twice} {
+		if p.stderr.line(want) == "" {
+			t.Errorf("log lacks %q:\n%s", want, p.stderr)
+		}
+	}
+	p = stop(start(t, "--circuit-bytes=16MiB", "--announce=203.0.113.7", "--announce=203.0.113.8"))
+	for _, unwanted := range []string{small, itself, twice, memory} {
+		if p.stderr.line(unwanted) != "" {
+			t.Errorf("log has %q:\n%s", unwanted, p.stderr)
+		}
+	}
+	cmd := command(t, "--port=0", "--http-port=0")
+	cmd.Env = append(os.Environ(), "GOMEMLIMIT=20MiB")
+	if p := stop(launch(t, cmd)); p.stderr.line(memory) == "" {
+		t.Errorf("no warning that 64 clients take more than 20 MiB:\n%s", p.stderr)
+	}
+}
+
+// Port forwarding of a container can hide where clients are. The operator hears of it,
+// and nobody else does.
+func TestOnePrivateAddressOfAllIsAMask(t *testing.T) {
+	for _, tt := range []struct{ from, want string }{
+		{"", ""},
+		{"10.0.2.100", ""}, // one device proves nothing
+		{"10.0.2.100 10.0.2.100", "10.0.2.100"},
+		{"fd00::1 fd00::1 fd00::1", "fd00::1"},
+		{"10.0.2.100 10.0.2.101", ""},
+		{"10.0.2.100 203.0.113.7", ""},
+		{"203.0.113.7 203.0.113.7", ""},
+		{"127.0.0.1 127.0.0.1", ""},
+	} {
+		var from []netip.Addr
+		for s := range strings.FieldsSeq(tt.from) {
+			from = append(from, netip.MustParseAddr(s))
+		}
+		got := maskOf(from)
+		if got.IsValid() != (tt.want != "") || got.IsValid() && got.String() != tt.want {
+			t.Errorf("maskOf(%s) = %v, want %q", tt.from, got, tt.want)
+		}
+	}
+}
+
+// The journal knows the time of each line, and finds warnings by their priority.
+func TestLogLinesFitTheJournal(t *testing.T) {
+	var got strings.Builder
+	log := slog.New(newLogHandler(&got, slog.LevelDebug, true)).With("k", 1).WithGroup("g")
+	log.Debug("d")
+	log.Info("i", "time", "x")
+	log.Warn("w\nw")
+	log.Error("e", "a", 2)
+	const want = "<7>level=DEBUG msg=d k=1\n<6>level=INFO msg=i k=1 g.time=x\n<4>level=WARN msg=\"w\\nw\" k=1\n<3>level=ERROR msg=e k=1 g.a=2\n"
+	if got.String() != want {
+		t.Errorf("lines for the journal are\n%swant\n%s", &got, want)
+	}
+	if slog.New(newLogHandler(&got, slog.LevelInfo, true)).Enabled(t.Context(), slog.LevelDebug) {
+		t.Error("debug lines are written without --verbose")
+	}
+
+	skipOnWindows(t)
+	for _, journal := range []bool{true, false} {
+		file, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		info, err := file.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stream := reflect.ValueOf(info.Sys()).Elem()
+		cmd := command(t, "--identity="+t.TempDir())
+		cmd.Stderr = file
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%v:%v", journalEnv, stream.FieldByName("Dev"), stream.FieldByName("Ino")))
+		if !journal { // the variable is inherited, and stderr leads elsewhere
+			cmd.Env[len(cmd.Env)-1] += "0"
+		}
+		cmd.Run()
+		text, err := os.ReadFile(file.Name())
+		if err != nil || strings.HasPrefix(string(text), "<3>privstack-relay: identity") != journal {
+			t.Errorf("with the journal %v: stderr is %q, %v", journal, text, err)
+		}
 	}
 }
 

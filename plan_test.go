@@ -37,7 +37,7 @@ check_report.go    ... what it prints
 
 httpapi.go         the HTTP endpoint; knows nothing of libp2p
 systemd.go         what the service manager is told
-logs.go            the libraries' logs, joined to ours
+logs.go            how log lines look, and the libraries' logs, joined to ours
 outlet.go          stdout and stderr, for which nobody waits
 
 relay.go           the libp2p node: put together, drained, closed
@@ -76,6 +76,7 @@ limits.go          every bound
 memory.go          how much memory there is, and what the Go runtime may take of it
 counters.go        what is counted
 protocol.go        the names on the wire, and the identity endpoint's answer
+container.go       what is different in a container
 system_unix.go     what Unix has and Windows lacks
 system_windows.go  ... and what Windows does without it
 `

@@ -29,6 +29,10 @@ const (
 	identityRoute = "/api/v1/identity"
 )
 
+// maxSyncMessage is the size of the largest message that the clients send each other, in
+// bytes: the limit of their request-response protocol.
+const maxSyncMessage = 16 << 20
+
 // identityResponse is the body of GET /api/v1/identity. Field names and their
 // order are the old relay's, on which deployed clients rely.
 type identityResponse struct {

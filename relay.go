@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	dht "github.com/libp2p/go-libp2p-kad-dht"
@@ -23,6 +25,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	circuit "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -210,9 +213,32 @@ func (r *relay) reachableAddrs() []string {
 }
 
 // listedAddrs returns the addresses that the identity endpoint lists: what is
-// announced, then the sockets as they were bound.
+// announced, then the sockets as they were bound. Where IPv6 is switched off a socket can
+// still be bound, but nobody reaches it.
 func (r *relay) listedAddrs() []string {
-	return append(strs(r.names.withIPs(r.reach.announce)), r.socketAddrs()...)
+	sockets := r.socketAddrs()
+	if !slices.ContainsFunc(*r.reach.own.Load(), isIPv6) {
+		sockets = slices.DeleteFunc(sockets, func(s string) bool { return strings.HasPrefix(s, "/ip6/") })
+	}
+	return append(strs(r.names.withIPs(r.reach.announce)), sockets...)
+}
+
+// maskedBy returns the private address from which all clients come although clients are
+// told a public one, and how many clients there are. Then something in front of the relay
+// hides where they are. The zero Addr says that nothing does, as far as can be seen.
+func (r *relay) maskedBy() (mask netip.Addr, clients int) {
+	var from []netip.Addr
+	for _, id := range r.host.Network().Peers() {
+		conns := r.host.Network().ConnsToPeer(id)
+		if r.federation.members[id] == nil && len(conns) > 0 {
+			from = append(from, ipOf(conns[0].RemoteMultiaddr()))
+		}
+	}
+	public := func(a ma.Multiaddr) bool { return isDNS(a) || manet.IsPublicAddr(a) }
+	if !slices.ContainsFunc(r.reach.now(), public) {
+		return netip.Addr{}, len(from)
+	}
+	return maskOf(from), len(from)
 }
 
 // counters returns all counts at this moment.

@@ -584,3 +584,24 @@ func TestNewcomerIsRefusedAtTheLimit(t *testing.T) {
 		})
 	}
 }
+
+// A client that is told of IPv6 tries it, so it is listed only where there is any.
+func TestIPv6IsListedOnlyWhereThereIsSome(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	r.reach.close() // so that nobody looks at the real interfaces meanwhile
+	for _, tt := range []struct {
+		own  string
+		want bool
+	}{{"/ip4/127.0.0.1 /ip6/::1", true}, {"/ip4/127.0.0.1 /ip4/203.0.113.7", false}, {"/ip4/127.0.0.1 /ip6/2001:db8::7", true}} {
+		var own []ma.Multiaddr
+		for s := range strings.FieldsSeq(tt.own) {
+			own = append(own, ma.StringCast(s))
+		}
+		r.reach.own.Store(&own)
+		listed := r.listedAddrs()
+		bound := strings.Contains(strings.Join(r.socketAddrs(), " "), "/ip6/::/")
+		if got := slices.ContainsFunc(listed, func(s string) bool { return strings.HasPrefix(s, "/ip6/::/") }); got != (tt.want && bound) {
+			t.Errorf("with the addresses %s, %q are listed, want IPv6 among them: %v", tt.own, listed, tt.want)
+		}
+	}
+}

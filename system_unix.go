@@ -3,9 +3,11 @@
 package main
 
 // What Unix has and Windows lacks: a signal to ask for a summary, the owner of a file,
-// and the sizes of a socket's buffers.
+// the sizes of a socket's buffers, and systemd's journal.
 
 import (
+	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/signal"
@@ -33,4 +35,19 @@ func socketBuffers(c syscall.RawConn) (receive, send int) {
 		send, _ = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF)
 	})
 	return receive, send
+}
+
+// isJournal reports whether w is the file that stream names, as DEVICE:INODE: systemd
+// says in it which stream leads to the journal.
+func isJournal(w io.Writer, stream string) bool {
+	f, ok := w.(*os.File)
+	if !ok || stream == "" {
+		return false
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return ok && stream == fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
 }
