@@ -66,7 +66,7 @@ sockets_other.go   ... or not
 sockets_udp.go     ... one socket, and the one that reads one datagram at a time
 host.go            a libp2p host that speaks QUIC alone
 
-identity.go        the key file
+identity.go        the key file, and the certificate
 addrs.go           what an address may be
 limits.go          every bound
 memory.go          how much memory there is, and what the Go runtime may take of it
