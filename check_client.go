@@ -4,7 +4,8 @@ package main
 // connection to the relay. They speak identify, ping, the DHT and the circuit
 // relay by themselves rather than through a libp2p host: a host would dial what a
 // relay tells it, and a hostile relay could point it at others. These dial one
-// address, and listen on nothing.
+// address, the relay's, also to reach each other, and take connections from each other
+// alone.
 
 import (
 	"bufio"
@@ -30,6 +31,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
+	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	libp2pquic "github.com/libp2p/go-libp2p/p2p/transport/quic"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
@@ -40,13 +42,13 @@ import (
 )
 
 const (
-	checkAskTime     = 3 * time.Second // for a question and its answer
-	checkDialTime    = 5 * time.Second // for a handshake, as go-libp2p has it
-	checkCircuitTime = 12 * time.Second
+	checkAskTime  = 3 * time.Second  // for a question and its answer
+	checkDialTime = 5 * time.Second  // for a handshake, as go-libp2p has it
+	checkEchoTime = 12 * time.Second // for checkEchoBytes through the relay and back
 
 	maxCheckMessage = 64 << 10 // bytes of an answer; an honest relay sends 16 KiB at most
 	checkRoundTrips = 5        // the shortest is the latency
-	checkEchoBytes  = 1 << 20  // through the circuit and back
+	checkEchoBytes  = 1 << 20  // through the relay and back
 )
 
 // checkClient is one throw-away client. Make it with dialCheckClient, end it with close.
@@ -54,8 +56,9 @@ type checkClient struct {
 	id      peer.ID
 	relay   peer.ID // the one that answered
 	sockets *quicreuse.ConnManager
+	quic    transport.Transport // which dials and listens on one socket
 	conn    transport.CapableConn
-	serving sync.WaitGroup // the streams that the relay opens
+	serving sync.WaitGroup // the streams that the relay opens, and the other client's
 }
 
 // dialCheckClient makes a client and connects it to the relay at addr. An empty id
@@ -65,14 +68,19 @@ func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (*check
 	if err != nil {
 		return nil, err
 	}
+	certificate, err := certificateTemplate()
+	if err != nil {
+		return nil, err
+	}
 	c := new(checkClient)
-	// It listens on nothing, so nobody will see a token or a reset of these keys.
+	// It listens for seconds, and to one: nobody gains from a token or a reset of these keys.
 	if c.sockets, err = quicreuse.NewConnManager(quic.StatelessResetKey{}, quic.TokenGeneratorKey{}); err != nil {
 		return nil, err
 	}
-	dialer, err := libp2pquic.NewTransport(key, c.sockets, nil, nil, nil)
+	c.quic, err = libp2pquic.NewTransport(key, c.sockets, nil, nil, nil,
+		libp2pquic.WithTLSIdentityOption(libp2ptls.WithCertTemplate(certificate)))
 	if err == nil {
-		c.conn, err = dialer.Dial(ctx, addr, id)
+		c.conn, err = c.quic.Dial(ctx, addr, id)
 	}
 	if err != nil {
 		return nil, errors.Join(err, c.sockets.Close())
@@ -101,6 +109,8 @@ func (c *checkClient) serve(pub crypto.PubKey) {
 			ProtocolVersion: new("/privstack/check/1.0.0"),
 			AgentVersion:    new("privstack-relay-check/" + buildVersion()),
 			Protocols:       protocol.ConvertToStrings(mux.Protocols()),
+			// At which the relay may offer its bridge.
+			ObservedAddr: c.conn.RemoteMultiaddr().Bytes(),
 		})
 		return err
 	})
@@ -128,6 +138,32 @@ func sendBack(s io.ReadWriter) error {
 		_, err = io.Copy(s, io.LimitReader(s, 2*checkEchoBytes))
 	}
 	return err
+}
+
+// takeFrom takes connections from the client id, on the socket over which c is connected
+// to the relay, and sends back what comes over the first stream of each. It returns at
+// once, and ends with ctx.
+func (c *checkClient) takeFrom(ctx context.Context, id peer.ID) error {
+	listener, err := c.quic.Listen(c.conn.LocalMultiaddr())
+	if err != nil {
+		return err
+	}
+	context.AfterFunc(ctx, func() { listener.Close() })
+	c.serving.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			context.AfterFunc(ctx, func() { conn.Close() })
+			if conn.RemotePeer() != id {
+				conn.Close()
+			} else if s, err := conn.AcceptStream(); err == nil {
+				io.Copy(s, io.LimitReader(s, 2*checkEchoBytes)) // what fails shows in what comes back
+			}
+		}
+	})
+	return nil
 }
 
 // request opens a stream, sends req over it and reads the answer into resp; either may
@@ -175,9 +211,12 @@ func pingOver(s io.ReadWriter) (best time.Duration, err error) {
 	return best, nil
 }
 
-// echoOver sends checkEchoBytes over s and returns how many came back, even after an
-// error, and how long that took.
-func echoOver(s io.ReadWriter) (n int, took time.Duration, err error) {
+// echoOver sends checkEchoBytes over s, after some pings. It returns how many came back,
+// even after an error, the shortest round trip, and how many MiB went in a second.
+func echoOver(s io.ReadWriter) (n int, rtt time.Duration, rate float64, err error) {
+	if rtt, err = pingOver(s); err != nil {
+		return 0, 0, 0, err
+	}
 	sent, got := make([]byte, checkEchoBytes), make([]byte, checkEchoBytes)
 	rand.Read(sent)
 	begun := time.Now()
@@ -186,7 +225,7 @@ func echoOver(s io.ReadWriter) (n int, took time.Duration, err error) {
 	if !bytes.Equal(got[:n], sent[:n]) {
 		err = errors.New("what came back is not what was sent")
 	}
-	return n, time.Since(begun), err
+	return n, rtt, checkEchoBytes / float64(1<<20) / time.Since(begun).Seconds(), err
 }
 
 // errText says in plain words what a QUIC error means.

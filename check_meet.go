@@ -7,12 +7,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	recpb "github.com/libp2p/go-libp2p-record/pb"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/sec"
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
@@ -23,7 +25,6 @@ import (
 )
 
 // checkRecordTTL is the ttl of the record that a check leaves at the relay, in seconds.
-// This relay ignores it and keeps a record for maxRecordAge, or until it needs the room.
 const checkRecordTTL = 60
 
 // meetCheck has two clients meet through the relay.
@@ -31,6 +32,7 @@ type meetCheck struct {
 	dials    *dialCheck // the first client is the one that it uses
 	second   *checkClient
 	identity identifypb.Identify // what the relay says about itself and us
+	key      []byte              // of the record that makes the two a group; nil: there is none
 	reserved bool                // by the second client
 	dataMost int64               // bytes that a circuit carries each way; 0 is unlimited, or unknown
 }
@@ -128,20 +130,14 @@ func (c *meetCheck) dht(ctx context.Context) checkStep {
 
 // record has one client put a record, as clients do, and the other get it.
 func (c *meetCheck) record(ctx context.Context) checkStep {
-	first := c.dials.used.client
 	key := append([]byte("/privstack/syncgroup/"), make([]byte, 32)...)
 	rand.Read(key[len(key)-32:])
-	value := fmt.Appendf(nil, `{"device_name":"privstack-relay check","addresses":[],"timestamp":%d}`, time.Now().Unix())
-	extra := newExtras(first.id, checkRecordTTL).encoded
-	put := &recpb.Record{Key: key, Value: value}
-	put.ProtoReflect().SetUnknown(extra)
-	req, resp := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0), new(kadpb.Message)
-	req.Record = put
-	if _, err := first.request(ctx, kadProtocol, req, resp); err != nil {
+	put, err := putRecord(ctx, c.dials.used.client, key)
+	if err != nil {
 		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "PUT_VALUE: %s", errText(err))
 	}
-	req = kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0)
-	if _, err := c.second.request(ctx, kadProtocol, req, resp); err != nil {
+	resp := new(kadpb.Message)
+	if _, err := c.second.request(ctx, kadProtocol, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0), resp); err != nil {
 		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "GET_VALUE: %s", errText(err))
 	}
 	got := resp.GetRecord()
@@ -150,12 +146,90 @@ func (c *meetCheck) record(ctx context.Context) checkStep {
 	switch {
 	case got == nil:
 		return stepFailed(wrong, "the relay does not find the record that it stored")
-	case !bytes.Equal(got.GetKey(), key) || !bytes.Equal(got.GetValue(), value):
+	case !bytes.Equal(got.GetKey(), key) || !bytes.Equal(got.GetValue(), put.Value):
 		return stepFailed(wrong, "the record came back changed")
-	case err != nil || !bytes.Equal(fields.encoded, extra):
+	case err != nil || !bytes.Equal(fields.encoded, put.ProtoReflect().GetUnknown()):
 		return stepFailed(wrong, "the record came back without its publisher and ttl (fields %d and %d)", publisherField, ttlField)
 	}
+	c.key = key
 	return stepPassed("stored by one client, read unchanged by the other, with publisher and ttl")
+}
+
+// putRecord has by put a record such as clients put, and returns it.
+func putRecord(ctx context.Context, by *checkClient, key []byte) (*recpb.Record, error) {
+	value := fmt.Appendf(nil, `{"device_name":"privstack-relay check","addresses":[],"timestamp":%d}`, time.Now().Unix())
+	put := &recpb.Record{Key: key, Value: value}
+	put.ProtoReflect().SetUnknown(newExtras(by.id, checkRecordTTL).encoded)
+	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
+	req.Record = put
+	_, err := by.request(ctx, kadProtocol, req, new(kadpb.Message))
+	return put, err
+}
+
+// bridge has the clients meet as two devices do that have no other way to each other: the
+// first dials the second at the relay's own address.
+func (c *meetCheck) bridge(ctx context.Context) checkStep {
+	if c.key == nil {
+		return stepSkipped("needs a record")
+	}
+	first, at := c.dials.used.client, c.dials.used.addr
+	if seen, _ := ma.NewMultiaddrBytes(c.identity.GetObservedAddr()); manet.IsIPLoopback(at) && !manet.IsIPLoopback(seen) {
+		return stepSkipped("the relay is reached through a loopback port that something forwards to it: no device comes that way")
+	}
+	named, err := c.offered(ctx)
+	switch last := len(named) - 1; {
+	case err != nil:
+		return stepFailed(whyNoAnswer(err, "records under "+recordPrefix), "%s", errText(err))
+	case last < 0 || !named[last].Equal(at): // nor would we dial another
+		return stepFailed(likely("the relay is too old, or is about to stop: devices behind NATs will not meet", "privstack-relay --version", "journalctl -u privstack-relay --since -1h"),
+			"the relay does not offer to carry packets between two clients that put the same record")
+	}
+	if err := c.second.takeFrom(ctx, first.id); err != nil {
+		return stepSkipped("this machine does not let a client listen: %v", err)
+	}
+	begun := time.Now()
+	dialling, cancel := context.WithTimeout(ctx, checkDialTime)
+	defer cancel()
+	conn, err := first.quic.Dial(dialling, at, c.second.id)
+	switch {
+	case errors.As(err, new(sec.ErrPeerIDMismatch)):
+		return stepFailed(likely("a proxy, load balancer or NAT in front of the relay gives each connection a port of its own, so the relay cannot tell whose it is: devices behind NATs will not meet", "docker run --network host ..."),
+			"one client dials the other: the relay answers, and not the other client")
+	case err != nil:
+		return stepFailed(likely("the relay carries as much as it may (see --max-bandwidth), or a firewall or proxy in front of it drops packets: devices behind NATs will not meet", "journalctl -u privstack-relay --since -1h"),
+			"one client dials the other through the relay: %s", errText(err))
+	}
+	defer conn.Close()
+	met, n, rtt, rate := time.Since(begun), 0, time.Duration(0), 0.0
+	s, err := conn.OpenStream(ctx)
+	if err == nil {
+		context.AfterFunc(ctx, func() { s.Reset() })
+		n, rtt, rate, err = echoOver(s)
+	}
+	if err != nil {
+		why := "the path to the relay is slow or loses packets, or the relay carries too little: see --max-bandwidth, --circuit-bytes and --circuit-duration"
+		return stepFailed(likely(why, "systemctl cat privstack-relay"), "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(cmp.Or(ctx.Err(), err)))
+	}
+	return stepPassed("connected in %.0f ms; 1 MiB echoed at %.1f MiB/s; round trip %.1f ms", millis(met), rate, millis(rtt)).
+		with(map[string]any{"connect_ms": millis(met), "mib_per_s": rate, "bridge_rtt_ms": millis(rtt)})
+}
+
+// offered has the second client put the record, too, and returns at which addresses the
+// first client is then told that it is: none if it is not named.
+func (c *meetCheck) offered(ctx context.Context) (at []ma.Multiaddr, err error) {
+	ctx, cancel := context.WithTimeout(ctx, checkAskTime)
+	defer cancel()
+	if _, err := putRecord(ctx, c.second, c.key); err != nil {
+		return nil, err
+	}
+	resp := new(kadpb.Message)
+	_, err = c.dials.used.client.request(ctx, kadProtocol, kadpb.NewMessage(kadpb.Message_GET_VALUE, c.key, 0), resp)
+	for _, p := range resp.CloserPeers {
+		if peer.ID(p.Id) == c.second.id {
+			at = p.Addresses()
+		}
+	}
+	return at, err
 }
 
 // reserve takes a place at the relay for the second client.
@@ -206,7 +280,7 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 		return stepSkipped("needs a reservation")
 	}
 	first := c.dials.used.client
-	var direct, rtt, took time.Duration
+	var direct time.Duration
 	pings, err := first.request(ctx, ping.ID, nil, nil)
 	if err == nil {
 		direct, err = pingOver(pings)
@@ -224,10 +298,7 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	if err != nil {
 		return stepFailed(likely("the relay has as many circuits as it allows, is about to stop, or hangs", "journalctl -u privstack-relay --since -1h"), "the relay opens no circuit: %s", errText(err))
 	}
-	n := 0
-	if rtt, err = pingOver(circuit); err == nil {
-		n, took, err = echoOver(circuit)
-	}
+	n, rtt, rate, err := echoOver(circuit)
 	if err != nil {
 		why := likely("the path to the relay is slow or loses packets")
 		if c.dataMost > 0 && c.dataMost < 2*checkEchoBytes {
@@ -235,7 +306,6 @@ func (c *meetCheck) circuit(ctx context.Context) checkStep {
 		}
 		return stepFailed(why, "cut after %d of %d bytes: %s", n, checkEchoBytes, errText(cmp.Or(ctx.Err(), err)))
 	}
-	rate := float64(checkEchoBytes) / (1 << 20) / took.Seconds()
 	added := max(0, rtt-direct) // on a fast path the difference is noise
 	return stepPassed("1 MiB echoed at %.1f MiB/s; round trip %.1f ms, %.1f more than to the relay", rate, millis(rtt), millis(added)).
 		with(map[string]any{"mib_per_s": rate, "circuit_rtt_ms": millis(rtt), "relay_rtt_ms": millis(direct), "added_ms": millis(added)})

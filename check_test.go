@@ -21,6 +21,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -33,7 +34,10 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	circuitpb "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/pb"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
+	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
+	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	ma "github.com/multiformats/go-multiaddr"
+	"github.com/quic-go/quic-go"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
 
@@ -158,7 +162,7 @@ func (r checkReport) text() (s string) {
 // the relay: what NAT the checker itself is behind is no step.
 var checkSteps = []string{
 	"name", "identity-ipv4", "identity-ipv6", "quic-ipv4", "quic-ipv6", "addresses", "identify",
-	"observed", "clients", "dht", "record", "reservation", "circuit",
+	"observed", "clients", "dht", "record", "bridge", "reservation", "circuit",
 }
 
 // Whatever form the operator uses, a relay that is well is found to be.
@@ -194,8 +198,10 @@ func TestCheckPassesOnAGoodRelay(t *testing.T) {
 			if tt.skipped != "" && strings.Join(skipped, " ") != tt.skipped {
 				t.Errorf("skipped %v, want %s", skipped, tt.skipped)
 			}
-			if n, ok := got.step(t, "circuit").Values["mib_per_s"].(float64); !ok || n <= 0 {
-				t.Errorf("circuit = %+v, want mib_per_s", got.step(t, "circuit"))
+			for _, name := range []string{"bridge", "circuit"} {
+				if n, ok := got.step(t, name).Values["mib_per_s"].(float64); !ok || n <= 0 {
+					t.Errorf("%s = %+v, want mib_per_s", name, got.step(t, name))
+				}
 			}
 		})
 	}
@@ -211,8 +217,8 @@ func TestCheckLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	eventually(t, "the clients are gone", func() bool { return len(r.host.Network().Conns()) == 0 })
-	if got := r.counters(); got.peersServed != 4 || got.relayedConnections != 2 {
-		t.Errorf("counters = %+v, want 4 peers served and 2 relayed connections", got)
+	if got := r.counters(); got.peersServed != 4 || got.bridged != 2 || got.relayedConnections != 4 {
+		t.Errorf("counters = %+v, want 4 peers served, and for each pair a bridge and a circuit", got)
 	}
 }
 
@@ -228,6 +234,25 @@ func TestCheckClientThatFailsLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	eventually(t, "its goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// A relay whose clock is wrong serves the deployed clients, whose certificates have
+// always been valid. So the check's are, too.
+func TestCheckClientIsValidAtAnyTime(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c, err := dialCheckClient(testContext(t), r.info.Addrs[0], r.info.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close()
+	var conn *quic.Conn
+	eventually(t, "it is connected", func() bool {
+		conns := r.host.Network().ConnsToPeer(c.id)
+		return len(conns) == 1 && conns[0].As(&conn)
+	})
+	if from := conn.ConnectionState().TLS.PeerCertificates[0].NotBefore; from.Year() != 1975 {
+		t.Errorf("its certificate is valid from %v, want 1975", from)
+	}
 }
 
 // A terminal of 100 columns, no colour needed, and one line or more for each step.
@@ -717,9 +742,102 @@ func TestCheckDropsHalfMessages(t *testing.T) {
 // What a circuit carries is the operator's to choose; a sync that is cut is not
 // what they wanted.
 func TestCheckFindsSmallCircuits(t *testing.T) {
+	t.Parallel()
 	r := newTestRelay(t, defaultConfig(t, "--circuit-bytes=128KiB"))
 	got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID())
-	got.wantFailed(t, "--circuit-bytes", "circuit")
+	got.wantFailed(t, "--circuit-bytes", "bridge", "circuit")
+}
+
+// The relay that an operator forgot to update: nobody behind a NAT would notice but the
+// devices that never meet.
+func TestCheckFindsRelayWithoutBridge(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	r.bridge.drain()
+	got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID())
+	got.wantFailed(t, "the relay is too old", "bridge")
+	wantReadable(t, got.text())
+}
+
+// What stands in front of a relay may hide what the bridge needs to see: that a device
+// dials another from the socket with which it is connected to the relay.
+func TestCheckFindsPortsRewritten(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	got := runCheckJSON(t, portPerConnection(t, r.info.Addrs[0]).String()+"/p2p/"+r.peerID())
+	got.wantFailed(t, "the relay answers, and not the other client", "bridge")
+}
+
+// portPerConnection forwards packets to the relay at addr from a port for each QUIC
+// connection, as some load balancers do, and says where they are to be sent.
+func portPerConnection(t *testing.T, addr ma.Multiaddr) ma.Multiaddr {
+	t.Helper()
+	to, _, err := quicreuse.FromQuicMultiaddr(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	front, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ended sync.WaitGroup
+	ended.Go(func() {
+		ports := make(map[string]*net.UDPConn) // by client and its connection ID
+		newest := make(map[netip.AddrPort]*net.UDPConn)
+		defer func() {
+			for _, back := range ports {
+				back.Close()
+			}
+		}()
+		buffer := make([]byte, 1<<16)
+		for {
+			n, client, err := front.ReadFromUDPAddrPort(buffer)
+			if err != nil {
+				return
+			}
+			if isLong(buffer[:n]) {
+				_, source, _ := longIDs(buffer[:n])
+				key := client.String() + string(source)
+				if ports[key] == nil {
+					back, err := net.DialUDP("udp4", nil, to)
+					if err != nil {
+						return
+					}
+					ports[key] = back
+					ended.Go(func() {
+						buffer := make([]byte, 1<<16)
+						for n, err := back.Read(buffer); err == nil; n, err = back.Read(buffer) {
+							front.WriteToUDPAddrPort(buffer[:n], client)
+						}
+					})
+				}
+				newest[client] = ports[key]
+			}
+			if back := newest[client]; back != nil {
+				back.Write(buffer[:n])
+			}
+		}
+	})
+	t.Cleanup(func() {
+		front.Close()
+		ended.Wait()
+	})
+	at, err := quicreuse.ToQuicMultiaddr(front.LocalAddr(), quic.Version1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at
+}
+
+// An operator who checks through a port that a container engine forwards from loopback
+// has no fault to find: no device comes that way.
+func TestCheckSkipsBridgeOverForwardedLoopback(t *testing.T) {
+	c := &meetCheck{
+		dials:    &dialCheck{used: &dialled{addr: ma.StringCast("/ip4/127.0.0.1/udp/4001/quic-v1")}},
+		identity: identifypb.Identify{ObservedAddr: ma.StringCast("/ip4/172.17.0.1/udp/5001/quic-v1").Bytes()},
+		key:      newGroupKey(),
+	}
+	if s := c.bridge(testContext(t)); s.Result != checkSkipped || s.Detail == "" {
+		t.Errorf("bridge = %+v, want it skipped, with a reason", s)
+	}
 }
 
 // The check is of the relay from here: an operator who gives up is obeyed.
@@ -777,10 +895,34 @@ func TestCheckBehindNAT(t *testing.T) {
 			if s := got.step(t, "observed"); !strings.HasPrefix(fmt.Sprint(s.Values["address"]), "11.2.0.1:") {
 				t.Errorf("observed %+v, want the router's address", s)
 			}
-			if s := got.step(t, "circuit"); s.Result != checkPassed {
-				t.Errorf("circuit = %+v, want it passed", s)
+			for _, name := range []string{"bridge", "circuit"} {
+				if s := got.step(t, name); s.Result != checkPassed {
+					t.Errorf("%s = %+v, want it passed", name, s)
+				}
 			}
 		})
+	}
+}
+
+// An operator may check from the relay's own machine, or from beside it.
+func TestCheckFromNearby(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	cloud := l.router("cloud", "11.0.0.1/8", endpointIndependent)
+	// With hairpinning, so that its own network reaches the public address, too.
+	l.nft(cloud, `table ip cloud {
+		chain arriving { type nat hook prerouting priority dstnat; ip daddr 11.0.0.1 dnat to 192.168.1.10; }
+		chain hairpin { type nat hook postrouting priority srcnat; iifname "br0" oifname "br0" masquerade; }
+	}`)
+	relay, beside := l.home("relay", cloud, 10), l.home("beside", cloud, 11)
+	l.relay(relay, nil)
+	for _, tt := range []struct{ from, target string }{
+		{relay, "127.0.0.1"}, {relay, "192.168.1.10"}, {beside, "192.168.1.10"}, {beside, "11.0.0.1"},
+	} {
+		got := l.check(tt.from, tt.target)
+		if s := got.step(t, "bridge"); s.Result != checkPassed {
+			t.Errorf("from %s, %s:\n%s", tt.from, tt.target, got.text())
+		}
 	}
 }
 

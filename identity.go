@@ -2,21 +2,26 @@ package main
 
 // The identity: one file holding the ed25519 private key whose public half is
 // the peer ID that clients know. This file reads it, creates it, and never
-// changes one that exists.
+// changes one that exists. It also has what the certificate says that shows the
+// key.
 
 import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math/big"
 	"os"
 	"os/user"
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"time"
 )
 
 // The file is a libp2p PrivateKey message, as rust-libp2p's to_protobuf_encoding
@@ -236,4 +241,25 @@ func syncDir(dir string) error {
 	}
 	defer d.Close()
 	return d.Sync()
+}
+
+// certificateTemplate returns what a TLS certificate of ours says beside its key: the
+// relay's, and those of the clients that check plays. A certificate is made once and is
+// valid from 1975 to 4096, as the old relay's was (CertificateParams::default in rcgen,
+// which rust-libp2p uses, so the deployed clients' are, too). go-libp2p's is valid from
+// an hour before it was made: a relay that starts while its clock is ahead, and is then
+// put right, would be refused by everybody until its clock has caught up; and one whose
+// clock is behind would refuse the check alone.
+func certificateTemplate() (*x509.Certificate, error) {
+	number, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		return nil, err
+	}
+	return &x509.Certificate{
+		SerialNumber: number,
+		NotBefore:    time.Date(1975, time.January, 1, 0, 0, 0, 0, time.UTC),
+		NotAfter:     time.Date(4096, time.January, 1, 0, 0, 0, 0, time.UTC),
+		// An issuer must be named (RFC 5280, 4.1.2.4), and the certificate is its own.
+		Subject: pkix.Name{SerialNumber: number.String()},
+	}, nil
 }

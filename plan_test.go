@@ -70,7 +70,7 @@ budgets.go         how much CPU one network can take
 shares.go          streams and memory of each client's own
 host.go            a libp2p host that speaks QUIC alone
 
-identity.go        the key file
+identity.go        the key file, and the certificate
 addrs.go           what an address may be
 limits.go          every bound
 memory.go          how much memory there is, and what the Go runtime may take of it

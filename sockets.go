@@ -7,20 +7,15 @@ package main
 import (
 	"context"
 	"crypto/hkdf"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/big"
 	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -114,25 +109,6 @@ func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionG
 	inner, err := libp2pquic.NewTransport(key, manager, nil, gater, resources,
 		libp2pquic.WithTLSIdentityOption(libp2ptls.WithCertTemplate(certificate)))
 	return watchedTransport{inner}, err
-}
-
-// certificateTemplate returns what the relay's TLS certificate says beside its key. The
-// certificate is made once and is valid from 1975 to 4096, as the old relay's was
-// (CertificateParams::default in rcgen, which rust-libp2p uses). go-libp2p's is valid
-// from an hour before it was made: a relay that starts while its clock is ahead, and
-// is then put right, would be refused by everybody until its clock has caught up.
-func certificateTemplate() (*x509.Certificate, error) {
-	number, err := rand.Int(rand.Reader, big.NewInt(1<<62))
-	if err != nil {
-		return nil, err
-	}
-	return &x509.Certificate{
-		SerialNumber: number,
-		NotBefore:    time.Date(1975, time.January, 1, 0, 0, 0, 0, time.UTC),
-		NotAfter:     time.Date(4096, time.January, 1, 0, 0, 0, 0, time.UTC),
-		// An issuer must be named (RFC 5280, 4.1.2.4), and the certificate is its own.
-		Subject: pkix.Name{SerialNumber: number.String()},
-	}, nil
 }
 
 // quicKeys returns the keys of a relay's sockets, which are the same after each
