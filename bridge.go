@@ -1,29 +1,30 @@
 package main
 
-// The bridge carries the clients' own QUIC packets between two of them, so that
-// any two devices of a group meet, whatever NATs are between.
+// The bridge forwards the clients' own QUIC packets from one to the other, so that
+// any two devices of a group can meet, whatever NATs stand between them.
 //
-// How: a client dials a mate at every address that an answer of ours names, from
-// the socket with which it is connected here. The last of these addresses is our
-// own. So the first packet that it sends for the mate, an Initial, arrives here,
-// from an address that we know; and we hold the one path that the mate's NAT lets
-// in, our own connection with it. The bridge forwards that packet to the mate, and
-// all that follow, both ways.
+// How it works: a client dials a mate at every address in our answer, from the
+// socket with which it is connected here. The last of these addresses is our own. So
+// the client's first packet for the mate, an Initial, arrives here, from an address
+// that we know. We also hold the one path that the mate's NAT lets in: the mate's
+// connection with us. The bridge forwards that packet to the mate, and all later
+// ones, both ways.
 //
-// Why it is safe: the two authenticate each other and encrypt end to end. The
-// relay has no key. A packet that is forwarded to the wrong client is a dial that
-// fails, and never a wrong mate. Nobody is sent anything but by members of its own
-// group, at the address from which it has a connection here, and not more than
-// they sent.
+// Why it is safe: the two clients authenticate each other and encrypt end to end,
+// and the relay has no key. A packet forwarded to the wrong client makes a dial
+// fail; it never connects the wrong mate. A client receives packets only from
+// members of its own group, only at the address from which it is connected here, and
+// never more than they sent.
 //
-// What it rests on: what is the same in all versions of QUIC (RFC 8999). A long
-// header shows both connection IDs, a short one begins with the destination's. And
-// on one thing more: the packet that begins a connection is a long header of
-// version 1 and type Initial, in a datagram of at least 1200 bytes (RFC 9000,
-// 14.1 and 17.2.2).
+// What it relies on: the properties that all versions of QUIC share (RFC 8999). A
+// long header shows both connection IDs, and a short header begins with the
+// destination's. One more thing is specific to version 1: a connection begins with a
+// long header of type Initial, in a datagram of at least 1200 bytes (RFC 9000, 14.1
+// and 17.2.2).
 //
-// This file has what is kept, and for how long; bridge_offers.go has who may dial whom,
-// bridge_route.go where a datagram goes, and bridge_dial.go handshakes.
+// This file holds the bridge's state and how long each part lives. bridge_offers.go
+// decides who may dial whom, bridge_route.go where a datagram goes, and
+// bridge_dial.go handles handshakes.
 
 import (
 	"context"
@@ -44,162 +45,169 @@ import (
 )
 
 const (
-	// offerTime is how long after an answer a dial is for the mate that it named. A
-	// client dials at once.
+	// offerTime limits how long after an answer we take the client's dial to be for
+	// the mate that the answer named. Clients dial at once.
 	offerTime = 5 * time.Second
 
-	// notDialled is after how long without a dial it is clear that the client has
-	// another connection with that mate, and afterRest when it is offered again
-	// though others have not been met: after two of the clients' ticks of 30 s.
+	// notDialled limits how long we wait for a dial after an offer, before we conclude
+	// that the client has another connection with the mate. afterRest puts back that
+	// mate's next turn while others have not been met, past two of the clients' ticks
+	// of 30 s.
 	notDialled = 2 * time.Second
 	afterRest  = 70 * time.Second
 
-	// An Initial is held for minHold and half of both round trips to the relay, so
-	// that a direct dial, made at the same moment, is sooner. Without holding, the
-	// bridge won against the direct path on a busy machine. At most it is maxHold:
-	// what comes again within it means that the client has given up, and quic-go
-	// repeats an Initial after 200 ms (DefaultInitialRTT), quinn after 1 s.
+	// minHold delays each Initial, together with half of both round trips to the
+	// relay, so that a direct dial made at the same moment comes first. Without the
+	// delay, the bridge beat the direct path on a busy machine. maxHold keeps the
+	// delay below the time to the first retransmission of an Initial: 200 ms in
+	// quic-go (DefaultInitialRTT), 1 s in quinn. So another packet that comes during
+	// the delay means that the client has given up.
 	minHold = 100 * time.Millisecond
 	maxHold = 190 * time.Millisecond
 
-	// firstFlight is how long the datagrams of the first flight may take to come:
-	// quic-go's has two, which it sends at once.
+	// firstFlight limits how long the datagrams of a first flight may take to arrive.
+	// quic-go's first flight has two datagrams, sent at once.
 	firstFlight = 20 * time.Millisecond
 
-	// busyHold is how much longer an Initial is held while its callee is in another
-	// handshake, looked at every busyCheck: until the callee has switched to another
-	// connection ID, nobody could tell for which of the two that is.
+	// busyHold limits how much longer we hold an Initial while its callee is in
+	// another handshake. We check every busyCheck. Until the callee has switched to
+	// another connection ID in the first handshake, nobody could tell to which of the
+	// two the new ID belongs.
 	busyHold  = 2 * time.Second
 	busyCheck = 20 * time.Millisecond
 
-	// busyTime is how long a callee is taken to be in a handshake that it has not
-	// answered: a long round trip.
+	// busyTime limits how long we take a callee to be busy with a handshake that it
+	// has not answered: one long round trip.
 	busyTime = 500 * time.Millisecond
 
 	// unansweredTime ends a flow whose callee has not answered. A dial times out
-	// after 5 to 10 s, and its third repetition comes after 7.
+	// after 5 to 10 s, and its third retransmission comes after 7 s.
 	unansweredTime = 6 * time.Second
 
-	// flowIdle ends a flow in which one side has been silent for so long: QUIC
+	// flowIdle ends a flow when one side has been silent for this long. QUIC
 	// connections of rust-libp2p's clients time out after 10 s, those of go-libp2p
-	// after 30.
+	// after 30 s.
 	flowIdle = 35 * time.Second
 
-	// flowAbsent ends the flows of a client that has no connection here any more. One
-	// whose connection broke is back before.
+	// flowAbsent ends the flows of a client that has no connection here any more. A
+	// client whose connection broke is back sooner than that.
 	flowAbsent = 15 * time.Second
 
-	// metTime is how lately both sides of a flow have sent something where the two
-	// are taken to be connected: the clients do so every 5 s.
+	// metTime limits how long ago both sides of a flow may have sent something if we
+	// are to count them as connected. The clients send every 5 s.
 	metTime = 12 * time.Second
 
-	// reorderTime is by how much packets may be late that were sent before others, and
-	// settledTime after how long it is decided to whom an unknown ID belongs.
+	// reorderTime bounds how late a packet may arrive after packets that were sent
+	// later. settledTime is how long we watch an unknown ID before we decide which
+	// flow it belongs to.
 	reorderTime = 20 * time.Millisecond
 	settledTime = 100 * time.Millisecond
 
-	// switchTime is how long after a handshake's last packet a client may use another
-	// ID for the first time: it needs the first one that the other issued encrypted. A
-	// client that goes on with the one it has for stayTime will stay with it: those of
-	// quinn that dialled do.
+	// switchTime limits how long after the last handshake packet a client may first
+	// switch to another ID: it has to wait for the first ID that the other client
+	// issues under encryption. A client that keeps its ID for stayTime will not
+	// switch: quinn clients that dialled never do.
 	switchTime = 10 * time.Second
 	stayTime   = time.Second
 
-	// newcomerTime is how long what somebody dials is taken to be at one moment, and
-	// newcomerDials how many at most: those of one who dials more are all let through.
-	// With a second, crowds of clients that share sockets, as tests have them, were a
-	// quarter as fast to come.
+	// newcomerTime limits how long dials from one unknown address count as one burst.
+	// newcomerDials caps the dials remembered of a burst; later ones all pass. With
+	// newcomerTime at one second, crowds of test clients that share sockets connected
+	// a quarter as fast.
 	newcomerTime  = 20 * time.Millisecond
 	newcomerDials = 4
 
-	// switchPackets is after how many packets with one ID quic-go may take another:
-	// PacketsPerConnectionID / 2 is 5000, less those that were lost on the way here.
+	// switchPackets is the number of packets with one ID after which quic-go may
+	// switch to another: PacketsPerConnectionID / 2 is 5000, less the packets lost on
+	// the way here.
 	switchPackets = 4000
 
-	// An ID of fewer than minID bytes could be met by accident. quic-go's have 4,
-	// quinn's 8, and none more than maxID (RFC 9000, 17.2).
+	// minID and maxID bound the length of the IDs that the bridge learns, in bytes. A
+	// shorter ID could match by accident. quic-go's IDs have 4 bytes, quinn's 8, and
+	// none may have more than maxID (RFC 9000, 17.2).
 	minID = 4
 	maxID = 20
 )
 
-// clock is the time since the bridge began. It is never 0.
+// clock counts the time since the bridge began. It is never 0.
 type clock = time.Duration
 
-// bridge is made with newBridge. close ends it.
+// bridge forwards packets between clients. Make it with newBridge, end it with
+// close.
 type bridge struct {
 	log     *slog.Logger
 	tally   *tally
 	limits  limits
 	network network.Network // set before the relay listens
 	peers   *peers
-	relays  map[peer.ID][]ma.Multiaddr // the other relays, which are not bridged
+	relays  map[peer.ID][]ma.Multiaddr // the other relays, which the bridge leaves alone
 
-	// What the operator chose for circuits bounds flows, too. Of each, the zero
-	// value is unlimited.
-	maxBytes  int64 // of one flow each way
+	// The operator's limits for circuits also bound flows. The zero value of each
+	// means unlimited.
+	maxBytes  int64 // of one flow, each way
 	maxAge    time.Duration
 	bandwidth *rate.Limiter
 
 	seed  maphash.Seed
 	began time.Time
 	stop  func()
-	done  chan struct{} // closed when nothing is swept any more
+	done  chan struct{} // closed when sweeping has stopped
 
-	// testOnlyAfter is called in place of time.AfterFunc.
+	// testOnlyAfter replaces time.AfterFunc.
 	testOnlyAfter func(time.Duration, func())
 
-	// sides are those of IPv4 and of IPv6. What is said of clients, ends and flows is
-	// read with either one's lock and changed with both; only where a field says so
-	// is one enough. So a packet that needs no thought takes its own socket's lock
-	// alone.
+	// sides[0] serves IPv4 and sides[1] IPv6. To read clients, ends and flows hold
+	// the lock of either side, to change them hold both, unless a field says that one
+	// is enough. So a packet whose way is known takes the lock of its own socket
+	// only.
 	sides   [2]*side
 	clients map[peer.ID]*client
 	flows   int
-	holding int  // dials
-	closed  bool // to new flows
+	holding int  // dials being held
+	closed  bool // no new flows
 }
 
-// side is what the reader of one socket needs.
+// side holds what the reader of one socket needs.
 type side struct {
 	bridge *bridge
-	socket udpSocket // nil: this machine has no such addresses
+	socket udpSocket // nil: this machine has no addresses of this family
 
 	mu   sync.Mutex
 	ends map[netip.AddrPort]*end
-	legs map[uint64]*leg // by the connection ID that a packet carries and the end it comes from: see key
+	legs map[uint64]*leg // keyed by a packet's connection ID and the end that sent it: see key
 
-	own []*ownAddr // that clients reach
+	own []*ownAddr // the addresses at which clients reach this machine
 
-	newcomers []newcomer // by a hash of the address, which the last one has
+	newcomers []newcomer // indexed by a hash of the address; each slot keeps the latest
 
-	runs  []stretch // the reader's, as parts: kept to be used again
+	runs  []stretch // runs and parts belong to the reader, which reuses them
 	parts [][]byte
 }
 
-// client is one that has asked for a mate, or was dialled by one.
+// client has asked for a mate, or was dialled by one.
 type client struct {
 	id     peer.ID
 	ends   []*end
 	offers []*offer
 }
 
-// offer says that a client was told to dial a mate here, or may be.
+// offer records a mate that a client was told, or may be told, to dial here.
 type offer struct {
 	mate    peer.ID
 	conn    connection // the mate's
-	known   clock      // when the two were known to be of one group last
-	asker   *end       // over which the client was told
-	named   clock      // when it was told last; 0: not yet
-	dialled clock      // when it dialled the mate last; 0: never
-	direct  bool       // was told and did not dial: it has another connection with the mate
-	near    bool       // the mate is in its network
+	known   clock      // when we last saw that both are in one group
+	asker   *end       // the end over which the client was told
+	named   clock      // when the client was last told; 0: not yet
+	dialled clock      // when the client last dialled the mate; 0: never
+	direct  bool       // was told and did not dial: has another connection with the mate
+	near    bool       // the mate is in the client's network
 }
 
 func (o *offer) open(e *end, now clock) bool {
 	return o.named != 0 && o.asker == e && now-o.named < offerTime && o.dialled < o.named
 }
 
-// end is an address from which a client has a connection here.
+// end stands for an address from which a client is connected here.
 type end struct {
 	client *client
 	side   *side
@@ -207,30 +215,29 @@ type end struct {
 	target *target // replaced, never changed
 	salt   uint64
 	since  clock // when it was first seen
-	absent clock // since when conn is closed, and there is no other; 0: it is not
+	absent clock // since when conn is closed and nothing replaces it; 0: it is open
 
 	flows   []*flow
 	lengths uint32  // bit n: a packet from here may begin with a connection ID of n bytes
-	guesses int32   // unknown IDs forwarded since the last sweep
+	guesses int32   // packets with unknown IDs forwarded since the last sweep
 	doubts  *doubts // nil: none lately
 
-	// With the lock of side: the last leg found, and by which ID.
+	// Guarded by side's lock: the last leg found, and the ID that led to it.
 	last   *leg
 	lastID connID
 }
 
-// addr is where the end's packets come from.
+// addr returns the address that the end's packets come from.
 func (e *end) addr() netip.AddrPort { return e.target.addr }
 
-// doubts is what is remembered of packets from an end that nobody could tell for whom
-// they are: the last ones.
+// doubts remembers the last packets from an end whose receiver nobody could tell.
 type doubts struct {
 	strays  [4]stray
 	unknown [4]unknownID
 	last    clock
 }
 
-// doubt returns those of e, or makes them.
+// doubt returns the doubts of e, and makes them if there are none.
 func (e *end) doubt(now clock) *doubts {
 	if e.doubts == nil {
 		e.doubts = new(doubts)
@@ -239,82 +246,81 @@ func (e *end) doubt(now clock) *doubts {
 	return e.doubts
 }
 
-// target is where packets for an end go.
+// target names where packets for an end go.
 type target struct {
 	side *side
 	addr netip.AddrPort
 	from *ownAddr
 }
 
-// ownAddr is an address of this machine, and the control message that names it.
+// ownAddr pairs an address of this machine with the control message that names it.
 type ownAddr struct {
 	addr netip.Addr
 	source
 }
 
-// flow is what goes between two ends: one QUIC connection or, when both dial at
-// the same moment or one dials again, several.
+// flow carries what two ends send each other: one QUIC connection, or several when
+// both dial at the same moment or one dials again.
 type flow struct {
-	legs        [2]leg // of the first caller, of its callee
+	legs        [2]leg // from the first caller, and from its callee
 	began       clock
-	lastLong    clock // when a handshake's packet was forwarded last, either way
+	lastLong    clock // when a handshake packet was last forwarded, either way
 	dials       []*dial
-	answered    bool // the callee has answered, once
-	established bool // both have sent what only comes after a handshake
+	answered    bool // the callee has answered at least once
+	established bool // both have sent packets that only follow a handshake
 	over        bool // nothing more is forwarded
 }
 
-// leg is one direction of a flow: the packets that come from end.
+// leg carries one direction of a flow: the packets that come from end.
 type leg struct {
 	flow  *flow
 	end   *end
 	other *leg
 
-	ids      [legIDs]uint64 // the keys by which its packets are known, in a ring
-	called   clock          // when the end was called last; 0: never
+	ids      [legIDs]uint64 // the keys that identify its packets, in a ring
+	called   clock          // when the end was last called; 0: never
 	idCount  uint32
-	idLength uint8 // of those that the other end gave out last, in bytes
-	switched bool  // since the last handshake, to an ID that was issued encrypted
-	short    bool  // a packet after the handshake has come
+	idLength uint8 // of the IDs that the other end gave out last, in bytes
+	switched bool  // to an ID issued under encryption, since the last handshake
+	short    bool  // a packet with a short header has come
 
-	// With the lock of end's side.
+	// Guarded by the lock of end's side.
 	full    bool  // it has carried maxBytes
-	heard   clock // when a packet came last
-	known   clock // when one with a known ID came last
-	packets int   // since it switched its ID
+	heard   clock // when a packet last came
+	known   clock // when a packet with a known ID last came
+	packets int   // since the end switched its ID
 	bytes   int64
 
-	// credit is how many bytes may go before the other end sends something that
+	// credit counts the bytes that may pass before the other end sends something that
 	// belongs to this flow. Other goroutines refill it.
 	credit atomic.Int64
 }
 
-// dial is a handshake that has not been answered.
+// dial tracks a handshake that has not been answered.
 type dial struct {
-	leg     *leg   // of who dials
-	id      uint64 // key of the caller's first ID, to which the answer is sent
+	leg     *leg   // the caller's
+	id      uint64 // key of the caller's first ID, which the answer is sent to
 	began   clock
 	hold    time.Duration
-	held    [][]byte // until they are sent
+	held    [][]byte // datagrams to send when the hold is over
 	holding bool
-	gaveUp  bool // while it was held
-	sent    int  // datagrams, to a callee that has not answered
+	gaveUp  bool // the caller gave up during the hold
+	sent    int  // datagrams sent to a callee that has not answered
 }
 
-// connection is a client's with this relay.
+// connection connects a client with this relay.
 type connection interface {
-	// where says where the client is now, unless the connection is closed.
+	// where returns where the client is now, and false if the connection is closed.
 	where() (whereabouts, bool)
 }
 
 type whereabouts struct {
 	addr  netip.AddrPort
-	local netip.Addr // of this machine, at which the client reaches it; or not valid
+	local netip.Addr // the address of this machine that the client reaches; may be invalid
 	rtt   time.Duration
 }
 
-// quicConnection knows where a client is whose address has changed, which libp2p
-// does not follow.
+// quicConnection follows a client whose address changes, which libp2p does not.
 type quicConnection struct{ *quic.Conn }
 
 func (c quicConnection) where() (p whereabouts, ok bool) {
@@ -326,7 +332,8 @@ func (c quicConnection) where() (p whereabouts, ok bool) {
 		p.local = local
 	}
 	p.rtt = c.ConnectionStats().MinRTT
-	// An address with a zone is on this machine's own link, and so is the mate.
+	// An address with a zone belongs to a client on this machine's own link, where
+	// its mates are too.
 	return p, p.addr.IsValid() && p.addr.Addr().Zone() == ""
 }
 
@@ -342,8 +349,8 @@ func newBridge(log *slog.Logger, t *tally, l limits, p *peers, relays map[peer.I
 	return b
 }
 
-// follow keeps b up to date with the clients of n until close. It is called before
-// any of them comes.
+// follow keeps b up to date with the clients of n until close. Call it before any
+// client connects.
 func (b *bridge) follow(n network.Network) {
 	b.network = n
 	stopped := make(chan struct{})
@@ -363,7 +370,7 @@ func (b *bridge) follow(n network.Network) {
 	}()
 }
 
-// close may be called without follow, and more than once.
+// close ends the bridge. It may be called without follow, and more than once.
 func (b *bridge) close() {
 	b.drain()
 	if b.network != nil {
@@ -372,7 +379,7 @@ func (b *bridge) close() {
 	}
 }
 
-// drain refuses new flows. Those that are open go on.
+// drain refuses new flows. Open flows go on.
 func (b *bridge) drain() {
 	b.lock()
 	defer b.unlock()
@@ -399,7 +406,7 @@ func (b *bridge) after(d time.Duration, do func()) {
 func (b *bridge) lock()   { b.sides[0].mu.Lock(); b.sides[1].mu.Lock() }
 func (b *bridge) unlock() { b.sides[1].mu.Unlock(); b.sides[0].mu.Unlock() }
 
-// connections are those of a client, the newest first.
+// connections returns a client's QUIC connections, the newest first.
 func (b *bridge) connections(id peer.ID) (conns []connection) {
 	for _, c := range slices.Backward(b.network.ConnsToPeer(id)) {
 		if q := connectionOf(c); q != nil {
@@ -412,12 +419,13 @@ func (b *bridge) connections(id peer.ID) (conns []connection) {
 func connectionOf(c network.Conn) connection {
 	var q *quic.Conn
 	if !c.As(&q) {
-		return nil // a circuit's
+		return nil // a connection over a circuit
 	}
 	return quicConnection{q}
 }
 
-// legOf is the one of what comes from e, legTo the other.
+// legOf returns the leg that carries packets from e, and legTo the leg that carries
+// packets to e.
 func (f *flow) legOf(e *end) *leg {
 	if f.legs[0].end == e {
 		return &f.legs[0]
@@ -426,8 +434,8 @@ func (f *flow) legOf(e *end) *leg {
 }
 func (f *flow) legTo(e *end) *leg { return f.legOf(e).other }
 
-// end returns that of a client's connection, or makes it. It is nil if the
-// connection is closed. It is called with both locks held.
+// end returns the end of a client's connection, and makes it if there is none. It
+// returns nil if the connection is closed. The caller holds both locks.
 func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 	p, ok := conn.where()
 	if !ok {
@@ -438,7 +446,7 @@ func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 		return nil
 	}
 	e := sd.ends[p.addr]
-	if e != nil && e.client.id != id { // another one has come to this address
+	if e != nil && e.client.id != id { // another client has this address now
 		b.removeEnd(e)
 		e = nil
 	}
@@ -457,7 +465,7 @@ func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 	return e
 }
 
-// aim says where packets for e go.
+// aim sets where packets for e go.
 func (e *end) aim(p whereabouts) {
 	if e.target != nil && e.target.addr == p.addr && e.target.from.addr == p.local {
 		return
@@ -475,7 +483,8 @@ func (t *target) send(parts [][]byte, size int, ecn byte) {
 	t.side.socket.send(parts, size, ecn, t.addr, t.from.source)
 }
 
-// here reports whether the client has the connection of e, at its address.
+// here reports whether e's connection is open and still at e's address, and returns
+// where the client is.
 func (e *end) here() (whereabouts, bool) {
 	p, ok := e.conn.where()
 	return p, ok && p.addr == e.addr()
@@ -484,7 +493,7 @@ func (e *end) here() (whereabouts, bool) {
 // removeEnd forgets e and its flows.
 func (b *bridge) removeEnd(e *end) {
 	for _, f := range slices.Clone(e.flows) {
-		b.removeFlow(f, "its client has left")
+		b.removeFlow(f, "a client left")
 	}
 	delete(e.side.ends, e.addr())
 	c := e.client
@@ -494,7 +503,7 @@ func (b *bridge) removeEnd(e *end) {
 	}
 }
 
-// finish ends what f carries, and keeps it so that what still comes is dropped.
+// finish ends f but keeps it, so that its late packets are dropped.
 func (b *bridge) finish(f *flow, why string) {
 	if f.over {
 		return
@@ -527,7 +536,7 @@ func (b *bridge) removeFlow(f *flow, why string) {
 	}
 }
 
-// sweep ends what has lasted too long, and follows clients whose address has
+// sweep ends flows that are over or idle, and follows clients whose address has
 // changed.
 func (b *bridge) sweep(now clock) {
 	type found struct {
@@ -544,7 +553,7 @@ func (b *bridge) sweep(now clock) {
 		}
 	}
 	b.unlock()
-	// Without the locks, for libp2p has its own.
+	// Call libp2p without our locks: it has its own.
 	for i := range ends {
 		f := &ends[i]
 		if f.at, f.ok = f.conn.where(); f.ok {
@@ -561,7 +570,7 @@ func (b *bridge) sweep(now clock) {
 	for _, f := range ends {
 		e := f.e
 		if e.side.ends[e.addr()] != e {
-			continue // it has gone meanwhile
+			continue // removed since we looked
 		}
 		switch {
 		case f.ok:
@@ -576,19 +585,19 @@ func (b *bridge) sweep(now clock) {
 	}
 }
 
-// move lets e be found at another address, which a NAT has given its client, if it
-// can be. It is to be aimed there.
+// move files e under the new address that a NAT gave its client, and reports whether
+// it could. The caller then aims e there.
 func (b *bridge) move(e *end, to netip.AddrPort) bool {
 	if b.sideOf(to.Addr()) != e.side {
 		return false
 	}
 	if other := e.side.ends[to]; other != nil {
 		if other.client == e.client && len(other.flows) > 0 {
-			return false // it came back there by itself
+			return false // the client already dials from there
 		}
 		b.removeEnd(other)
 	}
-	b.debug("bridge follows a client", "peer", e.client.id, "remote_addr", to)
+	b.debug("bridge follows a client to its new address", "peer", e.client.id, "remote_addr", to)
 	delete(e.side.ends, e.addr())
 	e.side.ends[to] = e
 	return true
@@ -600,7 +609,7 @@ func (b *bridge) sweepEnd(e *end, now clock) {
 	}
 	for _, f := range slices.Clone(e.flows) {
 		if f.legs[0].end != e {
-			continue // its other end's turn
+			continue // handled with its other end
 		}
 		f.dials = slices.DeleteFunc(f.dials, func(d *dial) bool {
 			if now-d.began < unansweredTime {
@@ -619,11 +628,11 @@ func (b *bridge) sweepEnd(e *end, now clock) {
 		case f.answered && silent > flowIdle:
 			b.removeFlow(f, "idle")
 		case absent != 0 && now-absent > flowAbsent:
-			b.removeFlow(f, "its client has left")
+			b.removeFlow(f, "a client left")
 		case f.legs[0].full || f.legs[1].full:
-			b.finish(f, "carried as much as a connection may")
+			b.finish(f, "data limit reached")
 		case b.maxAge > 0 && now-f.began > b.maxAge:
-			b.finish(f, "lasted as long as a connection may")
+			b.finish(f, "time limit reached")
 		}
 	}
 	c := e.client
@@ -633,14 +642,14 @@ func (b *bridge) sweepEnd(e *end, now clock) {
 	}
 }
 
-// debug logs without a cost where nobody reads it.
+// debug logs at Debug, at no cost when Debug is off.
 func (b *bridge) debug(msg string, args ...any) {
 	if b.log.Enabled(context.Background(), slog.LevelDebug) {
 		b.log.Debug(msg, args...)
 	}
 }
 
-// letGo holds a dial no longer.
+// letGo stops holding a dial.
 func (b *bridge) letGo(d *dial) {
 	if d.holding {
 		d.holding = false
@@ -649,7 +658,7 @@ func (b *bridge) letGo(d *dial) {
 	d.held = nil
 }
 
-// connID is a connection ID.
+// connID holds a connection ID.
 type connID struct {
 	length uint8
 	bytes  [maxID]byte
@@ -660,32 +669,32 @@ func (id *connID) is(d []byte) bool {
 	return len(d) > n && string(d[:n]) == string(id.bytes[:n])
 }
 
-// unknownID is one that a client began to use and that no header has shown.
+// unknownID describes an ID that a client began to use but that no header has shown.
 type unknownID struct {
 	key   uint64
 	since clock
 	seen  int
 }
 
-// stray is an Initial of a client for which it has no mate.
+// stray records an Initial from a client that had no mate to dial.
 type stray struct {
 	id uint64 // key of its source ID
 	at clock
 }
 
-// newcomer is an address from which somebody dials who is not known here.
+// newcomer records the dials from an address that is not known here.
 type newcomer struct {
 	addr  uint64 // its hash
 	at    clock
-	ids   [newcomerDials]uint64 // of the source IDs
+	ids   [newcomerDials]uint64 // keys of the source IDs
 	dials int
 }
 
-// stretch is a part of a message whose datagrams all go the same way.
+// stretch marks a part of a message whose datagrams all go the same way.
 type stretch struct {
 	message  int
-	from, to int     // in the message's data
-	leg      *leg    // by which they came; nil: they are quic-go's
+	from, to int     // offsets in the message's data
+	leg      *leg    // the leg they came by; nil: they go to quic-go
 	target   *target // nil: they are dropped
-	known    bool    // one of them has an ID that belongs to the leg
+	known    bool    // at least one carries an ID known to belong to the leg
 }

@@ -1,14 +1,14 @@
 package main
 
-// Handshakes over the bridge, and whose packets they are that no header has shown: all
-// that needs both locks, and so some thought.
+// Handshakes over the bridge, and packets with an ID that no header has shown: all
+// the decisions that need both locks.
 
 import (
 	"cmp"
 	"slices"
 )
 
-// decide says where a datagram from e goes. It is called with both locks held.
+// decide says where a datagram from e goes. The caller holds both locks.
 func (b *bridge) decide(e *end, d []byte, now clock) hop {
 	if !isLong(d) {
 		if l, _ := b.find(e, d); l != nil {
@@ -22,7 +22,8 @@ func (b *bridge) decide(e *end, d []byte, now clock) hop {
 	}
 	l := e.side.legs[b.key(e, dest)]
 	if l == nil {
-		// It may have been given another one under encryption. Its own it keeps.
+		// The mate may have issued another ID under encryption, so look for e's own
+		// ID, which stays the same.
 		for _, f := range e.flows {
 			if to := f.legTo(e); to.end.side.legs[b.key(to.end, source)] == to {
 				l = to.other
@@ -64,7 +65,7 @@ func (b *bridge) handshake(l *leg, d, dest, source []byte, now clock) hop {
 	return hop{verdict: toMate, legs: [2]*leg{l}, known: true}
 }
 
-// mayGo reports whether a packet of a dial that has not been answered may go on.
+// mayGo reports whether a packet of an unanswered dial may go on.
 func (b *bridge) mayGo(dial *dial, d []byte, now clock) bool {
 	switch waited := now - dial.began; {
 	case !dial.holding && dial.sent < unansweredDatagrams:
@@ -77,14 +78,15 @@ func (b *bridge) mayGo(dial *dial, d []byte, now clock) bool {
 			dial.held = append(dial.held, slices.Clone(d))
 		}
 	case waited < dial.hold:
-		// Too soon to be a repetition. It has another connection with the mate, and
-		// ends this one. If it comes again nonetheless, it did not give up.
+		// This is too soon for a retransmission: the caller has another connection
+		// with the mate and closes this one. If it repeats the Initial later, it has
+		// not given up after all.
 		dial.gaveUp, dial.held = true, nil
 	}
 	return false
 }
 
-// answer notes that a dial of f has been answered.
+// answer notes that the callee has answered a dial of f.
 func (b *bridge) answer(f *flow) {
 	f.answered = true
 	for i := range f.legs {
@@ -109,10 +111,10 @@ func (b *bridge) afterHandshake(l *leg, known bool) hop {
 	return hop{verdict: toMate, legs: [2]*leg{l}, known: known}
 }
 
-// guess says where a packet goes with an ID that no header has shown: its mate
-// issued it encrypted. quinn takes another one once, as server, as soon as it has
-// one. quic-go does so too, as client and server, and again after thousands of
-// packets. What is learned once is known from then on.
+// guess says where a packet goes whose ID no header has shown, because the mate
+// issued it under encryption. quinn switches to such an ID once, as server, as soon
+// as it has one. quic-go does so as client and as server, and again after thousands
+// of packets. Once guess has learned an ID, find knows it.
 func (b *bridge) guess(e *end, d []byte, now clock) hop {
 	if b.isOurs(d[1:]) {
 		return hop{verdict: toRelay}
@@ -140,8 +142,8 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 	if len(legs) > 1 {
 		legs = u.likely(legs, now)
 	}
-	// A stateless reset begins with random bytes, too (RFC 9000, 10.3), and those do
-	// not come again.
+	// A stateless reset also begins with random bytes (RFC 9000, 10.3), but those
+	// never come twice.
 	if l := legs[0]; u.seen > 1 && (len(legs) == 1 || now-u.since > settledTime) {
 		n := int(l.idLength)
 		if n == 0 || len(d) <= n {
@@ -153,16 +155,16 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 	}
 	way := b.afterHandshake(legs[0], false)
 	if len(legs) > 1 {
-		way.legs[1] = legs[1] // the wrong one can't read it, and drops it
+		way.legs[1] = legs[1] // the wrong mate can't decrypt it, and drops it
 	}
 	return way
 }
 
-// likely leaves of legs those to which u may belong, the likeliest first, and two
-// at most.
+// likely returns those of legs that u may belong to, the likeliest first, at most
+// two.
 func (u *unknownID) likely(legs []*leg, now clock) []*leg {
 	still := slices.DeleteFunc(slices.Clone(legs), func(l *leg) bool {
-		// It goes on using an ID that is known.
+		// A leg that still uses a known ID has not switched.
 		return l.known > u.since+reorderTime
 	})
 	if len(still) == 0 {
@@ -174,7 +176,8 @@ func (u *unknownID) likely(legs []*leg, now clock) []*leg {
 	return still[:min(len(still), 2)]
 }
 
-// unknownID finds what is known of an unknown ID, and forgets the oldest if it is new.
+// unknownID returns the record of an unknown ID. For a new ID it replaces the oldest
+// record.
 func (s *doubts) unknownID(key uint64, now clock) *unknownID {
 	oldest := &s.unknown[0]
 	for i := range s.unknown {
@@ -194,7 +197,7 @@ func (s *doubts) unknownID(key uint64, now clock) *unknownID {
 func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	p, here := e.here()
 	if !here {
-		return hop{verdict: toRelay} // where it wants to be again
+		return hop{verdict: toRelay} // the client is connecting to the relay again
 	}
 	o := b.meant(e, now)
 	if o == nil {
@@ -237,8 +240,8 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	return hop{verdict: toNobody}
 }
 
-// stray drops an Initial for which there is no mate, once: if the client wants this
-// relay, it comes again.
+// stray drops an Initial for which the client has no mate, once: if the client wants
+// the relay itself, it sends the Initial again.
 func (b *bridge) stray(e *end, source []byte, now clock) hop {
 	id := b.key(e, source)
 	strays := &e.doubt(now).strays
@@ -257,13 +260,13 @@ func (b *bridge) stray(e *end, source []byte, now clock) hop {
 	return hop{verdict: toNobody}
 }
 
-// flowBetween is the one of two ends, or nil.
+// flowBetween returns the flow between two ends, or nil.
 func (b *bridge) flowBetween(a, c *end) *flow {
 	for _, f := range a.flows {
 		if f.legTo(a).end != c {
 			continue
 		}
-		if f.over { // it begins anew
+		if f.over { // the client dials again, which makes a new flow
 			b.removeFlow(f, "dialled again")
 			return nil
 		}
@@ -284,11 +287,11 @@ func (b *bridge) newFlow(caller, callee *end, now clock) *flow {
 	return f
 }
 
-// release sends what was held of a dial.
+// release sends the datagrams held for a dial.
 func (b *bridge) release(f *flow, d *dial) {
 	b.lock()
 	now := b.clock()
-	if !d.holding { // it has gone meanwhile
+	if !d.holding { // the dial has ended meanwhile
 		b.unlock()
 		return
 	}
@@ -314,8 +317,8 @@ func (b *bridge) release(f *flow, d *dial) {
 	}
 }
 
-// busy reports whether e is being called by others than f, and has not switched yet
-// to the ID that it will use with them.
+// busy reports whether a flow other than f is calling e, and e has not switched yet
+// to the ID that it will use there.
 func (b *bridge) busy(e *end, f *flow, now clock) bool {
 	return slices.ContainsFunc(e.flows, func(g *flow) bool {
 		l := g.legOf(e)

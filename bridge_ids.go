@@ -1,8 +1,8 @@
 package main
 
-// What the bridge reads of a packet: the properties that all versions of QUIC share (RFC
-// 8999), the connection IDs that the relay gives out for its own connections, and those
-// by which a packet is known to belong to a flow.
+// What the bridge reads of a packet: the properties that all versions of QUIC share
+// (RFC 8999), the connection IDs that the relay gives out for its own connections,
+// and the connection IDs that tie a packet to a flow.
 
 import (
 	"crypto/rand"
@@ -13,23 +13,23 @@ import (
 	"github.com/quic-go/quic-go"
 )
 
-// relayIDLength is the length of the connection IDs that the relay gives out for its
-// own connections, in bytes. Half of each is random, and half is a keyed hash of that,
-// by which the relay knows it again.
+// relayIDLength sets the length of the connection IDs that the relay gives out for
+// its own connections, in bytes. One half of each ID is random. The other half is a
+// keyed hash of the first, by which the relay recognises the ID.
 const relayIDLength = 8
 
-// verdict is what becomes of a datagram.
+// verdict says what becomes of a datagram.
 type verdict int
 
 const (
 	toRelay verdict = iota
 	toNobody
 	toMate
-	unsure // needs both locks
+	unsure // decide has to look, with both locks
 )
 
-// GenerateConnectionID and ConnectionIDLen make b what gives quic-go's Transport
-// its connection IDs.
+// GenerateConnectionID returns a new connection ID of the relay's own. With
+// ConnectionIDLen it makes b the quic.ConnectionIDGenerator of quic-go's Transport.
 func (b *bridge) GenerateConnectionID() (quic.ConnectionID, error) {
 	var id [relayIDLength]byte
 	rand.Read(id[:relayIDLength/2])
@@ -46,18 +46,18 @@ func (b *bridge) isOurs(id []byte) bool {
 	return len(id) >= relayIDLength && binary.LittleEndian.Uint32(id[relayIDLength/2:]) == b.mark(id[:relayIDLength/2])
 }
 
-// key names an ID in packets that come from e.
+// key identifies an ID in packets that come from e.
 func (b *bridge) key(e *end, id []byte) uint64 { return maphash.Bytes(b.seed, id) ^ e.salt }
 
-// hop is where a datagram goes.
+// hop says where a datagram goes.
 type hop struct {
 	verdict verdict
-	legs    [2]*leg // by which it goes to a mate; of two, nobody can tell yet which
-	known   bool    // it has an ID that belongs to the leg
+	legs    [2]*leg // the legs it goes by; of two, only one is right, and nobody can tell which yet
+	known   bool    // its ID belongs to the leg
 }
 
-// find finds the leg to which the ID belongs that begins a short header, the longest
-// of those that it could be.
+// find returns the leg to which a packet with a short header belongs, and the
+// connection ID in that header. If IDs of several lengths match, the longest wins.
 func (b *bridge) find(e *end, d []byte) (*leg, []byte) {
 	for left := e.lengths; left != 0; {
 		n := bits.Len32(left) - 1
@@ -93,14 +93,14 @@ func longIDs(d []byte) (dest, source []byte, ok bool) {
 	return dest, rest[1 : 1+n], true
 }
 
-// isInitial reports whether d, which has a long header, begins a connection of QUIC
-// version 1 (RFC 9000, 14.1 and 17.2.2), if dest is its destination's ID.
+// isInitial reports whether d begins a connection of QUIC version 1 (RFC 9000, 14.1
+// and 17.2.2). d has a long header, and dest is the destination ID in it.
 func isInitial(d, dest []byte) bool {
 	return binary.BigEndian.Uint32(d[1:]) == 1 && d[0]&0x30 == 0 && len(d) >= 1200 && len(dest) >= 8
 }
 
-// learn notes that packets that come by l carry id. If short, it may begin a short
-// header.
+// learn notes that packets which come by l carry id. short says that id may begin a
+// short header.
 func (b *bridge) learn(l *leg, id []byte, short bool) {
 	n, e := len(id), l.end
 	if n < minID || n > maxID || b.isOurs(id) {
@@ -108,7 +108,7 @@ func (b *bridge) learn(l *leg, id []byte, short bool) {
 	}
 	key := b.key(e, id)
 	if e.side.legs[key] != nil {
-		return // and stays whose it is
+		return // the first leg keeps it
 	}
 	at := l.idCount % legIDs
 	if l.idCount >= legIDs {

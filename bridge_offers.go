@@ -1,9 +1,10 @@
 package main
 
-// Whom a client may dial over the bridge: which of its mates an answer names with the
-// relay's own address, and for which of them an Initial is that comes then. A client
-// cannot say so: to its mate it is the first packet of a connection, and no name is in
-// it. So each is offered one mate at a time.
+// Offers decide whom a client may dial over the bridge: which of its mates an answer
+// names with the relay's own address, and which mate the Initial is for that then
+// arrives. The Initial cannot tell us: to the client it is the first packet of a
+// connection with the mate, and it carries no name. So we offer each client one mate
+// at a time.
 
 import (
 	"slices"
@@ -13,17 +14,18 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// mate is one to name in an answer.
+// mate describes a device of the asker's group, to name in an answer.
 type mate struct {
 	id peer.ID
 
-	// bridge is the address of ours at which the asker may dial it; nil: none.
+	// bridge is the address of ours at which the asker may dial the mate; nil: none.
 	bridge ma.Multiaddr
 }
 
-// choose says whom of its mates to name to who asks over conn: those that it has
-// met, and one that it has not, with the bridge's address. A client cannot say for
-// whom an Initial is. If it was told to dial several mates here, nobody could tell.
+// choose returns the mates to name to the client that asks over conn: those that
+// need no bridge, and at most one that does, with the bridge's address. An Initial
+// does not say whom it is for, so if a client were told to dial several mates here,
+// nobody could tell its Initials apart.
 func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 	asker := conn.RemotePeer()
 	if len(ids) == 0 {
@@ -38,8 +40,8 @@ func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 	}
 	var bridged []candidate
 	for _, id := range ids {
-		// Two that punch holes would never do so over a bridge, which they take to be
-		// a direct connection.
+		// Two clients that punch holes would stop doing so once a bridge connected
+		// them, because they would take it for a direct connection.
 		if !possible || b.relays[id] != nil || b.peers.punch(asker, id) {
 			named = append(named, mate{id: id})
 		} else if conns := b.connections(id); len(conns) > 0 {
@@ -61,17 +63,18 @@ func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 	return named
 }
 
-// candidate is a mate that may be dialled over the bridge.
+// candidate describes a mate that the asker may dial over the bridge.
 type candidate struct {
 	id   peer.ID
 	conn connection
-	near bool // in the asker's network, so most likely at home with it
+	near bool // in the asker's network, so most likely in the same home
 }
 
-// offer notes that the asker may dial the first of mates that it has not met. next
-// is that one, or "", and others are those that need no bridge: met, or near. One
-// that was killed and is back is near what it was, which seems to be here for some
-// seconds yet.
+// offer picks the mate that the asker may dial next, and notes that it was told. It
+// returns that mate as next, or "" if there is none. others are the mates that need
+// no bridge: the asker has met them, has another connection with them, or is near
+// them. A device that was killed and came back is near its old self, which still
+// looks connected for some seconds.
 func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now clock) (next peer.ID, others []peer.ID) {
 	b.lock()
 	defer b.unlock()
@@ -101,11 +104,11 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 		}
 		o.conn, o.known, o.near = m.conn, now, m.near
 		unmet = append(unmet, o)
-		turn := o.named // the longer ago the sooner
+		turn := o.named // the longer ago, the sooner its turn
 		if o.direct || o.near {
 			turn += afterRest
 		}
-		// It may be dialling the one that it was told just now.
+		// The client may be dialling the mate that it was told just now.
 		justNow := o.open(e, now) && now-o.named < notDialled
 		if best == nil || justNow || !dialling && turn < bestTurn {
 			best, bestTurn, dialling = o, turn, dialling || justNow
@@ -124,8 +127,8 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 	return best.mate, others
 }
 
-// offerTo returns what the client was offered of that mate, or makes it. It is nil
-// if there are too many.
+// offerTo returns the client's offer of that mate, and makes it if there is none. It
+// returns nil if the client has too many.
 func (c *client) offerTo(mate peer.ID) *offer {
 	for _, o := range c.offers {
 		if o.mate == mate {
@@ -141,8 +144,9 @@ func (c *client) offerTo(mate peer.ID) *offer {
 }
 
 // met reports whether the client at e seems to be connected with that mate over the
-// bridge. What it did at another address before it came to e it may have forgotten: a
-// client that was killed and is back under its ID has.
+// bridge. Flows at the client's other addresses count only if a packet came there
+// after e appeared: a client that was killed and came back under the same ID has
+// forgotten its older connections.
 func (e *end) met(mate peer.ID, now clock) bool {
 	return e.client.with(mate, func(own *end, f *flow) bool {
 		return f.established && !f.over && f.legs[0].end.absent == 0 && f.legs[1].end.absent == 0 &&
@@ -160,8 +164,8 @@ func (c *client) dialling(mate peer.ID, now clock) bool {
 	})
 }
 
-// with reports whether is is true of one of the client's flows with that mate, and its
-// own end of it.
+// with reports whether is returns true for one of the client's flows with that mate
+// and the client's own end of it.
 func (c *client) with(mate peer.ID, is func(*end, *flow) bool) bool {
 	for _, e := range c.ends {
 		for _, f := range e.flows {
@@ -173,10 +177,11 @@ func (c *client) with(mate peer.ID, is func(*end, *flow) bool) bool {
 	return false
 }
 
-// meant is for whom an Initial from e is: the mate that its client was told to dial
-// here, else one that it has not met, of whom another mate may have told. If there are
-// several it is the one dialled longest ago: where that is wrong, the dial fails as it
-// would here.
+// meant returns the offer of the mate that an Initial from e is for, or nil. It
+// takes the mate that the client was told to dial here, or else one that the client
+// has not met but may have heard of from another mate. Of several such mates it
+// takes the one dialled longest ago. If that is wrong, the dial fails, as it would
+// at the relay itself.
 func (b *bridge) meant(e *end, now clock) *offer {
 	var told, unmet *offer
 	for _, o := range e.client.offers {

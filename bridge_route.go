@@ -1,9 +1,9 @@
 package main
 
-// Where a datagram goes that comes from a client which may be bridged: to quic-go,
-// to a mate, or nowhere. The reader of a socket asks for each, so this is the hot
-// part: one lock and one look at the clock for all that was read at once, and a
-// comparison of a few bytes for a packet that follows another of its kind.
+// Routing decides where each datagram from a client goes: to quic-go, to a mate, or
+// nowhere. The reader of a socket asks for every datagram, so this is the hot part.
+// It takes one lock and reads the clock once for all that was read at once, and it
+// compares a few bytes for a packet that follows another of its kind.
 
 import (
 	"hash/maphash"
@@ -11,8 +11,8 @@ import (
 	"slices"
 )
 
-// take is shown what was read from the side's socket, and leaves what is for
-// quic-go. Its one caller is the reader.
+// take sees what was read from the side's socket, sends what is for mates, and
+// leaves what is for quic-go. Only the socket's reader calls it.
 func (sd *side) take(batch []arrival) {
 	b := sd.bridge
 	runs := sd.runs[:0]
@@ -47,9 +47,9 @@ func (sd *side) take(batch []arrival) {
 	sd.runs = runs
 }
 
-// send sends the first of runs, if it is to go to a mate, and what follows and goes
-// there as well: a busy flow fills several messages of a batch, and the kernel takes
-// as much at a time as one has, of datagrams of one size.
+// send sends the first of runs if it goes to a mate, together with later runs to the
+// same mate. A busy flow fills several messages of a batch, and the kernel accepts
+// as many datagrams of one size at a time as one message holds.
 func (sd *side) send(batch []arrival, runs []stretch) {
 	first, to := &batch[runs[0].message], runs[0].target
 	if to == nil {
@@ -63,12 +63,12 @@ func (sd *side) send(batch []arrival, runs []stretch) {
 		}
 		a := &batch[r.message]
 		p := a.data[r.from:r.to]
-		n := min(a.size, len(p)) // of its first datagram
+		n := min(a.size, len(p)) // the size of its first datagram
 		if len(parts) == 0 {
 			size = n
 		} else if total%size != 0 || n > size || n < size && len(p) > n || a.ecn != first.ecn ||
 			total+len(p) > maxSend || total/size+(len(p)+size-1)/size > maxSegments {
-			break // and what comes later must not overtake it
+			break // send the rest later, so that it overtakes nothing
 		}
 		parts, total = append(parts, p), total+len(p)
 		r.target = nil
@@ -78,8 +78,8 @@ func (sd *side) send(batch []arrival, runs []stretch) {
 	sd.parts = parts
 }
 
-// keep leaves of one message what runs say is quic-go's, from i on. It returns where
-// the next message's begin.
+// keep cuts a message down to what runs leave to quic-go, beginning at index i. It
+// returns the index of the next message's first run.
 func keep(a *arrival, runs []stretch, i int) int {
 	message, kept := runs[i].message, 0
 	for ; i < len(runs) && runs[i].message == message; i++ {
@@ -91,7 +91,7 @@ func keep(a *arrival, runs []stretch, i int) int {
 	return i
 }
 
-// split appends the runs of a message from e, or none if all of it is quic-go's.
+// split appends the runs of a message from e, or none if all of it goes to quic-go.
 func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock) []stretch {
 	first, diverted := len(runs), false
 	add := func(l *leg, known bool, from, to int) {
@@ -110,7 +110,7 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 			way.verdict = sd.greet(a.from, d, now)
 		}
 		if way.verdict == unsure {
-			// Another one may need the two locks in their order.
+			// decide needs both locks, taken in their order.
 			sd.mu.Unlock()
 			sd.bridge.lock()
 			if e = sd.ends[a.from]; e != nil {
@@ -138,18 +138,19 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 	switch {
 	case !diverted:
 		return runs[:first]
-	case len(runs) == first: // nothing is left of it, which keep must be told
+	case len(runs) == first: // all of it is dropped, and this run tells keep so
 		runs = append(runs, stretch{message: message})
 	}
 	return runs
 }
 
-// greet says what becomes of a packet with a long header from one who is not known
-// here. A client that comes back when the relay has restarted dials it, and at the
-// same moment, under the same address, the mates that it knew. The second Initial is
-// dropped once: when it comes again, a second later, the client is connected, and has
-// asked for its mates. Without, a dial that met this relay in a mate's stead was not
-// tried again before the client's next tick. It is called with the lock of sd.
+// greet says where a packet with a long header goes that comes from an unknown
+// address. When the relay has restarted, a client that comes back dials the relay
+// and, at the same moment and at the same address, the mates that it knew. So greet
+// drops the second Initial once. A second later, when the client repeats it, the
+// client is connected and has asked for its mates. Without this, a dial that reached
+// the relay in place of a mate was not tried again before the client's next tick.
+// The caller holds the lock of sd.
 func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
 	dest, source, ok := longIDs(d)
 	if !ok {
@@ -158,7 +159,7 @@ func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
 	addr, id := maphash.Comparable(sd.bridge.seed, from), maphash.Bytes(sd.bridge.seed, source)
 	n := &sd.newcomers[addr%uint64(len(sd.newcomers))]
 	if sd.bridge.isOurs(dest) && n.addr == addr {
-		n.addr = 0 // its first dial has been answered: what comes now is another one
+		n.addr = 0 // the relay has answered its first dial, so its next Initial starts afresh
 	}
 	if !isInitial(d, dest) || sd.bridge.isOurs(dest) {
 		return toRelay
@@ -175,8 +176,8 @@ func (sd *side) greet(from netip.AddrPort, d []byte, now clock) verdict {
 	return toNobody
 }
 
-// follow finds where a packet goes that needs no thought, with the lock of sd. The
-// client at e may have gone.
+// follow finds where a packet goes if that takes no thought, and says unsure if it
+// does. The client at e may have gone. The caller holds the lock of sd.
 func (sd *side) follow(e *end, d []byte) hop {
 	switch {
 	case e == nil:
@@ -206,15 +207,15 @@ func (sd *side) follow(e *end, d []byte) hop {
 	return hop{verdict: toMate, legs: [2]*leg{l}, known: true}
 }
 
-// charge counts a run, and drops it if it is more than may be carried. It is called
-// with the lock of the run's side.
+// charge counts a run, and drops it if that exceeds a limit. The caller holds the
+// lock of the run's side.
 func (b *bridge) charge(r *stretch, size int, now clock) {
 	l, n := r.leg, int64(r.to-r.from)
 	if l.flow.over {
 		return
 	}
 	if l.full = l.full || b.maxBytes > 0 && l.bytes+n > b.maxBytes; l.full {
-		return // sweep ends the flow
+		return // sweep will end the flow
 	}
 	if r.known {
 		l.known = now
@@ -238,9 +239,9 @@ func (b *bridge) charge(r *stretch, size int, now clock) {
 	r.target = l.other.end.target
 }
 
-// allowed is how many of n bytes, in datagrams of size, --max-bandwidth has room
-// for. Circuits wait for their turn, which a packet does not: it is let through as
-// long as what is owed is not more than circuits owe, who wait for it.
+// allowed returns how many of n bytes, in datagrams of size, fit into
+// --max-bandwidth. A circuit waits for its turn, but a packet cannot wait. So
+// allowed lets packets overdraw the limit as far as waiting circuits do.
 func (b *bridge) allowed(n, size int64, now clock) (allowed int64) {
 	at := b.began.Add(now)
 	owed := -float64(b.bandwidth.Limit()) * (2 * turnTime).Seconds()
@@ -255,7 +256,8 @@ func (b *bridge) allowed(n, size int64, now clock) (allowed int64) {
 	return allowed
 }
 
-// tap takes a socket, and returns what is to be shown what arrives there.
+// tap attaches a socket to its side, and returns the function that sees what arrives
+// there.
 func (b *bridge) tap(s udpSocket) tapped {
 	sd := b.sideOf(addrPort(s.LocalAddr()).Addr())
 	b.lock()

@@ -2,11 +2,12 @@ package main
 
 // Budgets: how much of the relay's CPU the clients of one network can take.
 //
-// A request costs about 60 µs, a stream that is opened and reset 13 µs, and a packet of
-// hundreds of frames up to a millisecond. No honest client notices what that comes to,
-// and a few hostile ones can keep all cores busy with it. So each network has a number of
-// requests, and of such frames, for each second. Requests beyond wait, and who sends such
-// frames beyond is closed.
+// A request costs about 60 µs, a stream that is opened and reset 13 µs, and a packet
+// of hundreds of frames up to a millisecond. What an honest client costs goes
+// unnoticed, but a few hostile ones can keep all cores busy. So each network may
+// make a number of requests per second, and send a number of frames beyond the usual
+// ones. Requests beyond the budget wait. A client that sends frames beyond it is
+// disconnected.
 
 import (
 	"net"
@@ -18,30 +19,30 @@ import (
 )
 
 const (
-	// requestsPerClient is how many requests a client of a network can make at once, if
-	// all do so that may be there: an app that starts makes about ten.
+	// requestsPerClient sets how many requests a network can make at once, for each
+	// client that it may have. An app that starts makes about ten.
 	requestsPerClient = 16
 
-	// requestsPerSecond is how many follow each second, for each client that may be
-	// there: the clients make three in 30 s.
+	// requestsPerSecond sets how many requests it can then make per second, for each
+	// client that it may have. The clients make three in 30 s.
 	requestsPerSecond = 0.5
 
-	// requestPace is how many of those can come in a second, for each client that may be
-	// there: when all of an office come back at once, they are served within two seconds,
-	// and nobody else notices.
+	// requestPace caps how many requests a network can make in any one second, for
+	// each client that it may have. When all clients of an office come back at once,
+	// they are served within two seconds, and nobody else notices.
 	requestPace = 8
 
-	// framesPerSecond is how many frames beyond usualFrames the packets of one network
-	// may have in a second: they cost 12 ms of CPU at worst. Honest ones hardly ever have
-	// any.
+	// framesPerSecond limits how many frames beyond usualFrames the packets of one
+	// network may have in a second. They cost 12 ms of CPU at worst. Honest clients
+	// hardly ever send any.
 	framesPerSecond = 5000
 
-	// budgetAge is how long the budget of a network is kept that nobody is connected
-	// from: it has all that it may by then.
+	// budgetAge sets how long we keep the budget of a network that has no connection
+	// left. After that time the budget is full again.
 	budgetAge = requestsPerClient / requestsPerSecond * time.Second
 )
 
-// budgets are those of all networks.
+// budgets holds the budgets of all networks.
 type budgets struct {
 	perNetwork int // connections
 	free       func(netip.Addr) bool
@@ -54,16 +55,16 @@ func newBudgets(lim limits) *budgets {
 	return &budgets{perNetwork: lim.perNetwork, free: lim.free, by: make(map[netip.Prefix]*budget)}
 }
 
-// budget is what one network may spend. Release it once for each time that of returned
-// it. nil is without bounds.
+// budget limits what one network may spend. Release it once for each time that of
+// returned it. A nil *budget has no limit.
 type budget struct {
 	all      *budgets
 	network  netip.Prefix
 	requests *rate.Limiter
-	pace     *rate.Limiter // of requests, in the short run
+	pace     *rate.Limiter // limits bursts of requests
 	frames   *rate.Limiter
 
-	users int // connections; under all.mu
+	users int // connections; guarded by all.mu
 }
 
 // of returns the budget of the network that addr is in, or nil if it has none.
@@ -113,8 +114,8 @@ func (b *budget) spend(from *rate.Limiter, n int) time.Duration {
 	return from.ReserveN(time.Now(), min(n, from.Burst())).Delay()
 }
 
-// addrPortOf returns a UDP address as netip has it, with IPv4 addresses never written as
-// IPv6 ones.
+// addrPortOf returns a UDP address as netip has it. It never writes an IPv4 address
+// as an IPv6 one.
 func addrPortOf(addr net.Addr) netip.AddrPort {
 	udp, ok := addr.(*net.UDPAddr)
 	if !ok {

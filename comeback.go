@@ -1,7 +1,7 @@
 package main
 
-// A device that comes back before its old connections have timed out: its newest
-// connection gets in, and its oldest gives way.
+// What happens when a device comes back before its old connections have timed out:
+// we accept the newest connection, and close the oldest.
 
 import (
 	"github.com/libp2p/go-libp2p/core/network"
@@ -9,11 +9,11 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-// newestFirst is a resource manager under which a peer that has connsPerPeer
-// connections may open one more, at the cost of its oldest. By itself go-libp2p
-// refuses the newest, so a device that lost its network without a goodbye five times
-// within 30 s would be shut out until the dead connections have timed out. Only who
-// holds the peer's key can close its connections in this way.
+// newestFirst wraps a resource manager so that a peer with connsPerPeer connections
+// may open one more, and loses its oldest. go-libp2p by itself refuses the newest.
+// So a device that lost its network five times within 30 s without a goodbye would
+// be shut out until its dead connections timed out. Only the holder of a peer's key
+// can close its connections this way.
 type newestFirst struct {
 	network.ResourceManager
 
@@ -29,7 +29,7 @@ func (m newestFirst) OpenConnection(dir network.Direction, usefd bool, endpoint 
 	return newestScope{scope, m}, nil
 }
 
-// newestScope learns whose connection it is when the handshake has proven it.
+// newestScope learns whose connection it is once the handshake has proven it.
 type newestScope struct {
 	network.ConnManagementScope
 	manager newestFirst
@@ -41,8 +41,8 @@ func (s newestScope) SetPeer(id peer.ID) error {
 }
 
 // makeRoom closes the oldest connections of id until it may open one more. The swarm
-// does not know those that were accepted a moment ago. If they fill the place, go-libp2p
-// refuses the newest.
+// does not know connections that were accepted a moment ago. If they use up the
+// limit, go-libp2p refuses the newest.
 func (m newestFirst) makeRoom(id peer.ID) {
 	for _, c := range m.conns(id) {
 		var open int
@@ -54,7 +54,7 @@ func (m newestFirst) makeRoom(id peer.ID) {
 			return
 		}
 		if c.Stat().Direction == network.DirInbound {
-			c.Close() // it is counted no longer when this returns
+			c.Close() // it no longer counts when Close returns
 		}
 	}
 }

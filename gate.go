@@ -1,12 +1,12 @@
 package main
 
-// The gate: which packets of handshakes reach quic-go.
+// The gate: which handshake packets reach quic-go.
 //
-// Before a handshake is done, quic-go keeps what comes in CRYPTO frames, even from
-// addresses that are forged: 84 KiB in Initial packets took 2.2 MiB for 10 s. A handshake
-// needs a few datagrams. So the gate lets a few through for each connection ID, and drops
-// what follows. It stands where datagrams arrive, before quic-go reads them, on every
-// platform.
+// Until a handshake is done, quic-go keeps what arrives in CRYPTO frames, even from
+// forged addresses: 84 KiB in Initial packets took 2.2 MiB for 10 s. A handshake
+// needs only a few datagrams. So the gate lets a few through for each connection ID,
+// and drops the rest. It sees datagrams as they arrive, before quic-go reads them,
+// on every platform.
 
 import (
 	"hash/maphash"
@@ -16,38 +16,39 @@ import (
 )
 
 const (
-	// handshakeDatagrams is how many datagrams with one connection ID pass, of those
-	// that begin with a long header. A client sends one to three with the ID that it
-	// chose, as many with the ID that the relay chose, and again what is lost, after
-	// 1, 2 and 4 s (RFC 9002, 6.2): so it is enough for the 10 s that quic-go gives a
-	// handshake.
+	// handshakeDatagrams limits how many datagrams that begin with a long header pass
+	// with one connection ID. A client sends one to three with the ID that it chose,
+	// as many with the ID that the relay chose, and repeats what is lost after 1, 2
+	// and 4 s (RFC 9002, 6.2). So the limit suffices for the 10 s that quic-go allows
+	// for a handshake.
 	handshakeDatagrams = 12
 
-	// handshakeAge is how long a connection ID is remembered, in seconds: twice as long
-	// as quic-go keeps a connection whose handshake is not done.
+	// handshakeAge sets how long the gate remembers a connection ID, in seconds:
+	// twice as long as quic-go keeps a connection whose handshake is not done.
 	handshakeAge = 20
 
-	// gateSlots is how many connection IDs the gate tells apart, a power of two. Those
-	// that share a slot share its datagrams. Filling all slots takes 40 000 datagrams a
-	// second, of which quic-go drops most by itself. They take 512 KiB.
+	// gateSlots sets how many connection IDs the gate tells apart. It is a power of
+	// two. IDs that share a slot share its datagrams. To fill all slots takes 40 000
+	// datagrams a second, and quic-go drops most of those anyway. The slots take 512
+	// KiB.
 	gateSlots = 1 << 16
 )
 
-// gate lets through some datagrams of each handshake. It takes the same memory whatever
-// comes. Make it with newGate. Its methods may be called by several goroutines.
+// gate lets a few datagrams of each handshake through. It takes the same memory
+// whatever arrives. Make it with newGate. Several goroutines may call its methods.
 type gate struct {
 	seed  maphash.Seed
 	start time.Time
 
-	// slots hold when the first datagram came, in seconds since start, and how many
-	// have come since, in the upper and the lower half.
+	// slots hold two numbers each. The upper half is when the slot's first datagram
+	// came, in seconds since start; the lower half is how many have come since.
 	slots [gateSlots]atomic.Uint64
 }
 
 func newGate() *gate { return &gate{seed: maphash.MakeSeed(), start: time.Now()} }
 
-// behind returns a tap that shows what arrives to first, and then takes out what may not
-// pass of the datagrams that first has left for quic-go.
+// behind returns a tap that first shows what arrives to the tap first. Of the
+// datagrams left for quic-go, it then takes out those that may not pass.
 func (g *gate) behind(first tapped) tapped {
 	return func(batch []arrival) {
 		first(batch)
@@ -74,8 +75,8 @@ func (g *gate) admit(datagram []byte) bool {
 	return !ok || g.count(id, uint64(time.Since(g.start)/time.Second))
 }
 
-// count counts a datagram with that connection ID, which comes so many seconds after
-// start, and reports whether it is within handshakeDatagrams.
+// count counts a datagram with that connection ID, and reports whether it is within
+// handshakeDatagrams. now is in seconds since start.
 func (g *gate) count(id []byte, now uint64) bool {
 	slot := &g.slots[maphash.Bytes(g.seed, id)%gateSlots]
 	for {
@@ -93,15 +94,16 @@ func (g *gate) count(id []byte, now uint64) bool {
 	}
 }
 
-// handshakeID returns the destination connection ID of a datagram that begins with a long
-// header of some version of QUIC (RFC 8999, 5.1), which is one of a handshake.
+// handshakeID returns the destination connection ID of a datagram that begins with a
+// long header of any version of QUIC (RFC 8999, 5.1). All such datagrams belong to
+// handshakes.
 func handshakeID(datagram []byte) (id []byte, ok bool) {
 	if len(datagram) < 6 || datagram[0]&0x80 == 0 {
 		return nil, false
 	}
 	length := int(datagram[5])
 	if len(datagram) < 6+length {
-		return nil, false // no packet at all, which quic-go drops
+		return nil, false // not a QUIC packet; quic-go drops it
 	}
 	return datagram[6 : 6+length], true
 }

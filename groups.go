@@ -1,8 +1,8 @@
 package main
 
-// Which devices belong together: those of one user all put one record, under a key
-// that nobody else can guess. We know who put it by the connection on which it came,
-// and not by what the record says about its publisher.
+// Groups record which devices belong together. All devices of one user put the same
+// record, under a key that nobody else can guess. We know who put it from the
+// connection that it came on, not from what the record says about its publisher.
 
 import (
 	"slices"
@@ -16,7 +16,7 @@ import (
 type groups struct {
 	mu      sync.Mutex
 	members map[string][]member  // by key, in the order in which they last put it
-	keys    map[peer.ID][]string // the keys that each has put, in the same order
+	keys    map[peer.ID][]string // the keys that each peer has put, in the same order
 }
 
 type member struct {
@@ -51,8 +51,8 @@ func (g *groups) leave(id peer.ID) {
 	}
 }
 
-// mates returns the peers other than id that have put the record with that key
-// lately, the newest first.
+// mates returns the other peers that have put the record with that key lately, the
+// newest first. These are the mates of id.
 func (g *groups) mates(key string, id peer.ID, now time.Time) (mates []peer.ID) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -64,7 +64,8 @@ func (g *groups) mates(key string, id peer.ID, now time.Time) (mates []peer.ID) 
 	return mates
 }
 
-// allMates returns the mates of id in each of its groups, as mates does.
+// allMates returns the mates of id in all of its groups, those of the newest group
+// first.
 func (g *groups) allMates(id peer.ID, now time.Time) (mates []peer.ID) {
 	g.mu.Lock()
 	keys := slices.Clone(g.keys[id])
@@ -75,7 +76,7 @@ func (g *groups) allMates(id peer.ID, now time.Time) (mates []peer.ID) {
 	return mates
 }
 
-// remove forgets that id has put key. g.mu is held.
+// remove forgets that id has put key. The caller holds g.mu.
 func (g *groups) remove(key string, id peer.ID) {
 	left := slices.DeleteFunc(g.members[key], func(m member) bool { return m.id == id })
 	if g.members[key] = left; len(left) == 0 {

@@ -1,7 +1,7 @@
 package main
 
-// The DNS names in the addresses that the operator gave: what each leads to now. The
-// deployed clients cannot dial a name, so they are told IP addresses first.
+// The DNS names in the operator's addresses, and the IP addresses that they resolve
+// to. The deployed clients cannot dial a name, so we give them IP addresses first.
 
 import (
 	"context"
@@ -20,24 +20,26 @@ import (
 )
 
 const (
-	// nameRefresh is how often a name is looked up. A resolver of the machine does not
-	// say for how long an answer holds, so this is short. It answers from its cache.
+	// nameRefresh sets how often a name is looked up. The system's resolver does not
+	// say how long an answer is valid, so this is short. The resolver answers from
+	// its cache.
 	nameRefresh = time.Minute
 
-	// nameRetry is when a lookup that failed is tried again, each time after twice as
-	// long, up to nameRefresh: at boot the network may be seconds away.
+	// nameRetry sets how soon a failed lookup is tried again. The wait doubles each
+	// time, up to nameRefresh. At boot the network may be up within seconds.
 	nameRetry = time.Second
 
-	// nameTimeout bounds one lookup. Resolvers try for 5 s, and then the next server.
+	// nameTimeout limits one lookup. Resolvers try a server for 5 s, and then the
+	// next one.
 	nameTimeout = 15 * time.Second
 
-	// nameFirstWait is how long the start waits for the first answers, so that the
-	// banner holds them. Without DNS the relay starts nevertheless.
+	// nameFirstWait limits how long the start waits for the first answers, so that
+	// they appear in the banner. Without DNS the relay starts anyway.
 	nameFirstWait = 3 * time.Second
 )
 
-// names follows what DNS names lead to. Make it with newNames, call add, then follow;
-// close ends it.
+// names follows the IP addresses of DNS names. Make it with newNames, call add, then
+// follow; end it with close.
 type names struct {
 	log      *slog.Logger
 	resolver *madns.Resolver
@@ -47,7 +49,7 @@ type names struct {
 
 	cancel   context.CancelFunc
 	running  sync.WaitGroup
-	answered sync.WaitGroup // with the first answer or failure of each name
+	answered sync.WaitGroup // waits for the first answer or failure of each name
 
 	mu     sync.Mutex
 	leadTo map[string][]ma.Multiaddr // the last good answer for each address with a name, sorted
@@ -62,7 +64,7 @@ func newNames(resolver madns.BasicResolver, log *slog.Logger) *names {
 	return &names{log: log, resolver: r, changed: func() {}, leadTo: make(map[string][]ma.Multiaddr)}
 }
 
-// add has the names among addrs followed. It is called before follow.
+// add registers the DNS names among addrs. Call it before follow.
 func (n *names) add(addrs ...ma.Multiaddr) {
 	for _, a := range addrs {
 		if isDNS(a) {
@@ -71,20 +73,20 @@ func (n *names) add(addrs ...ma.Multiaddr) {
 	}
 }
 
-// follow looks up all names until close, and calls changed, from any goroutine, when an
-// answer differs from the last. It returns when each name has been tried, or after
-// nameFirstWait.
+// follow looks up all names until close. When an answer differs from the last, it
+// calls changed, from any goroutine. It returns when each name has been tried once,
+// or after nameFirstWait.
 func (n *names) follow(changed func()) {
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
 	n.changed = changed
-	texts := slices.Collect(maps.Keys(n.leadTo)) // the map changes with the first answer
+	texts := slices.Collect(maps.Keys(n.leadTo)) // a copy, because the map changes with the first answer
 	n.answered.Add(len(texts))
 	for _, text := range texts {
 		n.running.Go(func() { n.followOne(ctx, ma.StringCast(text)) }) // close waits for it
 	}
 	all := make(chan struct{})
-	go func() { // until the last lookup has ended, within nameTimeout
+	go func() { // ends with the last lookup, within nameTimeout
 		n.answered.Wait()
 		close(all)
 	}()
@@ -127,10 +129,10 @@ func (n *names) followOne(ctx context.Context, addr ma.Multiaddr) {
 			}
 			retry, failing = nameRetry, false
 		} else {
-			if !failing { // warn once, until it is resolved again
+			if !failing { // warn once per outage
 				failing = true
 				last := n.withIPs([]ma.Multiaddr{addr})
-				n.log.Warn("name not resolved, trying again; meanwhile clients are told what is known", "name", name, "err", err, "addrs", last)
+				n.log.Warn("name not resolved, trying again; meanwhile clients get the last known addresses", "name", name, "err", err, "addrs", last)
 			}
 			wait, retry = retry, min(2*retry, nameRefresh)
 		}
@@ -143,8 +145,8 @@ func (n *names) followOne(ctx context.Context, addr ma.Multiaddr) {
 	}
 }
 
-// lookUp returns the IP addresses that addr leads to now, in a fixed order, or why
-// there are none.
+// lookUp returns the IP addresses that addr resolves to now, in a fixed order, or an
+// error that says why there are none.
 func (n *names) lookUp(ctx context.Context, addr ma.Multiaddr) ([]ma.Multiaddr, error) {
 	ctx, cancel := context.WithTimeout(ctx, nameTimeout)
 	defer cancel()
@@ -162,19 +164,19 @@ func (n *names) lookUp(ctx context.Context, addr ma.Multiaddr) ([]ma.Multiaddr, 
 		return !isQUICAddr(a) || !isReachable(ip) && !(loopbackToo && ip.IsLoopback())
 	})
 	if len(usable) == 0 {
-		return nil, fmt.Errorf("it leads to %s, where no client can reach anything; see /etc/hosts", strings.Join(strs(found), " "))
+		return nil, fmt.Errorf("it resolves to %s, which no client can reach; see /etc/hosts", strings.Join(strs(found), " "))
 	}
 	slices.SortFunc(usable, ma.Multiaddr.Compare)
 	return slices.CompactFunc(usable, ma.Multiaddr.Equal), nil
 }
 
-// isReachable reports whether another machine can have ip for its destination.
+// isReachable reports whether another machine can send to ip.
 func isReachable(ip netip.Addr) bool {
 	return ip.IsValid() && !ip.IsUnspecified() && !ip.IsLoopback() && !ip.IsMulticast() && !ip.IsLinkLocalUnicast()
 }
 
 // withIPs returns the IP addresses among addrs and those that the names among them
-// lead to, in their order, each once and at most maxOfferedAddrs; and then the names.
+// resolve to, in their order, each once, at most maxOfferedAddrs. The names follow.
 func (n *names) withIPs(addrs []ma.Multiaddr) []ma.Multiaddr {
 	if len(addrs) == 0 {
 		return nil

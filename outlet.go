@@ -1,7 +1,7 @@
 package main
 
-// How the relay writes to stdout and stderr: so that nobody waits for a reader that is
-// slow, and nothing ends because a reader has gone.
+// How the relay writes to stdout and stderr, so that a slow reader makes nobody wait
+// and a reader that goes away ends nothing.
 
 import (
 	"io"
@@ -11,37 +11,38 @@ import (
 )
 
 const (
-	// outletLines and outletBytes are how much an outlet keeps for a reader that does
-	// not read: a burst of debug lines.
+	// outletLines and outletBytes limit how much an outlet keeps for a reader that
+	// does not read: a burst of debug lines.
 	outletLines = 1024
 	outletBytes = 256 << 10
 
-	// outletTimeout is how long somebody who ends waits for a reader.
+	// outletTimeout limits how long the process waits for a reader before it ends.
 	outletTimeout = time.Second
 )
 
-// outlet writes what it is given in order, each part by itself, in a goroutine of its
-// own. When its reader does not read, it keeps some and drops the rest; when the reader
-// has gone, all is dropped. Make it with newOutlet, end it with finish.
+// outlet writes what it is given, in order, each part by itself, in its own
+// goroutine. When its reader does not read, the outlet keeps some parts and drops
+// the rest. When the reader has gone, it drops everything. Make it with newOutlet,
+// end it with finish.
 type outlet struct {
 	parts chan outletPart
 	bytes atomic.Int64 // in parts
-	lost  atomic.Int64 // parts dropped since the last that was written
+	lost  atomic.Int64 // parts dropped since the last one written
 
 	end   chan struct{} // closed by finish
 	ended chan struct{} // closed when the goroutine has ended
 }
 
-// outletPart is text to write, or a question of flush.
+// outletPart carries text to write, or a request from flush.
 type outletPart struct {
 	text    []byte
-	reached chan<- struct{} // closed when all before it has been written; nil: nobody asks
+	reached chan<- struct{} // closed when everything before it has been written; nil: no request
 }
 
 // newOutlet returns an outlet to w, whose Write may block.
 func newOutlet(w io.Writer) *outlet {
 	o := &outlet{parts: make(chan outletPart, outletLines), end: make(chan struct{}), ended: make(chan struct{})}
-	go o.run(w) // finish ends it, or the process does while w blocks
+	go o.run(w) // ends with finish, or with the process if w blocks
 	return o
 }
 
@@ -54,7 +55,7 @@ func (o *outlet) run(w io.Writer) {
 			continue
 		default:
 		}
-		select { // nothing is left
+		select { // nothing is waiting
 		case part := <-o.parts:
 			o.write(w, part)
 		case <-o.end:
@@ -63,8 +64,8 @@ func (o *outlet) run(w io.Writer) {
 	}
 }
 
-// write writes one part. An error means that the reader has gone; it may come back, as
-// the next one of a named pipe does.
+// write writes one part. It ignores errors: they mean that the reader has gone, but
+// another may come, as happens with a named pipe.
 func (o *outlet) write(w io.Writer, part outletPart) {
 	if part.reached != nil {
 		close(part.reached)
@@ -73,11 +74,11 @@ func (o *outlet) write(w io.Writer, part outletPart) {
 	w.Write(part.text)
 	o.bytes.Add(int64(-len(part.text)))
 	if lost := o.lost.Swap(0); lost > 0 {
-		slog.New(slog.NewTextHandler(w, nil)).Warn("log lines dropped, they were not read fast enough", "lines", lost)
+		slog.New(slog.NewTextHandler(w, nil)).Warn("log lines dropped because they were not read fast enough", "lines", lost)
 	}
 }
 
-// Write takes a copy of text. It does not wait and does not fail.
+// Write takes a copy of text. It never waits or fails.
 func (o *outlet) Write(text []byte) (int, error) {
 	if o.bytes.Add(int64(len(text))) <= outletBytes {
 		select {
@@ -105,8 +106,8 @@ func (o *outlet) flush() {
 	}
 }
 
-// finish ends o when everything has been written, or after outletTimeout. What is
-// written later is dropped.
+// finish ends o when everything has been written, or after outletTimeout. Later
+// writes are dropped.
 func (o *outlet) finish() {
 	close(o.end)
 	select {

@@ -55,7 +55,7 @@ func TestOutletDropsWhatNobodyReads(t *testing.T) {
 		write.Close()
 	}()
 	got, err := io.ReadAll(read)
-	if err != nil || !bytes.Contains(got, fmt.Appendf(nil, "level=WARN msg=\"log lines dropped, they were not read fast enough\" lines=%d\n", lost)) {
+	if err != nil || !bytes.Contains(got, fmt.Appendf(nil, "level=WARN msg=\"log lines dropped because they were not read fast enough\" lines=%d\n", lost)) {
 		t.Errorf("the reader is not told of %d lines that it missed (%v)", lost, err)
 	}
 }

@@ -1,20 +1,22 @@
 package main
 
-// Pieces: what clients make quic-go keep in small pieces.
+// Pieces: what it costs quic-go to keep the small frames that clients send.
 //
-// quic-go keeps each STREAM and CRYPTO frame that it has received, in a map, until the
-// application has read what comes before. Flow control counts the bytes in a frame, and
-// not what it costs to keep: 32 KiB in frames of one byte take 6.8 MiB. So each incoming
-// connection has an account here. A tracer adds up what the frames cost, and a stream
-// around libp2p's takes off what has been read. What the QUIC windows do not account for
-// is booked in the memory that all share. When that has no room left, the connection
-// that has booked most is closed.
+// quic-go keeps each STREAM and CRYPTO frame that it has received, in a map, until
+// the application has read everything before it. Flow control counts the bytes in a
+// frame, but not what keeping the frame costs: 32 KiB in frames of one byte take 6.8
+// MiB. So each incoming connection has an account here. A tracer adds up what the
+// frames cost, and a wrapper around libp2p's streams takes off what has been read.
+// What the QUIC windows do not cover is booked in the memory that all connections
+// share. When that memory runs out, the connection that has booked most is closed.
 //
-// The tracer also sees what honest clients never do: packets of hundreds of frames, of
-// which each may take quic-go as long as a packet, and packets after packets without any
-// acknowledgement, so that quic-go has to keep all that it has sent.
+// The tracer also sees what honest clients never do: send packets of hundreds of
+// frames, each of which may take quic-go as long as a whole packet, and send packet
+// after packet without any acknowledgement, so that quic-go has to keep all that it
+// has sent.
 //
-// Nothing here asks how quic-go works but what a frame costs: see pieceCost.
+// This file relies on nothing inside quic-go except what a frame costs: see
+// pieceCost.
 
 import (
 	"context"
@@ -36,42 +38,44 @@ import (
 )
 
 const (
-	// smallPiece and largePiece are what a frame costs beside the window, in bytes,
-	// with less than pooledFrame bytes of data and with more. From wholeFrame on the
-	// window accounts for enough. TestPieceCosts measures them: 175 for a byte, 280 for
-	// 127 bytes, 1752 for 128.
+	// smallPiece and largePiece give what a frame costs beyond its window, in bytes:
+	// smallPiece with fewer than pooledFrame bytes of data, largePiece with more.
+	// From wholeFrame bytes on, the window covers enough. TestPieceCosts measures the
+	// costs: 175 for one byte of data, 280 for 127 bytes, 1752 for 128.
 	smallPiece  = 288
 	largePiece  = 1800
 	pooledFrame = 128 // MinStreamFrameBufferSize in quic-go's params.go
 	wholeFrame  = 896
 
-	// pieceStep is how much is booked or given back at a time, in bytes.
+	// pieceStep sets how much is booked or given back at a time, in bytes.
 	pieceStep = 16 << 10
 
-	// maxPieces is the most that is booked for one connection's pieces, in bytes.
+	// maxPieces caps what is booked for one connection's pieces, in bytes.
 	maxPieces = 3 << 19
 
-	// usualFrames is how many frames a packet may have that costs no budget. Beyond it, a
-	// connection may have a fifth of framesPerSecond; and sharedFrames in a burst when its
-	// network has none left. Attacks need 100 to 1 000 frames in each packet.
+	// usualFrames sets how many frames of a packet cost no budget. Of the frames
+	// beyond that, a connection may send a fifth of framesPerSecond. When its network
+	// has no budget left, it may still send sharedFrames in a burst. Attacks need 100
+	// to 1 000 frames in each packet.
 	usualFrames  = 8
 	sharedFrames = 64
 
-	// ackTimeout is for how long a client may go on sending without acknowledging
+	// ackTimeout limits how long a client may go on sending without acknowledging
 	// anything. The clients' own connections end after 10 s.
 	ackTimeout = 20 * time.Second
 
-	// owedPerAck is how many frames that quic-go keeps are taken for acknowledged when
-	// the client acknowledges something. While many are kept, a packet has hundreds.
+	// owedPerAck sets how many of the frames that quic-go keeps we count as
+	// acknowledged when the client acknowledges something. When quic-go keeps many,
+	// one packet carries hundreds.
 	owedPerAck = 32
 )
 
-// errTooManyPieces is the error by which a connection is closed: EXCESSIVE_LOAD in HTTP/3
-// has no counterpart in libp2p, whose code for a limit is this.
+// errTooManyPieces closes a connection that goes over a bound. libp2p has no
+// counterpart to EXCESSIVE_LOAD in HTTP/3, so this is its code for a resource limit.
 const errTooManyPieces = quic.ApplicationErrorCode(network.ConnResourceLimitExceeded)
 
-// pieceCost returns what a frame with so many bytes of data costs beside the window, in
-// bytes.
+// pieceCost returns what a frame with so many bytes of data costs beyond its window,
+// in bytes.
 func pieceCost(length int64) int {
 	switch {
 	case length == 0 || length >= wholeFrame:
@@ -83,23 +87,24 @@ func pieceCost(length int64) int {
 	}
 }
 
-// pieces are the accounts of all incoming connections. nil keeps none.
+// pieces holds the accounts of all incoming connections. A nil *pieces keeps none.
 type pieces struct {
 	tally   *tally
 	budgets *budgets
 
 	mu      sync.Mutex
 	booked  map[*connPieces]struct{} // those that have booked something
-	closing *connPieces              // is being closed to make room; nil: none
+	closing *connPieces              // being closed to make room; nil: none
 }
 
 func newPieces(b *budgets, t *tally) *pieces {
 	return &pieces{tally: t, budgets: b, booked: make(map[*connPieces]struct{})}
 }
 
-// begin makes the account of a connection that begins, and ends with ctx. It is the
-// connection's scope in the resource manager from now on. The context that begin returns
-// has it, and is for quic-go. On nil it does nothing.
+// begin makes the account of a new connection, which ends when ctx is done. The
+// account replaces scope as the connection's scope in the resource manager. quic-go
+// needs the context that begin returns, because the tracer finds the account in it.
+// On a nil *pieces, begin returns ctx and scope unchanged.
 func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr) (context.Context, network.ConnManagementScope) {
 	if p == nil {
 		return ctx, scope
@@ -118,7 +123,8 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 
 type accountKey struct{}
 
-// trace is quic.Config's Tracer. It traces connections whose context has an account.
+// trace serves as the Tracer of quic.Config. It traces connections whose context has
+// an account.
 func (p *pieces) trace(ctx context.Context, _ bool, _ quic.ConnectionID) qlogwriter.Trace {
 	if c, ok := ctx.Value(accountKey{}).(*connPieces); ok {
 		return c
@@ -126,21 +132,22 @@ func (p *pieces) trace(ctx context.Context, _ bool, _ quic.ConnectionID) qlogwri
 	return nil
 }
 
-// connPieces is one connection's account, the trace that fills it, and the scope that it
-// is booked in.
+// connPieces combines one connection's account, the trace that fills it, and the
+// scope that it is booked in.
 type connPieces struct {
 	network.ConnManagementScope
 	all    *pieces
 	budget *budget // nil: none
 
-	// last is where the last frame ended, and of which stream: what comes next in
-	// order needs no look at the map. Only quic-go's goroutine uses it.
+	// last is the stream of the last frame, so that the next frame of the same stream
+	// needs no look at the map. Only quic-go's goroutine uses it.
 	last *streamPieces
 
-	// These are for the same goroutine. sent and acked are the numbers of the last packet
-	// that the client has to acknowledge, and that it has; stalled is since when it does
-	// not, or zero; owed is how many frames quic-go keeps for it to acknowledge; frames
-	// limits frames beyond usualFrames.
+	// Only the same goroutine uses these fields. sent numbers the last packet that
+	// the client has to acknowledge, and acked the last that it has acknowledged.
+	// stalled says since when it has acknowledged nothing, or is zero. owed counts
+	// the frames that quic-go keeps until the client acknowledges them. frames limits
+	// frames beyond usualFrames.
 	sent, acked int64
 	stalled     time.Time
 	owed        int
@@ -148,19 +155,19 @@ type connPieces struct {
 
 	held atomic.Int64 // what all pieces cost now, in bytes
 
-	gone bool // has ended; under all.mu
+	gone bool // the connection has ended; guarded by all.mu
 
 	mu       sync.Mutex
 	conn     *quic.Conn // nil before libp2p has accepted it
-	free     int        // bytes of pieces that the windows account for
-	booked   int        // bytes beyond
-	doomed   bool       // is to be closed
-	ended    bool       // or is being closed
+	free     int        // bytes of pieces that the windows cover
+	booked   int        // bytes booked beyond free
+	doomed   bool       // to be closed
+	ended    bool       // has ended, or is being closed
 	streams  map[quic.StreamID]*streamPieces
-	accepted quic.StreamID // the next stream that libp2p accepts
+	accepted quic.StreamID // the next stream that libp2p will accept
 }
 
-// ReserveMemory is called by libp2p for windows that grow.
+// ReserveMemory books memory for windows that grow. libp2p calls it.
 func (c *connPieces) ReserveMemory(n int, priority uint8) error {
 	err := c.ConnManagementScope.ReserveMemory(n, priority)
 	if err == nil {
@@ -181,8 +188,8 @@ func (c *connPieces) ReleaseMemory(n int) {
 func (c *connPieces) AddProducer() qlogwriter.Recorder { return c }
 func (*connPieces) SupportsSchemas(string) bool        { return false }
 
-// RecordEvent is called by quic-go's goroutine for the connection when it has handled a
-// packet, or is about to send one.
+// RecordEvent counts what a packet carries. quic-go's goroutine for the connection
+// calls it after it has handled a packet, and before it sends one.
 func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 	switch packet := e.(type) {
 	case qlog.PacketReceived:
@@ -198,8 +205,9 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 					c.acked, progress = largest, true
 				}
 			case *qlog.CryptoFrame:
-				// quic-go reads these itself, and keeps what comes out of order for as
-				// long as the connection lasts. A handshake has fewer than ten.
+				// quic-go reads CRYPTO frames itself, and keeps those that come out
+				// of order for as long as the connection lasts. A handshake has fewer
+				// than ten.
 				if f.Length > 0 {
 					c.hold(smallPiece)
 				}
@@ -217,7 +225,7 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 			c.spend(extra)
 		}
 	case qlog.PacketSent:
-		// A packet of nothing but an acknowledgement is not acknowledged itself.
+		// A packet that carries only an acknowledgement is not acknowledged itself.
 		if packet.Header.PacketType != qlog.PacketType1RTT {
 			return
 		}
@@ -230,15 +238,15 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 	}
 }
 
-// owe counts a frame that makes quic-go answer with one, which it keeps until the client
-// has acknowledged it.
+// owe counts a frame that quic-go answers with a frame of its own, which it keeps
+// until the client has acknowledged it.
 func (c *connPieces) owe() {
 	c.owed++
 	c.hold(smallPiece)
 }
 
-// heard is called with each packet, which has acknowledged something new or not. A client
-// that goes on sending but acknowledges nothing is closed.
+// heard notes a packet from the client; progress says that it acknowledged something
+// new. It closes a client that goes on sending but acknowledges nothing.
 func (c *connPieces) heard(progress bool) {
 	switch {
 	case progress:
@@ -256,8 +264,9 @@ func (c *connPieces) heard(progress bool) {
 	}
 }
 
-// spend takes frames beyond usualFrames from the budgets, and closes the connection if it
-// sends so many that its network has none left, or many more than any client.
+// spend takes frames beyond usualFrames from the budgets. It closes the connection
+// if the network's budget is spent and the connection sends many of them, or if it
+// sends many more than any client does.
 func (c *connPieces) spend(extra int) {
 	own := c.frames.ReserveN(time.Now(), min(extra, framesPerSecond)).Delay() > 0
 	all := c.budget != nil && c.budget.spend(c.budget.frames, extra) > 0
@@ -268,8 +277,8 @@ func (c *connPieces) spend(extra int) {
 
 func (*connPieces) Close() error { return nil }
 
-// end forgets the connection, when it has ended. The scope has given back all by then,
-// or is about to.
+// end forgets a connection that has ended. By then the scope has given back all
+// memory, or is about to.
 func (c *connPieces) end() {
 	c.mu.Lock()
 	c.ended = true
@@ -293,7 +302,7 @@ func (c *connPieces) stream(id quic.StreamID) *streamPieces {
 	defer c.mu.Unlock()
 	s := c.streams[id]
 	if s == nil && id%4 == 0 && id >= c.accepted {
-		// A client's stream, which libp2p will accept.
+		// A client opened this stream, and libp2p will accept it.
 		s = &streamPieces{conn: c, id: id}
 		c.streams[id] = s
 	}
@@ -309,7 +318,7 @@ func (c *connPieces) add(f *qlog.StreamFrame) {
 	}
 	if cost := pieceCost(f.Length); cost > 0 && s.add(f.Offset+f.Length, cost) {
 		c.hold(cost)
-		s.settle() // it may have been read already
+		s.settle() // the application may have read it already
 	}
 	if f.Fin {
 		s.end(func(s *streamPieces) { s.final = true })
@@ -317,7 +326,7 @@ func (c *connPieces) add(f *qlog.StreamFrame) {
 }
 
 // hold adds to what the connection's pieces cost, and books what the windows do not
-// account for.
+// cover.
 func (c *connPieces) hold(cost int) {
 	held := int(c.held.Add(int64(cost)))
 	if held <= initialWindow {
@@ -330,9 +339,9 @@ func (c *connPieces) hold(cost int) {
 		return
 	}
 	n := (over + pieceStep - 1) / pieceStep * pieceStep
-	priority := network.ReservationPriorityMedium // as windows
+	priority := network.ReservationPriorityMedium // as for windows
 	if c.booked == 0 {
-		priority = network.ReservationPriorityHigh // a little is more urgent than much
+		priority = network.ReservationPriorityHigh // the first booking is small, and more urgent than a large one
 	}
 	if c.booked+n > maxPieces {
 		c.mu.Unlock()
@@ -340,8 +349,8 @@ func (c *connPieces) hold(cost int) {
 		return
 	}
 	c.mu.Unlock()
-	// Only this goroutine books. Releasing meanwhile leaves too much booked, which the
-	// next release puts right.
+	// Only this goroutine books. If another one releases memory meanwhile, too much
+	// stays booked until the next release.
 	if err := c.ConnManagementScope.ReserveMemory(n, priority); err != nil {
 		if errors.Is(err, network.ErrResourceLimitExceeded) {
 			c.all.makeRoom(c)
@@ -352,14 +361,14 @@ func (c *connPieces) hold(cost int) {
 	c.booked += n
 	c.mu.Unlock()
 	c.all.mu.Lock()
-	if !c.gone { // nobody would take it out
+	if !c.gone { // after that, nobody would take it out again
 		c.all.booked[c] = struct{}{}
 	}
 	c.all.mu.Unlock()
 }
 
-// let takes from what the connection's pieces cost what has been read, and gives back
-// what need not be booked any more.
+// let takes what has been read off the cost of the connection's pieces, and gives
+// back the memory that need not be booked any more.
 func (c *connPieces) let(cost int) {
 	held := int(c.held.Add(-int64(cost)))
 	c.mu.Lock()
@@ -375,8 +384,9 @@ func (c *connPieces) let(cost int) {
 	}
 }
 
-// makeRoom closes the connection that has booked most, which may be asking. While one is
-// being closed it closes no other, and who asks gets by.
+// makeRoom closes the connection that has booked most, which may be asking itself.
+// While that one is being closed, makeRoom closes no other, and the connection that
+// asks goes on.
 func (p *pieces) makeRoom(asking *connPieces) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -395,7 +405,8 @@ func (p *pieces) makeRoom(asking *connPieces) {
 	greediest.close(refusedMemory)
 }
 
-// close closes the connection for a reason, as soon as libp2p has accepted it.
+// close closes the connection for the given reason, as soon as libp2p has accepted
+// it.
 func (c *connPieces) close(why refusal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -405,11 +416,11 @@ func (c *connPieces) close(why refusal) {
 	c.doomed = true
 	if c.conn != nil && !c.ended {
 		c.ended = true
-		go c.conn.CloseWithError(errTooManyPieces, "too many pieces") // which waits for this goroutine
+		go c.conn.CloseWithError(errTooManyPieces, "resource limit exceeded") // in a goroutine, because CloseWithError waits for this one
 	}
 }
 
-// streamPieces is one stream's account.
+// streamPieces holds one stream's account.
 type streamPieces struct {
 	conn *connPieces
 	id   quic.StreamID
@@ -417,9 +428,9 @@ type streamPieces struct {
 	read atomic.Int64 // bytes that the application has read
 	cost atomic.Int64 // of both generations
 
-	// A piece is let go when all up to the end of its generation has been read. Pieces
-	// that come go into the young one, which becomes the old one then. So nothing is
-	// let go too soon, and little too late.
+	// We let a generation of pieces go when everything up to its end has been read.
+	// New pieces go into the young generation, which then becomes the old one. So no
+	// piece is let go too soon, and few too late.
 	mu         sync.Mutex
 	old, young generation
 	final      bool // the client sends no more
@@ -427,11 +438,12 @@ type streamPieces struct {
 }
 
 type generation struct {
-	end  int64 // highest offset of a piece
+	end  int64 // the highest offset of a piece
 	cost int
 }
 
-// add counts a piece that ends at that offset, and reports whether quic-go keeps it.
+// add counts a piece that ends at the given offset, and reports whether quic-go
+// keeps it.
 func (s *streamPieces) add(end int64, cost int) bool {
 	if end <= s.read.Load() {
 		return false
@@ -447,7 +459,7 @@ func (s *streamPieces) add(end int64, cost int) bool {
 	return true
 }
 
-// settle lets go what has been read.
+// settle lets go of the pieces that have been read.
 func (s *streamPieces) settle() {
 	if s.cost.Load() == 0 {
 		return
@@ -465,8 +477,8 @@ func (s *streamPieces) settle() {
 	}
 }
 
-// end notes by note that one side is done with the stream. When both are, quic-go
-// forgets it.
+// end calls note, which marks one side as done with the stream. When both sides are
+// done, quic-go forgets the stream, and so does end.
 func (s *streamPieces) end(note func(*streamPieces)) {
 	s.mu.Lock()
 	note(s)
@@ -485,8 +497,8 @@ func (s *streamPieces) end(note func(*streamPieces)) {
 	}
 }
 
-// watchedTransport is libp2p's QUIC transport, whose incoming connections tell their
-// accounts what is read.
+// watchedTransport wraps libp2p's QUIC transport. Its incoming connections tell
+// their accounts what has been read.
 type watchedTransport struct{ transport.Transport }
 
 func (t watchedTransport) Listen(at ma.Multiaddr) (transport.Listener, error) {
@@ -522,7 +534,8 @@ func (l watchedListener) Accept() (transport.CapableConn, error) {
 	return watchedConn{c, pieces, conn.Context()}, nil
 }
 
-// piecesOf returns the account of a connection of libp2p's, or nil if it has none.
+// piecesOf returns the account of one of libp2p's connections, or nil if it has
+// none.
 func piecesOf(c interface{ As(any) bool }) *connPieces {
 	var conn *quic.Conn
 	if !c.As(&conn) {
@@ -538,8 +551,8 @@ type watchedConn struct {
 	ctx    context.Context // done when the connection is closed
 }
 
-// AcceptStream waits while the client's network has opened more streams than it may. The
-// client meanwhile has as many open as it can.
+// AcceptStream waits while the client's network has spent its budget of requests.
+// Meanwhile the client can open streams only up to its limit.
 func (c watchedConn) AcceptStream() (network.MuxedStream, error) {
 	s, err := c.CapableConn.AcceptStream()
 	if err != nil {
@@ -590,7 +603,7 @@ func (c *connPieces) wait(ctx context.Context) {
 	}
 }
 
-// watchedStream tells its account what is read.
+// watchedStream tells its account what has been read.
 type watchedStream struct {
 	network.MuxedStream
 	pieces *streamPieces

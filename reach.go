@@ -1,8 +1,9 @@
 package main
 
-// Where the relay can be reached: the addresses that it tells clients, in identify, in
-// reservations, in the banner and at the identity endpoint. They are what the operator
-// announces, or else the machine's own, and both can change at any time.
+// Where the relay can be reached: the addresses that it gives to clients in identify
+// and in reservations, and shows in the banner and at the identity endpoint. These
+// are the addresses that the operator announces, or else the machine's own. Both can
+// change at any time.
 
 import (
 	"log/slog"
@@ -20,17 +21,17 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// interfacePoll is how often the machine's addresses are read. go-libp2p reads them once
-// a minute, so a relay that started before its network had loopback addresses in
-// reservations for 64 s.
+// interfacePoll sets how often we read the machine's addresses. go-libp2p reads them
+// once a minute, so a relay that started before its network was up gave out loopback
+// addresses in reservations for 64 s.
 const interfacePoll = time.Second
 
-// reach knows the relay's addresses. Make it with newReach, call follow when the host
-// listens; close ends it.
+// reach knows the relay's addresses. Make it with newReach, call follow when the
+// host listens, and end it with close.
 type reach struct {
 	log      *slog.Logger
-	announce []ma.Multiaddr // by the operator, without /p2p; empty: the machine's own
-	names    *names         // those in announce among them
+	announce []ma.Multiaddr // the operator's choice, without /p2p; empty: the machine's own
+	names    *names         // follows the DNS names in announce
 
 	interfaces interfaces
 	own        atomic.Pointer[[]ma.Multiaddr] // their IP addresses
@@ -40,8 +41,8 @@ type reach struct {
 	polling sync.WaitGroup
 
 	mu        sync.Mutex
-	recompute event.Emitter  // has the host tell its peers what has changed; nil: nobody is told
-	told      []ma.Multiaddr // what peers and the log were told last
+	recompute event.Emitter  // makes the host tell its peers what has changed; nil: tell nobody
+	told      []ma.Multiaddr // what peers and the log were last told
 }
 
 // newReach reads the machine's addresses.
@@ -55,9 +56,9 @@ func newReach(announce []ma.Multiaddr, names *names, log *slog.Logger) (*reach, 
 	return r, nil
 }
 
-// addrs returns what clients are told where the host listens on listen: the announced
-// addresses, IP addresses first, or else the best of the machine's own. It is never empty
-// while the host listens and an interface is up.
+// addrs returns the addresses that we give to clients when the host listens on
+// listen: the announced ones, IP addresses first, or else the best of the machine's
+// own. The result is never empty while the host listens and an interface is up.
 func (r *reach) addrs(listen []ma.Multiaddr) []ma.Multiaddr {
 	if len(r.announce) > 0 {
 		return r.names.withIPs(r.announce)
@@ -65,33 +66,34 @@ func (r *reach) addrs(listen []ma.Multiaddr) []ma.Multiaddr {
 	own := *r.own.Load()
 	var addrs []ma.Multiaddr
 	for _, l := range listen {
-		// The error says that no interface has an address of this family.
+		// An error means that no interface has an address of this family.
 		resolved, _ := manet.ResolveUnspecifiedAddress(l, own)
 		addrs = append(addrs, resolved...)
 	}
 	return bestAddrs(addrs)
 }
 
-// isHidden reports whether none of addrs, which clients are told, is announced or public:
-// then clients in other networks are told none that they can reach.
+// isHidden reports whether clients in other networks can reach none of addrs: they
+// were not announced, and none is public.
 func (r *reach) isHidden(addrs []ma.Multiaddr) bool {
 	return len(r.announce) == 0 && !slices.ContainsFunc(addrs, manet.IsPublicAddr)
 }
 
-// follow tells h's peers and the log of each change, until close.
+// follow tells h's peers and the log about each change, until close.
 func (r *reach) follow(h host.Host) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.host = h
 	var err error
-	// go-libp2p has no call for a host to compute its addresses anew, only events that
-	// cause it. It subscribes to this one for relay clients, which this host is not, so
-	// that the event adds nothing by itself (addrs_manager.go in its p2p/host/basic).
+	// go-libp2p has no call that makes a host compute its addresses anew, only events
+	// that cause it. The host subscribes to this event for relay clients. Ours is not
+	// one, so the event adds nothing by itself (addrs_manager.go in go-libp2p's
+	// p2p/host/basic).
 	if r.recompute, err = h.EventBus().Emitter(new(event.EvtAutoRelayAddrsUpdated), eventbus.Stateful); err != nil {
 		return err
 	}
 	r.told = r.now()
-	r.recompute.Emit(event.EvtAutoRelayAddrsUpdated{}) // names may have been resolved since it listens
+	r.recompute.Emit(event.EvtAutoRelayAddrsUpdated{}) // names may have resolved since the host began to listen
 	r.polling.Go(r.poll)                               // close waits for it
 	return nil
 }
@@ -121,8 +123,8 @@ func (r *reach) poll() {
 		}
 		own, err := r.interfaces.read()
 		if err != nil {
-			if !failing { // warn once, until it works again
-				r.log.Warn("interface addresses cannot be read, clients are told the last known", "err", err)
+			if !failing { // warn once per outage
+				r.log.Warn("cannot read interface addresses, clients get the last known ones", "err", err)
 			}
 			failing = true
 			continue
@@ -134,8 +136,8 @@ func (r *reach) poll() {
 		}
 		r.own.Store(&own)
 		if slices.ContainsFunc(own, isIPv6) && !slices.ContainsFunc(last, isIPv6) {
-			// This takes back what sockets.listen has warned of.
-			r.log.Info("an interface has an IPv6 address now, so clients can reach it that way")
+			// This takes back the warning of sockets.listen.
+			r.log.Info("an interface has an IPv6 address now, so clients can reach the relay over IPv6")
 		}
 		r.update()
 	}
@@ -143,10 +145,10 @@ func (r *reach) poll() {
 
 func isIPv6(a ma.Multiaddr) bool { return ipOf(a).Is6() }
 
-// now returns what clients are told at this moment.
+// now returns the addresses that we give to clients at this moment.
 func (r *reach) now() []ma.Multiaddr { return r.addrs(r.host.Network().ListenAddresses()) }
 
-// update tells peers and the log if what clients are told has changed.
+// update tells peers and the log if the addresses for clients have changed.
 func (r *reach) update() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -164,11 +166,11 @@ func (r *reach) update() {
 	case isHidden && !wasHidden:
 		r.warnHidden()
 	case wasHidden && !isHidden:
-		r.log.Info("a public address has come, so clients in other networks can use the relay now", "addrs", now)
+		r.log.Info("a public address appeared, so clients in other networks can use the relay now", "addrs", now)
 	}
 }
 
-// warnIfHidden tells the operator if clients in other networks cannot use the relay.
+// warnIfHidden warns the operator if clients in other networks cannot use the relay.
 func (r *reach) warnIfHidden() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -179,10 +181,11 @@ func (r *reach) warnIfHidden() {
 
 func (r *reach) warnHidden() {
 	r.log.Warn("no announced address, and none of ours is public, so only clients in this network can use the relay: "+
-		"say with --announce where others reach it", "addrs", r.told)
+		"set --announce to the address where others reach it", "addrs", r.told)
 }
 
-// interfaces reads the addresses of a machine's interfaces. The zero value is ready.
+// interfaces reads the addresses of a machine's interfaces. The zero value is ready
+// to use.
 type interfaces struct {
 	last  []net.Interface
 	addrs []net.Addr
@@ -199,8 +202,8 @@ func (i *interfaces) read() ([]ma.Multiaddr, error) {
 	if err != nil {
 		return nil, err
 	}
-	// To know which addresses belong to an interface takes one more question to the
-	// kernel for each, and a host of containers has hundreds.
+	// To learn which addresses belong to an interface we have to ask the kernel once
+	// more for each, and a host of containers has hundreds.
 	if reflect.DeepEqual(now, i.last) && reflect.DeepEqual(addrs, i.addrs) {
 		return i.ips, nil
 	}
@@ -211,7 +214,7 @@ func (i *interfaces) read() ([]ma.Multiaddr, error) {
 		}
 		addrs, err := each.Addrs()
 		if err != nil {
-			continue // it has gone meanwhile, which the next read will see
+			continue // it has gone meanwhile; the next read will notice
 		}
 		for _, a := range addrs {
 			ip, err := manet.FromNetAddr(a)

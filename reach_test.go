@@ -55,7 +55,7 @@ func TestAddressesThatComeLaterAreTold(t *testing.T) {
 	l.attach(ns, "wan", l.inet, "11.0.0.1/8")
 	eventually(t, "the client is told "+public, func() bool { return told(public) })
 	eventually(t, "the log takes the warning back", func() bool {
-		return strings.Contains(p.stderr.line("a public address has come"), "11.0.0.1")
+		return strings.Contains(p.stderr.line("a public address appeared"), "11.0.0.1")
 	})
 	l.in(ns, "ip addr add 2a00::1/16 dev wan nodad")
 	eventually(t, "the client is told of the IPv6 address", func() bool { return told("/ip6/2a00::1/udp/4001/quic-v1") })

@@ -1,10 +1,10 @@
 package main
 
-// Fair shares: however many streams others open and however much memory they take,
-// each client has streams and memory of its own.
+// Fair shares: each client has streams and memory of its own, however many streams
+// others open and however much memory they take.
 //
 // All other memory that comes and goes is shared, first come first served: see
-// sharedMemory. The relay promises both, so neither takes from the other.
+// sharedMemory. The relay sets both aside, so neither takes from the other.
 
 import (
 	"sync"
@@ -13,28 +13,28 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 )
 
-// fairStreams is a resource manager under which nobody can open so many streams
-// that others cannot open any. go-libp2p's own knows only how many streams one peer
-// may have and how many all peers together, and the peers of one address could take
-// all of those. Once more are open than there are beside everybody's share, a peer
-// that has its share opens no more.
+// fairStreams wraps a resource manager so that nobody can open so many streams that
+// others cannot open any. go-libp2p's own manager limits only the streams of one
+// peer and those of all peers together, and the peers of one address could take all
+// of them. Once more than unshared streams are open, a peer that has used up its
+// share opens no more.
 //
-// What others open to a peer never counts against what it opens itself.
+// Streams that others open to a peer never count against those that it opens itself.
 type fairStreams struct {
 	network.ResourceManager
-	unshared int // streams beside everybody's share: see limits
+	unshared int // streams beyond everybody's shares: see limits
 	tally    *tally
 
 	mu   sync.Mutex
-	used map[peer.ID]*[2]int // bytes of shareMemory in use, by direction; an entry goes with the last byte
+	used map[peer.ID]*[2]int // bytes of shareMemory in use, by direction; an entry goes with its last byte
 }
 
 func newFairStreams(inner network.ResourceManager, unshared int, t *tally) *fairStreams {
 	return &fairStreams{ResourceManager: inner, unshared: unshared, tally: t, used: make(map[peer.ID]*[2]int)}
 }
 
-// shareOf returns what each peer can count on in that direction: how many streams, and
-// how many bytes for them and their messages.
+// shareOf returns what each peer can count on in that direction: the number of
+// streams, and the bytes for them and their messages.
 func shareOf(dir network.Direction) (streams, bytes int) {
 	if dir == network.DirInbound {
 		return streamShare, streamShare * streamMemory
@@ -101,8 +101,8 @@ func (f *fairStreams) give(id peer.ID, dir network.Direction, n int) {
 	}
 }
 
-// sharedScope is a stream's account. It takes memory from its peer's share while that
-// lasts, and then from what all share.
+// sharedScope keeps a stream's account. It takes memory from its peer's share while
+// that lasts, and then from the memory that all share.
 type sharedScope struct {
 	network.StreamManagementScope
 	shares *fairStreams
@@ -110,7 +110,7 @@ type sharedScope struct {
 	dir    network.Direction
 
 	mu            sync.Mutex
-	share, shared int // bytes that are booked
+	share, shared int // bytes booked
 	done          bool
 }
 
@@ -119,7 +119,7 @@ func (s *sharedScope) ReserveMemory(n int, priority uint8) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.done || n <= 0 {
-		return s.StreamManagementScope.ReserveMemory(n, priority) // which knows what is wrong
+		return s.StreamManagementScope.ReserveMemory(n, priority) // which returns the error
 	}
 	share := s.shares.take(s.id, s.dir, n)
 	if rest := n - share; rest > 0 {
@@ -133,12 +133,12 @@ func (s *sharedScope) ReserveMemory(n int, priority uint8) error {
 	return nil
 }
 
-// ReleaseMemory puts back first what came out of the memory that all share.
+// ReleaseMemory first puts back what came out of the memory that all share.
 func (s *sharedScope) ReleaseMemory(n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.done {
-		return // and all is given back
+		return // Done has given everything back
 	}
 	rest := min(n, s.shared)
 	if rest > 0 {

@@ -1,9 +1,9 @@
 package main
 
-// Many datagrams at a time: UDP generic receive offload, Linux 5.0 and later, for
-// what is read, and segmentation offload, 4.18 and later, for what a tap sends
-// (udp(7), UDP_GRO and UDP_SEGMENT). quic-go sends this way by itself, and reads
-// one datagram per message (quic-go/quic-go#3838).
+// Many datagrams at a time. We read with UDP generic receive offload (Linux 5.0 and
+// later), and send for a tap with segmentation offload (Linux 4.18 and later); see
+// UDP_GRO and UDP_SEGMENT in udp(7). quic-go itself sends this way, but reads one
+// datagram per message (quic-go/quic-go#3838).
 
 import (
 	"encoding/binary"
@@ -16,55 +16,57 @@ import (
 	"syscall"
 	"unsafe"
 
-	xipv4 "golang.org/x/net/ipv4" // its Message is that of IPv6 too
+	xipv4 "golang.org/x/net/ipv4" // its Message is also that of IPv6
 	"golang.org/x/sys/unix"
 )
 
 const (
-	// groMessages is how many messages one system call reads, each of datagrams of
-	// one sender. quic-go takes as many datagrams at a time.
+	// groMessages sets how many messages one system call reads. Each message has
+	// datagrams of one sender. quic-go reads as many datagrams at a time.
 	groMessages = 8
 
-	// groMessage is the most bytes that the kernel puts into one message, 64
-	// datagrams at most: UDP's length has 16 bits.
+	// groMessage bounds what the kernel puts into one message, in bytes, because
+	// UDP's length has 16 bits. Such a message has 64 datagrams at most.
 	groMessage = 64 << 10
 
-	// groControl is what quic-go has room for, in bytes, of what the kernel says
-	// of a message: sender's ECN bits, address reached, size of a datagram.
+	// groControl matches the room that quic-go has for what the kernel says of a
+	// message, in bytes: the sender's ECN bits, the address reached, and the size of
+	// a datagram.
 	groControl = 128
 )
 
-// groSocket has the method by which quic-go reads from a socket that it was given.
-// That one has one caller.
+// groSocket provides the method by which quic-go reads from a socket that it was
+// given. Only one goroutine calls it.
 type groSocket struct {
 	*net.UDPConn
 	raw   syscall.RawConn
 	batch *xipv4.PacketConn
 	tap   tapped // nil: none
 
-	// messages were read, and arrived is what they hold; those from unread on still
-	// have datagrams for quic-go, the first of them only what comes after offset.
+	// messages were read last, and arrived is what they hold. Those from index unread
+	// on still have datagrams for quic-go; the first of them has only what follows
+	// offset.
 	messages []xipv4.Message
 	arrived  []arrival
 	unread   int
 	offset   int
 
-	// segments says that the kernel splits what it is given to send. Some network
-	// devices cannot.
+	// segments says that the kernel splits what we give it to send. Some network
+	// devices cannot split.
 	segments atomic.Bool
 	senders  sync.Pool // of *sender
 }
 
-// newUDPSocket is conn with both offloads, or with those that the kernel has.
-// Closing it closes conn.
+// newUDPSocket wraps conn with both offloads, or with those that the kernel has.
+// Closing the socket closes conn.
 func newUDPSocket(conn *net.UDPConn) udpSocket {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return newPlainSocket(conn) // it is closed
+		return newPlainSocket(conn) // conn is closed
 	}
 	s := &groSocket{UDPConn: conn, raw: raw, batch: xipv4.NewPacketConn(conn), messages: make([]xipv4.Message, groMessages)}
 	raw.Control(func(fd uintptr) {
-		// Without UDP_GRO each message is one datagram.
+		// Without UDP_GRO, each message is one datagram.
 		unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_GRO, 1)
 		_, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT)
 		s.segments.Store(err == nil)
@@ -80,7 +82,7 @@ func newUDPSocket(conn *net.UDPConn) udpSocket {
 
 func (s *groSocket) show(tap tapped) { s.tap = tap }
 
-// ReadBatch fills datagrams, at least one, with what the socket has for quic-go.
+// ReadBatch fills at least one of datagrams with what the socket has for quic-go.
 func (s *groSocket) ReadBatch(datagrams []xipv4.Message, flags int) (n int, err error) {
 	for n == 0 {
 		if s.unread == len(s.arrived) {
@@ -131,8 +133,8 @@ func (s *groSocket) read(flags int) error {
 	return nil
 }
 
-// readControl finds how long the datagrams of a message are, in bytes, and their
-// ECN bits. A size of 0 means that there is one.
+// readControl returns the size of a message's datagrams, in bytes, and their ECN
+// bits. Size 0 means that the message is one datagram.
 func readControl(control []byte) (size int, ecn byte) {
 	for len(control) > 0 {
 		header, value, rest, err := unix.ParseOneSocketControlMessage(control)
@@ -165,7 +167,8 @@ func (s *groSocket) send(parts [][]byte, size int, ecn byte, to netip.AddrPort, 
 		case !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EMSGSIZE):
 			return
 		}
-		// Too long for the path, or for one message: the shorter ones may go.
+		// Something is too long for the path, or for one message. Shorter datagrams
+		// may still go.
 	}
 	for _, p := range parts {
 		for d := range slices.Chunk(p, size) {
@@ -175,7 +178,7 @@ func (s *groSocket) send(parts [][]byte, size int, ecn byte, to netip.AddrPort, 
 	}
 }
 
-// sender is what one sendmsg(2) needs. It is kept, so that sending allocates
+// sender holds what one sendmsg(2) needs. We reuse it, so that sending allocates
 // nothing.
 type sender struct {
 	to4 unix.SockaddrInet4
@@ -211,7 +214,7 @@ func (s *sender) address(to netip.AddrPort) {
 	}
 }
 
-// send sends parts, split into datagrams of segment bytes unless that is 0.
+// send sends parts, split into datagrams of segment bytes unless segment is 0.
 func (s *sender) send(raw syscall.RawConn, parts [][]byte, from source, ecn byte, segment int) error {
 	s.parts, s.control = parts, append(s.control[:0], from...)
 	if ecn != 0 {
@@ -228,16 +231,16 @@ func (s *sender) send(raw syscall.RawConn, parts [][]byte, from source, ecn byte
 		s.control, value = appendControl(s.control, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 2)
 		binary.NativeEndian.PutUint16(value, uint16(segment))
 	}
-	// Control, because Write waits for other writers, one of which may wait for
-	// room in the socket.
+	// Use Control, because Write waits for other writers, and one of those may be
+	// waiting for room in the socket.
 	if err := raw.Control(s.sendmsg); err != nil {
 		return err
 	}
 	return s.err
 }
 
-// appendControl appends a control message (cmsg(3)) with a value of size bytes, to
-// be written. Its header differs between 32 and 64 bits.
+// appendControl appends a control message (cmsg(3)), and returns its value of size
+// bytes for the caller to fill. The header differs between 32 and 64 bits.
 func appendControl(b []byte, level, typ, size int) (control, value []byte) {
 	start := len(b)
 	b = append(b, make([]byte, unix.CmsgSpace(size))...)

@@ -2,7 +2,7 @@
 
 package main
 
-// Linux alone has what sockets_linux.go does.
+// Only Linux can do what sockets_linux.go does.
 
 import "net"
 

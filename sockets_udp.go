@@ -1,8 +1,8 @@
 package main
 
-// One UDP socket, as quic-go reads from it, a tap sees what arrives, and the bridge sends
-// from it; and the plain one of the systems that read and send one datagram at a time,
-// which is all but Linux. Tests use it on Linux, too.
+// A UDP socket for three users: quic-go reads from it, a tap sees what arrives, and
+// the bridge sends from it. The plain socket in this file reads and sends one
+// datagram at a time. Every system but Linux uses it, and so do tests on Linux.
 
 import (
 	"net"
@@ -10,53 +10,53 @@ import (
 	"slices"
 
 	"github.com/quic-go/quic-go"
-	xipv4 "golang.org/x/net/ipv4" // its Message is that of IPv6 too
+	xipv4 "golang.org/x/net/ipv4" // its Message is also that of IPv6
 	xipv6 "golang.org/x/net/ipv6"
 )
 
-// udpSocket is a UDP socket as quic-go uses it, from which a tap can send.
+// udpSocket extends the UDP socket that quic-go needs with a tap, and a way to send.
 type udpSocket interface {
 	quic.OOBCapablePacketConn
 
-	// show sets the tap that sees what arrives. It is called before the first read.
+	// show sets the tap that sees what arrives. Call it before the first read.
 	show(tapped)
 
-	// send sends datagrams of size bytes, the last one of each part perhaps shorter,
-	// with these ECN bits, from the address of this machine that from names. The
-	// address to is of the socket's family. Together the parts have at most maxSend
-	// bytes and maxSegments datagrams, unless there is only one part. send never
-	// waits: what the system does not accept is lost, as any packet may be. Several
-	// goroutines may call it.
+	// send sends parts as datagrams of size bytes; the last one of each part may be
+	// shorter. They carry these ECN bits, and leave from the address of this machine
+	// that from names. The address to must be of the socket's family. Several parts
+	// have at most maxSend bytes and maxSegments datagrams together; a single part
+	// may have more. send never waits: what the system does not accept is lost, as
+	// any packet may be. Several goroutines may call it.
 	send(parts [][]byte, size int, ecn byte, to netip.AddrPort, from source)
 }
 
 const (
-	// maxSend is the most that UDP over IPv6 carries in one message, in bytes, and
-	// maxSegments how many datagrams a kernel before 6.10 makes of it
+	// maxSend bounds what UDP over IPv6 carries in one message, in bytes, and
+	// maxSegments how many datagrams a kernel before 6.10 makes of one message
 	// (UDP_MAX_SEGMENTS).
 	maxSend     = 1<<16 - 1 - 40 - 8
 	maxSegments = 64
 )
 
-// tapped is a function that sees what has arrived before quic-go does, and takes out
-// what is not for quic-go. It must not keep what it is given.
+// tapped sees what has arrived before quic-go does, and takes out what is not for
+// quic-go. It must not keep what it is given.
 type tapped func([]arrival)
 
-// arrival is what came from one sender in one message: datagrams of size bytes, the
-// last one perhaps shorter.
+// arrival holds what came from one sender in one message: datagrams of size bytes,
+// the last of which may be shorter.
 type arrival struct {
-	from netip.AddrPort // an IPv4 address is never mapped into IPv6
+	from netip.AddrPort // IPv4 addresses are never mapped into IPv6
 	size int
 	ecn  byte // the two bits of the IP header (RFC 3168)
 	data []byte
 }
 
-// source is a control message that says from which address of this machine a datagram
-// is sent. With nil the system chooses.
+// source holds a control message that says which address of this machine a datagram is
+// sent from. With nil, the system chooses.
 type source []byte
 
 // sourceOf returns the control message for addr, or nil if addr is not valid or the
-// system knows no such message.
+// system has no such message.
 func sourceOf(addr netip.Addr) source {
 	switch {
 	case addr.Is4():
@@ -67,8 +67,8 @@ func sourceOf(addr netip.Addr) source {
 	return nil
 }
 
-// addrPort returns addr in the form of arrival.from. It is not valid if addr is not a
-// UDP address.
+// addrPort returns addr in the form of arrival.from. The result is not valid if addr
+// is not a UDP address.
 func addrPort(addr net.Addr) netip.AddrPort {
 	u, ok := addr.(*net.UDPAddr)
 	if !ok {
@@ -78,8 +78,8 @@ func addrPort(addr net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
-// plainSocket reads into quic-go's own buffers. quic-go calls ReadBatch, and on
-// Windows ReadFrom, from one goroutine.
+// plainSocket reads into quic-go's own buffers. quic-go calls ReadBatch from one
+// goroutine, and ReadFrom on Windows.
 type plainSocket struct {
 	*net.UDPConn
 	batch *xipv4.PacketConn
@@ -94,7 +94,7 @@ func newPlainSocket(conn *net.UDPConn) udpSocket {
 
 func (s *plainSocket) show(tap tapped) { s.tap = tap }
 
-// ReadBatch fills datagrams, at least one, with what the socket has for quic-go.
+// ReadBatch fills at least one of datagrams with what the socket has for quic-go.
 func (s *plainSocket) ReadBatch(datagrams []xipv4.Message, flags int) (int, error) {
 	for {
 		n, err := s.batch.ReadBatch(datagrams, flags)
@@ -107,7 +107,7 @@ func (s *plainSocket) ReadBatch(datagrams []xipv4.Message, flags int) (int, erro
 			if !s.keeps(d.Addr, d.Buffers[0][:d.N]) {
 				continue
 			}
-			if d != to { // each place keeps its buffers, which quic-go knows by it
+			if d != to { // copy, because quic-go expects each place to keep its own buffers
 				to.N, to.NN = copy(to.Buffers[0], d.Buffers[0][:d.N]), copy(to.OOB, d.OOB[:d.NN])
 				to.Addr, to.Flags = d.Addr, d.Flags
 			}
@@ -139,13 +139,14 @@ func (s *plainSocket) keeps(from net.Addr, d []byte) bool {
 	return len(s.arrived[0].data) > 0
 }
 
-// send leaves the ECN bits away, which these systems mark each in its own way:
-// clients notice, and do without (RFC 9000, 13.4.2).
+// send sends without the ECN bits, because each of these systems sets them in its
+// own way. Clients notice that the bits are missing, and do without (RFC 9000,
+// 13.4.2).
 func (s *plainSocket) send(parts [][]byte, size int, _ byte, to netip.AddrPort, from source) {
 	for _, p := range parts {
 		for d := range slices.Chunk(p, size) {
-			// These systems hand a datagram to the network or refuse it, and have no
-			// queue that could be waited for.
+			// These systems pass a datagram to the network or refuse it. They have no
+			// queue that we could wait for.
 			s.WriteMsgUDPAddrPort(d, from, to)
 		}
 	}
