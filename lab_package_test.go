@@ -305,6 +305,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		s.is("stat -c '%a %U %G' /var/lib/privstack", "700 privstack privstack")
 		s.is("stat -c '%a %U %G' /var/lib/privstack/relay-identity.key", "600 privstack privstack")
 		s.is("dpkg -V privstack-relay", "")
+		s.do("cd /usr/share/doc/privstack-relay && ls README.md SECURITY.md docs/meeting.md contrib/compose.yaml")
 		s.is("systemd-analyze verify --man=no privstack-relay.service 2>&1", "")
 		s.do("systemd-analyze security --offline=true --threshold=11 /usr/lib/systemd/system/privstack-relay.service") // in tenths
 		s.is("ufw app info 'PrivStack Relay' | tail -n 2 | xargs", "4001/udp 4002/tcp")
@@ -362,7 +363,7 @@ func TestPackageLivesOnAMachine(t *testing.T) {
 		s.do(`echo 'RELAY_FLAGS="--max-clints 7"' >/etc/default/privstack-relay; systemctl restart privstack-relay || true`)
 		s.until("systemctl show --value -p ActiveState,Result,NRestarts privstack-relay | sort | xargs", "0 exit-code failed")
 		s.is("journalctl -u privstack-relay -p err -o cat | grep 'privstack-relay: '", "privstack-relay: there is no flag --max-clints")
-		s.do(`echo 'RELAY_FLAGS="--circuit-bytes 1MiB"' >/etc/default/privstack-relay; systemctl restart privstack-relay`)
+		s.do(`echo 'RELAY_FLAGS="--circuit-bytes 15MiB"' >/etc/default/privstack-relay; systemctl restart privstack-relay`)
 		s.until("journalctl -u privstack-relay -p warning -o cat | grep -c -e '--circuit-bytes is less'", "1")
 		s.is("journalctl -u privstack-relay -p warning -o cat | grep -c level=INFO || true", "0")
 		s.is("journalctl -u privstack-relay -o cat | grep -c time= || true", "0")

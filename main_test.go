@@ -795,19 +795,6 @@ func TestVerboseJoinsLibraryLogs(t *testing.T) {
 	}
 }
 
-// The README shows the flags exactly as --help prints them.
-func TestReadmeQuotesUsage(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, text := range []string{usage, checkUsage} {
-		if !strings.Contains(string(readme), "\n```\n"+text+"```\n") {
-			t.Errorf("README.md does not show this usage text as --help prints it:\n%s", text)
-		}
-	}
-}
-
 // One part that hangs must not keep the process from ending.
 func TestClosingGivesUpOnAPartThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
