@@ -313,15 +313,13 @@ type whereabouts struct {
 	rtt   time.Duration
 }
 
-// quicConnection knows where a client is whose address has changed, which libp2p
-// does not follow.
 type quicConnection struct{ *quic.Conn }
 
 func (c quicConnection) where() (p whereabouts, ok bool) {
 	if c.Context().Err() != nil {
 		return p, false
 	}
-	p.addr = addrPort(c.RemoteAddr())
+	p.addr = whereIs(c.Conn)
 	if local := addrPort(c.LocalAddr()).Addr(); local.IsValid() && !local.IsUnspecified() {
 		p.local = local
 	}

@@ -64,6 +64,7 @@ sockets.go         the UDP sockets
 sockets_linux.go   ... many datagrams of one sender at a time
 sockets_other.go   ... or not
 sockets_udp.go     ... one socket, and the one that reads one datagram at a time
+networks.go        where clients are now, and how many connections each network has
 host.go            a libp2p host that speaks QUIC alone
 
 identity.go        the key file

@@ -76,6 +76,9 @@ type quicSockets struct {
 	admit  func(context.Context, *quic.ClientInfo) (context.Context, error)
 	verify func(net.Addr) bool
 
+	// networks has a place for each connection.
+	networks networks
+
 	// unproven is how many connections have begun from addresses that nobody has
 	// proven, and wait for libp2p to accept them. A forged one stays for 10 s and
 	// takes a place from a newcomer. At maxUnproven, newcomers have to prove their
@@ -109,8 +112,9 @@ func (q *quicSockets) newTransport(key crypto.PrivKey, gater connmgr.ConnectionG
 	if err != nil {
 		return nil, err
 	}
-	return libp2pquic.NewTransport(key, manager, nil, gater, resources,
+	inner, err := libp2pquic.NewTransport(key, manager, nil, gater, resources,
 		libp2pquic.WithTLSIdentityOption(libp2ptls.WithCertTemplate(certificate)))
+	return followingTransport{inner}, err
 }
 
 // certificateTemplate returns what the relay's TLS certificate says beside its key. The
@@ -160,25 +164,36 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 		if err != nil {
 			return ctx, err
 		}
+		place, err := q.networks.take(addrPort(client.RemoteAddr).Addr())
+		if err != nil {
+			q.tally.refuse(refusedNetwork)
+			return ctx, err
+		}
 		scope, err := resources.OpenConnection(network.DirInbound, false, addr)
 		if err != nil {
+			place.leave()
 			if !errors.Is(err, network.ErrResourceLimitExceeded) { // which tally.BlockConn counts
 				q.tally.refuse(refusedNetwork)
 			}
 			return ctx, err
 		}
-		context.AfterFunc(ctx, scope.Done)
+		context.AfterFunc(ctx, func() {
+			scope.Done()
+			place.leave()
+		})
 		waiting, taken := context.WithCancel(ctx)
 		if !client.AddrVerified {
 			q.unproven.Add(1)
 			context.AfterFunc(waiting, func() { q.unproven.Add(-1) })
 		}
-		return network.WithConnManagementScope(ctx, waitingScope{scope, waiting.Done(), taken}), nil
+		return network.WithConnManagementScope(ctx, waitingScope{scope, place, waiting.Done(), taken}), nil
 	}
 	handshakes := rate.NewLimiter(handshakeRate, handshakeRate)
 	q.verify = func(addr net.Addr) bool {
-		return q.unproven.Load() >= q.maxUnproven || !handshakes.Allow() || resources.VerifySourceAddress(addr)
+		return q.unproven.Load() >= q.maxUnproven || !handshakes.Allow() || q.networks.doubts(addrPort(addr).Addr())
 	}
+	q.networks.tally = q.tally
+	q.networks.follow()
 	q.manager, err = quicreuse.NewConnManager(reset, token)
 	return q.manager, err
 }
@@ -231,6 +246,7 @@ func (q *quicSockets) buffers() (receive, send int) {
 // close is called when nothing listens any more. It may be called on the zero value,
 // and more than once.
 func (q *quicSockets) close() error {
+	q.networks.close()
 	var errs []error
 	if q.manager != nil {
 		errs = append(errs, q.manager.Close())
@@ -295,6 +311,7 @@ func tuned(conf *quic.Config) *quic.Config {
 // is.
 type waitingScope struct {
 	network.ConnManagementScope
+	place *place
 	over  <-chan struct{} // closed when libp2p has accepted the connection, or it has ended
 	taken context.CancelFunc
 }
@@ -355,7 +372,9 @@ func (l *queueingListener) Accept(ctx context.Context) (*quic.Conn, error) {
 	}
 	l.handed = nil
 	if scope, err := network.UnwrapConnManagementScope(conn.Context()); err == nil {
-		l.handed = scope.(waitingScope).over
+		waiting := scope.(waitingScope)
+		l.handed = waiting.over
+		waiting.place.belongs(conn)
 	}
 	return conn, nil
 }

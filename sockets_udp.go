@@ -69,17 +69,6 @@ func sourceOf(addr netip.Addr) source {
 	return nil
 }
 
-// addrPort returns addr in the form of arrival.from. It is not valid if addr is not a
-// UDP address.
-func addrPort(addr net.Addr) netip.AddrPort {
-	u, ok := addr.(*net.UDPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	at := u.AddrPort()
-	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
-}
-
 // unlessLost returns err, with which the system refused to send a datagram, or nil if
 // quic-go is to take the datagram as lost on its way. By itself quic-go ends the
 // connection, so that a moment without a route or an address, a firewall that is loaded
