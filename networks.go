@@ -84,8 +84,8 @@ const followInterval = 500 * time.Millisecond
 
 // networks counts the connections of each network. go-libp2p's resource manager counts
 // them where they began, so that one address could hold any number (750 in a test): each
-// began elsewhere, and moved. Here a connection's place
-// moves with it, and where there is none left the connection is closed.
+// began elsewhere, and moved. Here a connection's place moves with it, and where there is
+// none left the connection is closed.
 //
 // The zero value has room for all. follow and close may be called once each.
 type networks struct {

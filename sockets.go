@@ -38,9 +38,19 @@ import (
 
 const (
 	// packetSize is what every path must carry in one UDP datagram (RFC 9000,
-	// 14.1), in bytes. By default quic-go begins with 1280 and never goes below,
-	// so that no handshake ends on a path with an MTU of 1280, as some tunnels
-	// and mobile networks have. Where the path carries more, discovery finds out.
+	// 14.1), in bytes, and the most that this relay sends in one. By default quic-go
+	// begins with 1280, so that no handshake ends on a path with an MTU of 1280, as
+	// some tunnels and mobile networks have, and finds out whether the path carries
+	// up to 1452.
+	//
+	// It never goes back, whatever ICMP says: where a path that carried 1500 bytes
+	// carries 1280 from one moment on (a tunnel, a line that falls back to another),
+	// a connection would stall for good. Rather than that, we send no more than 1200.
+	// Measured with 64 circuits on loopback, in turns: 0.85 of the throughput with
+	// discovery, where the CPU is what limits; 0.99 should be left where the line
+	// does. With 1232, which IPv6 carries everywhere, it was 0.88. To close a
+	// connection that seems stuck, so that its client comes back, would cost
+	// nothing, but it would end the circuits, and some that are only slow.
 	packetSize = 1200
 
 	// wantedBuffer is the size of receive and send buffer that quic-go asks the
@@ -295,6 +305,7 @@ const alpn = "libp2p"
 func tuned(conf *quic.Config) *quic.Config {
 	conf = conf.Clone()
 	conf.InitialPacketSize = packetSize
+	conf.DisablePathMTUDiscovery = true
 	conf.InitialStreamReceiveWindow = initialWindow
 	conf.InitialConnectionReceiveWindow = initialWindow
 	conf.MaxStreamReceiveWindow = maxWindow
