@@ -320,14 +320,14 @@ type whereabouts struct {
 	rtt   time.Duration
 }
 
-// quicConnection follows a client whose address changes, which libp2p does not.
+// quicConnection says where a client is now.
 type quicConnection struct{ *quic.Conn }
 
 func (c quicConnection) where() (p whereabouts, ok bool) {
 	if c.Context().Err() != nil {
 		return p, false
 	}
-	p.addr = addrPort(c.RemoteAddr())
+	p.addr = whereIs(c.Conn)
 	if local := addrPort(c.LocalAddr()).Addr(); local.IsValid() && !local.IsUnspecified() {
 		p.local = local
 	}

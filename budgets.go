@@ -10,7 +10,6 @@ package main
 // disconnected.
 
 import (
-	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -112,15 +111,4 @@ func (b *budget) release() {
 // spend takes n from one of the budget's limiters, and returns how long to wait.
 func (b *budget) spend(from *rate.Limiter, n int) time.Duration {
 	return from.ReserveN(time.Now(), min(n, from.Burst())).Delay()
-}
-
-// addrPortOf returns a UDP address as netip has it. It never writes an IPv4 address
-// as an IPv6 one.
-func addrPortOf(addr net.Addr) netip.AddrPort {
-	udp, ok := addr.(*net.UDPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	ap := udp.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }

@@ -156,21 +156,6 @@ func (s *siege) end(g *group) {
 	}
 }
 
-// loopbackCrowd makes a crowd on an address of 127.0.0.0/8. To the relay's store each such
-// address is a network.
-func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
-	t.Helper()
-	var conns []*net.UDPConn
-	for range sockets {
-		conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		conns = append(conns, conn)
-	}
-	return newCrowdFrom(t, conns)
-}
-
 // group is two honest devices that share a key.
 type group struct {
 	t            *testing.T

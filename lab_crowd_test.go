@@ -11,6 +11,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -501,4 +502,19 @@ func (l link) flood(got *atomic.Int64, each int64) {
 			return
 		}
 	}
+}
+
+// loopbackCrowd makes a crowd on an address of 127.0.0.0/8. To the relay's store each such
+// address is a network.
+func loopbackCrowd(t *testing.T, ip string, sockets int) *crowd {
+	t.Helper()
+	var conns []*net.UDPConn
+	for range sockets {
+		conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	return newCrowdFrom(t, conns)
 }

@@ -307,7 +307,7 @@ type labClient struct {
 
 // labRequest and labResponse are JSON lines between the test and its clients.
 type labRequest struct {
-	Do    string         // join, find, dial, known, reserve, circuit, direct, sync, put, get, identity, hangup
+	Do    string         // join, find, dial, known, reserve, circuit, direct, bridge, sync, put, get, identity, hangup
 	Peer  *peer.AddrInfo `json:",omitempty"`
 	Relay *peer.AddrInfo `json:",omitempty"`
 	Bytes int64          `json:",omitempty"`
@@ -364,9 +364,13 @@ func (c *labClient) join(relay peer.AddrInfo) error {
 	return err
 }
 
-func (l *lab) labClient(ns string) *labClient {
+func (l *lab) labClient(ns string) *labClient { l.t.Helper(); return l.labClientOf(ns, "punching") }
+
+// labClientOf starts a client that is "punching", or "plain": such a one meets others
+// over the bridge.
+func (l *lab) labClientOf(ns, kind string) *labClient {
 	l.t.Helper()
-	enc, dec := l.talk(ns, labClientEnv+"=1")
+	enc, dec := l.talk(ns, labClientEnv+"="+kind)
 	return &labClient{t: l.t, name: ns, enc: enc, dec: dec}
 }
 
@@ -416,7 +420,11 @@ const labClientEnv = "PRIVSTACK_LAB_CLIENT"
 // runLabClient runs a client: a libp2p host with the deployed clients' protocols. It does
 // what in asks, until in ends.
 func runLabClient(in io.Reader, out io.Writer) error {
-	var sockets quicSockets // whose first packets are small, as the deployed clients' are
+	var sockets quicSockets // whose packets are small, as the deployed clients' are where they must be
+	punching := libp2p.EnableHolePunching()
+	if os.Getenv(labClientEnv) == "plain" {
+		punching = libp2p.ChainOptions()
+	}
 	h, err := libp2p.New(
 		libp2p.Transport(quic.NewTransport),
 		libp2p.QUICReuse(sockets.newManager),
@@ -425,7 +433,7 @@ func runLabClient(in io.Reader, out io.Writer) error {
 		libp2p.ProtocolVersion("/privstack/sync/1.0.0"),
 		libp2p.UserAgent("PrivStack/lab"),
 		libp2p.EnableRelay(),
-		libp2p.EnableHolePunching(),
+		punching,
 		libp2p.DisableMetrics(),
 		// Far longer than a dial takes here.
 		libp2p.SwarmOpts(swarm.WithDialTimeout(10*time.Second)),
@@ -568,6 +576,18 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 		}
 		resp.ID, err = peer.Decode(string(m.GetRecord().GetValue()))
 		return resp, err
+	case "bridge":
+		// Dial the last address that the answer to "get" names.
+		m, err := tryAsk(ctx, h, testRelay{info: relay}, getMessage(groupKey))
+		if err != nil {
+			return resp, err
+		}
+		for _, p := range m.CloserPeers {
+			if addrs := p.Addresses(); peer.ID(p.Id) == req.Peer.ID {
+				return resp, h.Connect(ctx, peer.AddrInfo{ID: req.Peer.ID, Addrs: addrs[len(addrs)-1:]})
+			}
+		}
+		return resp, errors.New("the mate is not named")
 	case "identity":
 		answer, err := http.Get(req.URL)
 		if err != nil {

@@ -396,31 +396,42 @@ func (l limits) resourceLimits(relays int) rcmgr.ConcreteLimitConfig {
 	}.Build(rcmgr.InfiniteLimits)
 }
 
+// freeNetworks returns those that may hold any number of connections.
+func (l limits) freeNetworks() []netip.Prefix {
+	if l.testOnlyLimitLoopback {
+		return nil
+	}
+	return loopback
+}
+
+// networkRate returns a limiter by which each network may do something so often.
+func (l limits) networkRate(each rate.Limit) *rate.Limiter {
+	r := &rate.Limiter{SubnetRateLimiter: rate.SubnetLimiter{
+		IPv4SubnetLimits: []rate.SubnetLimit{{PrefixLength: ipv4NetworkBits, Limit: each}},
+		IPv6SubnetLimits: []rate.SubnetLimit{{PrefixLength: ipv6NetworkBits, Limit: each}},
+		GracePeriod:      time.Minute,
+	}}
+	for _, free := range l.freeNetworks() {
+		r.NetworkPrefixLimits = append(r.NetworkPrefixLimits, rate.PrefixLimit{Prefix: free}) // an RPS of 0 is no limit
+	}
+	return r
+}
+
+// unprovenRate returns a limiter for the connections that a network may begin before it
+// has to prove its addresses: half of its places, which forged ones take for 5 s, and
+// one each 10 s. go-libp2p's resource manager has the same (sourceAddressRPS).
+func (l limits) unprovenRate() *rate.Limiter {
+	return l.networkRate(rate.Limit{RPS: 0.1, Burst: l.perNetwork / 2})
+}
+
 // resourceOptions returns the bounds per network.
 func (l limits) resourceOptions() []rcmgr.Option {
-	perNetwork := rate.Limit{RPS: float64(l.perNetwork) / rateWindow.Seconds(), Burst: l.perNetwork}
-	// Not nil even when empty, or go-libp2p's own exemptions stay.
-	free4, free6 := []rcmgr.NetworkPrefixLimit{}, []rcmgr.NetworkPrefixLimit{}
-	var freeRate []rate.PrefixLimit // an RPS of 0 is no limit
-	if !l.testOnlyLimitLoopback {
-		free4 = append(free4, rcmgr.NetworkPrefixLimit{Network: loopback[0], ConnCount: math.MaxInt})
-		free6 = append(free6, rcmgr.NetworkPrefixLimit{Network: loopback[1], ConnCount: math.MaxInt})
-		freeRate = []rate.PrefixLimit{{Prefix: loopback[0]}, {Prefix: loopback[1]}}
-	}
 	return []rcmgr.Option{
-		rcmgr.WithLimitPerSubnet(
-			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: ipv4NetworkBits, ConnCount: l.perNetwork}},
-			[]rcmgr.ConnLimitPerSubnet{{PrefixLength: ipv6NetworkBits, ConnCount: l.perNetwork}},
-		),
-		rcmgr.WithNetworkPrefixLimit(free4, free6),
-		rcmgr.WithConnRateLimiters(&rate.Limiter{
-			NetworkPrefixLimits: freeRate,
-			SubnetRateLimiter: rate.SubnetLimiter{
-				IPv4SubnetLimits: []rate.SubnetLimit{{PrefixLength: ipv4NetworkBits, Limit: perNetwork}},
-				IPv6SubnetLimits: []rate.SubnetLimit{{PrefixLength: ipv6NetworkBits, Limit: perNetwork}},
-				GracePeriod:      time.Minute,
-			},
-		}),
+		// networks counts connections, which the resource manager does where they
+		// began. Empty and not nil, or go-libp2p's own limits stay.
+		rcmgr.WithLimitPerSubnet([]rcmgr.ConnLimitPerSubnet{}, []rcmgr.ConnLimitPerSubnet{}),
+		rcmgr.WithNetworkPrefixLimit([]rcmgr.NetworkPrefixLimit{}, []rcmgr.NetworkPrefixLimit{}),
+		rcmgr.WithConnRateLimiters(l.networkRate(rate.Limit{RPS: float64(l.perNetwork) / rateWindow.Seconds(), Burst: l.perNetwork})),
 	}
 }
 

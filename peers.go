@@ -8,6 +8,7 @@ package main
 
 import (
 	"log/slog"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -63,6 +64,7 @@ type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 	punches bool           // makes a direct connection by itself where it has a circuit
 	circuit bool           // takes circuits
+	from    netip.Addr     // where the client was when it said so
 
 	// reachedAt is, for each of its connections by ID, the address at which it reaches
 	// this relay: as the client sees it, so on the far side of a NAT of ours. nil: the
@@ -115,6 +117,7 @@ func (p *peers) loop() {
 				listen:  usableAddrs(e.Peer, e.ListenAddrs, e.Conn.RemoteMultiaddr()),
 				punches: slices.Contains(e.Protocols, holepunch.Protocol),
 				circuit: slices.Contains(e.Protocols, proto.ProtoIDv2Stop),
+				from:    ipOf(e.Conn.RemoteMultiaddr()),
 			}, reachedAddr(e.ObservedAddr, e.Conn.RemoteMultiaddr()))
 		case event.EvtPeerConnectednessChanged:
 			if e.Connectedness == network.NotConnected {
@@ -226,7 +229,7 @@ func (p *peers) addrs(id peer.ID) []ma.Multiaddr {
 	if len(at) == 0 {
 		return nil
 	}
-	return fitAddrs(at, p.listening(id))
+	return fitAddrs(at, p.listening(id, at))
 }
 
 // unasked returns the addresses of a connected peer that we give asker, who did not
@@ -238,7 +241,7 @@ func (p *peers) unasked(id, asker peer.ID) []ma.Multiaddr {
 	if len(at) == 0 || !sameHome(at, p.observed(asker)) {
 		return at
 	}
-	return fitAddrs(at, slices.DeleteFunc(slices.Clone(p.listening(id)), func(a ma.Multiaddr) bool { return !manet.IsPrivateAddr(a) }))
+	return fitAddrs(at, slices.DeleteFunc(p.listening(id, at), func(a ma.Multiaddr) bool { return !manet.IsPrivateAddr(a) }))
 }
 
 // observed returns where a peer's connections come from, the newest first: it is
@@ -251,11 +254,18 @@ func (p *peers) observed(id peer.ID) []ma.Multiaddr {
 	return fitAddrs(at)
 }
 
-// listening returns the usable listen addresses that a peer has reported.
-func (p *peers) listening(id peer.ID) []ma.Multiaddr {
+// listening returns the usable listen addresses that a peer has reported, which is
+// observed at at now. If it has left the address from which it reported, then without
+// those at that address.
+func (p *peers) listening(id peer.ID, at []ma.Multiaddr) []ma.Multiaddr {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.identified[id].listen
+	said := p.identified[id]
+	p.mu.Unlock()
+	listen := slices.Clone(said.listen)
+	if slices.ContainsFunc(at, func(a ma.Multiaddr) bool { return ipOf(a) == said.from }) {
+		return listen
+	}
+	return slices.DeleteFunc(listen, func(a ma.Multiaddr) bool { return ipOf(a) == said.from })
 }
 
 // sameHome reports whether one of the addresses in a is likely to be in the same

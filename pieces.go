@@ -112,7 +112,7 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 	c := &connPieces{
 		ConnManagementScope: scope,
 		all:                 p,
-		budget:              p.budgets.of(addrPortOf(from).Addr()),
+		budget:              p.budgets.of(addrPort(from).Addr()),
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),

@@ -191,7 +191,7 @@ func TestPiecesOfAStream(t *testing.T) {
 // The clients of one network wait when its budget is spent, and those of another do not.
 func TestBudgetIsOfOneNetwork(t *testing.T) {
 	b := newBudgets(limits{perNetwork: 10})
-	one, other := b.of(addrPortOf(&net.UDPAddr{IP: net.ParseIP("11.0.0.1")}).Addr()), b.of(addrPortOf(&net.UDPAddr{IP: net.ParseIP("11.0.0.2")}).Addr())
+	one, other := b.of(addrPort(&net.UDPAddr{IP: net.ParseIP("11.0.0.1")}).Addr()), b.of(addrPort(&net.UDPAddr{IP: net.ParseIP("11.0.0.2")}).Addr())
 	for i := range 10 * requestsPerClient {
 		if wait := one.spend(one.requests, 1); wait > 0 {
 			t.Fatalf("request %d waits for %v, want none of %d to", i, wait, 10*requestsPerClient)
@@ -206,7 +206,7 @@ func TestBudgetIsOfOneNetwork(t *testing.T) {
 	if again := b.of(one.network.Addr()); again != one {
 		t.Error("another connection of the network has a budget of its own")
 	}
-	if b.of(addrPortOf(&net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}).Addr()) != nil {
+	if b.of(addrPort(&net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}).Addr()) != nil {
 		t.Error("loopback has a budget")
 	}
 }

@@ -65,6 +65,7 @@ sockets_linux.go   ... many datagrams of one sender at a time
 sockets_other.go   ... or not
 gate.go            which packets of handshakes reach quic-go
 sockets_udp.go     ... one socket, and the one that reads one datagram at a time
+networks.go        where clients are now, and how many connections each network has
 pieces.go          what clients make quic-go keep in small pieces
 budgets.go         how much CPU one network can take
 shares.go          streams and memory of each client's own

@@ -86,6 +86,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	r.circuits = newCircuits(lim, log, &r.tally, r.peers.reserve)
 	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
+	r.sockets.networks.most, r.sockets.networks.free, r.sockets.networks.unproven = lim.perNetwork, lim.freeNetworks(), lim.unprovenRate()
 	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
 	if err != nil {

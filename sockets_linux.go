@@ -82,6 +82,30 @@ func newUDPSocket(conn *net.UDPConn) udpSocket {
 
 func (s *groSocket) show(tap tapped) { s.tap = tap }
 
+// WriteMsgUDP sends for quic-go.
+func (s *groSocket) WriteMsgUDP(d, control []byte, to *net.UDPAddr) (n, controlN int, err error) {
+	n, controlN, err = s.UDPConn.WriteMsgUDP(d, control, to)
+	if err != nil {
+		err = unlessLost(err, splits(control))
+	}
+	return n, controlN, err
+}
+
+// splits reports whether control asks the kernel to split what it sends.
+func splits(control []byte) bool {
+	for len(control) > 0 {
+		header, _, rest, err := unix.ParseOneSocketControlMessage(control)
+		if err != nil {
+			return false
+		}
+		if header.Level == unix.IPPROTO_UDP && header.Type == unix.UDP_SEGMENT {
+			return true
+		}
+		control = rest
+	}
+	return false
+}
+
 // ReadBatch fills at least one of datagrams with what the socket has for quic-go.
 func (s *groSocket) ReadBatch(datagrams []xipv4.Message, flags int) (n int, err error) {
 	for n == 0 {

@@ -230,3 +230,19 @@ func TestSocketNeverWaits(t *testing.T) {
 	out.Close()
 	s.send([][]byte{[]byte("hello")}, 5, 0, addrPort(in.LocalAddr()), nil) // to nobody's harm
 }
+
+// A network device that cannot split is no reason to lose anything: quic-go is told, and
+// sends one by one.
+func TestDeviceThatCannotSplitIsTold(t *testing.T) {
+	control := sourceOf(netip.MustParseAddr("192.0.2.1"))
+	if splits(control) {
+		t.Error("a source address is taken for segmentation")
+	}
+	control, _ = appendControl(control, unix.IPPROTO_UDP, unix.UDP_SEGMENT, 2)
+	if !splits(control) {
+		t.Error("segmentation is not seen")
+	}
+	if err := unlessLost(unix.EIO, true); err != unix.EIO {
+		t.Errorf("quic-go is told %v, want %v", err, unix.EIO)
+	}
+}

@@ -5,9 +5,11 @@ package main
 // datagram at a time. Every system but Linux uses it, and so do tests on Linux.
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
+	"syscall"
 
 	"github.com/quic-go/quic-go"
 	xipv4 "golang.org/x/net/ipv4" // its Message is also that of IPv6
@@ -67,15 +69,25 @@ func sourceOf(addr netip.Addr) source {
 	return nil
 }
 
-// addrPort returns addr in the form of arrival.from. The result is not valid if addr
-// is not a UDP address.
-func addrPort(addr net.Addr) netip.AddrPort {
-	u, ok := addr.(*net.UDPAddr)
-	if !ok {
-		return netip.AddrPort{}
+// unlessLost returns err, with which the system refused to send a datagram, or nil if
+// quic-go is to take the datagram as lost on its way. By itself quic-go ends the
+// connection, so that a moment without a route or an address, a firewall that is loaded
+// anew, or a full queue would end everybody's. QUIC repeats what was lost, and a
+// connection over which nothing comes for long times out. quic-go is told that
+//
+//   - the socket is closed;
+//   - a datagram is too long, which it takes as lost by itself;
+//   - the network device cannot split what it was given to be split (EIO, udp(7)):
+//     quic-go then sends one by one.
+func unlessLost(err error, split bool) error {
+	// Windows has another number for EMSGSIZE than package syscall (WSAEMSGSIZE,
+	// winsock2.h).
+	const tooLong = syscall.Errno(10040)
+	if err == nil || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.EMSGSIZE) || errors.Is(err, tooLong) ||
+		errors.Is(err, syscall.EIO) && split {
+		return err
 	}
-	at := u.AddrPort()
-	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
+	return nil
 }
 
 // plainSocket reads into quic-go's own buffers. quic-go calls ReadBatch from one
@@ -93,6 +105,17 @@ func newPlainSocket(conn *net.UDPConn) udpSocket {
 }
 
 func (s *plainSocket) show(tap tapped) { s.tap = tap }
+
+// WriteMsgUDP sends for quic-go, and WriteTo does on Windows.
+func (s *plainSocket) WriteMsgUDP(d, control []byte, to *net.UDPAddr) (n, controlN int, err error) {
+	n, controlN, err = s.UDPConn.WriteMsgUDP(d, control, to)
+	return n, controlN, unlessLost(err, false)
+}
+
+func (s *plainSocket) WriteTo(d []byte, to net.Addr) (int, error) {
+	n, err := s.UDPConn.WriteTo(d, to)
+	return n, unlessLost(err, false)
+}
 
 // ReadBatch fills at least one of datagrams with what the socket has for quic-go.
 func (s *plainSocket) ReadBatch(datagrams []xipv4.Message, flags int) (int, error) {
