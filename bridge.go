@@ -50,9 +50,9 @@ const (
 	offerTime = 5 * time.Second
 
 	// notDialled limits how long we wait for a dial after an offer, before we conclude
-	// that the client has another connection with the mate. afterRest puts back that
-	// mate's next turn while others have not been met, past two of the clients' ticks
-	// of 30 s.
+	// that the client has another connection with the mate. afterRest delays that
+	// mate's next turn while others have not been met, by more than two of the
+	// clients' ticks of 30 s.
 	notDialled = 2 * time.Second
 	afterRest  = 70 * time.Second
 
@@ -98,8 +98,8 @@ const (
 	metTime = 12 * time.Second
 
 	// reorderTime bounds how late a packet may arrive after packets that were sent
-	// later. settledTime is how long we watch an unknown ID before we decide which
-	// flow it belongs to.
+	// later. settledTime sets how long we watch an unknown ID before we decide
+	// which flow it belongs to.
 	reorderTime = 20 * time.Millisecond
 	settledTime = 100 * time.Millisecond
 
@@ -117,9 +117,9 @@ const (
 	newcomerTime  = 20 * time.Millisecond
 	newcomerDials = 4
 
-	// switchPackets is the number of packets with one ID after which quic-go may
-	// switch to another: PacketsPerConnectionID / 2 is 5000, less the packets lost on
-	// the way here.
+	// switchPackets counts the packets with one ID after which quic-go may switch to
+	// another: PacketsPerConnectionID / 2 is 5000, less the packets lost on the way
+	// here.
 	switchPackets = 4000
 
 	// minID and maxID bound the length of the IDs that the bridge learns, in bytes. A

@@ -1,8 +1,8 @@
 package main
 
 // Offers decide whom a client may dial over the bridge: which of its mates an answer
-// names with the relay's own address, and which mate the Initial is for that then
-// arrives. The Initial cannot tell us: to the client it is the first packet of a
+// names with the relay's own address, and which mate the client's next Initial is
+// for. The Initial cannot tell us: to the client it is the first packet of a
 // connection with the mate, and it carries no name. So we offer each client one mate
 // at a time.
 
@@ -18,7 +18,7 @@ import (
 type mate struct {
 	id peer.ID
 
-	// bridge is the address of ours at which the asker may dial the mate; nil: none.
+	// bridge names the address of ours at which the asker may dial the mate; nil: none.
 	bridge ma.Multiaddr
 }
 

@@ -1,7 +1,7 @@
 package main
 
-// The bridge's state machine, without sockets, clients and QUIC: what it makes of one
-// packet after another.
+// Tests of the bridge's state machine, packet by packet, without sockets, clients or
+// QUIC.
 
 import (
 	"bytes"
@@ -22,9 +22,9 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// wire is the sockets of a bridge under test: it keeps what is sent.
+// wire stands in for the sockets of a bridge under test, and keeps what is sent.
 type wire struct {
-	udpSocket // has no other method
+	udpSocket // implements only send
 
 	mu   sync.Mutex
 	sent []datagram
@@ -53,12 +53,13 @@ func (w *wire) taken() (sent []datagram) {
 	return sent
 }
 
-// nobody is a network without connections.
+// nobody implements a network without connections.
 type nobody struct{ network.Network }
 
 func (nobody) ConnsToPeer(peer.ID) []network.Conn { return nil }
 
-// bridgeUnderTest has clients that are what they are said to be.
+// bridgeUnderTest wraps a bridge whose clients are actors, and whose clock the test
+// sets.
 type bridgeUnderTest struct {
 	*bridge
 	testing.TB
@@ -69,9 +70,9 @@ type bridgeUnderTest struct {
 func newBridgeUnderTest(t testing.TB, clients int) *bridgeUnderTest {
 	b := newBridge(slog.New(slog.DiscardHandler), new(tally), limits{clients: clients}, newPeers(slog.New(slog.DiscardHandler)), nil)
 	b.network = nobody{}
-	b.testOnlyAfter = func(time.Duration, func()) {} // due does it
+	b.testOnlyAfter = func(time.Duration, func()) {} // due calls it
 	u := &bridgeUnderTest{b, t, new(wire), time.Hour}
-	// So that what reads the clock is never far from u.now.
+	// Keep whatever reads the clock close to u.now.
 	b.began = time.Now().Add(-u.now)
 	for _, sd := range b.sides {
 		sd.socket = u.wire
@@ -79,7 +80,7 @@ func newBridgeUnderTest(t testing.TB, clients int) *bridgeUnderTest {
 	return u
 }
 
-// actor is a client.
+// actor plays a client.
 type actor struct {
 	u      *bridgeUnderTest
 	id     peer.ID
@@ -93,7 +94,7 @@ func (u *bridgeUnderTest) actor(addr string) *actor {
 	return &actor{u: u, id: peer.ID(addr), at: whereabouts{addr: netip.MustParseAddrPort(addr)}}
 }
 
-// told offers the asker its mates, and returns the one that it may dial.
+// told offers the mates to a, and returns the one that a may dial.
 func (a *actor) told(mates ...*actor) peer.ID {
 	var all []candidate
 	for _, m := range mates {
@@ -118,7 +119,7 @@ func (u *bridgeUnderTest) tick(d time.Duration) {
 	u.began = time.Now().Add(-u.now)
 }
 
-// due releases what has been held for long enough.
+// due releases the dials that have been held for long enough.
 func (u *bridgeUnderTest) due() {
 	for _, c := range u.clients {
 		for _, e := range c.ends {
@@ -133,7 +134,8 @@ func (u *bridgeUnderTest) due() {
 	}
 }
 
-// got fails unless the wire has carried exactly these to a since it was asked last.
+// got fails unless the wire has carried exactly these datagrams to a since the last
+// call.
 func (a *actor) got(want ...[]byte) {
 	a.u.Helper()
 	var w []datagram
@@ -141,7 +143,7 @@ func (a *actor) got(want ...[]byte) {
 		w = append(w, datagram{a.at.addr, string(d)})
 	}
 	if sent := a.u.wire.taken(); !slices.Equal(sent, w) {
-		a.u.Errorf("%d datagrams were sent, want %d, to %v", len(sent), len(w), a.at.addr)
+		a.u.Errorf("%d datagrams were sent, want %d to %v", len(sent), len(w), a.at.addr)
 		for _, d := range sent {
 			a.u.Logf("to %v: %.12x… (%d bytes)", d.to, d.data, len(d.data))
 		}
@@ -150,7 +152,7 @@ func (a *actor) got(want ...[]byte) {
 
 const initial, handshaking = 0xc0, 0xe0
 
-// longPacket is a packet with a long header (RFC 9000, 17.2).
+// longPacket returns a packet with a long header (RFC 9000, 17.2).
 func longPacket(first byte, dest, source string) []byte {
 	d := binary.BigEndian.AppendUint32([]byte{first}, 1)
 	d = append(append(d, byte(len(dest))), dest...)
@@ -158,14 +160,14 @@ func longPacket(first byte, dest, source string) []byte {
 	return append(d, bytes.Repeat([]byte{0xaa}, 1200-len(d))...)
 }
 
-// shortPacket is a packet with a short header.
+// shortPacket returns a packet with a short header.
 func shortPacket(dest string, size int) []byte {
 	d := append([]byte{0x40}, dest...)
 	return append(d, bytes.Repeat([]byte{0xbb}, size-len(d))...)
 }
 
 // connected takes a and b through a handshake in which they use these IDs, and fails
-// unless all of it passes.
+// unless the bridge forwards all of it.
 func (u *bridgeUnderTest) connected(a, b *actor, idA, idB string) {
 	u.Helper()
 	if a.told(b) != b.id {
@@ -196,7 +198,7 @@ func (u *bridgeUnderTest) connected(a, b *actor, idA, idB string) {
 	}
 }
 
-// flow is the one between two, or nil.
+// flow returns the flow between a and b, or nil.
 func (u *bridgeUnderTest) flow(a, b *actor) *flow {
 	e := u.sideOf(a.at.addr.Addr()).ends[a.at.addr]
 	if e == nil {
@@ -210,7 +212,7 @@ func (u *bridgeUnderTest) flow(a, b *actor) *flow {
 	return nil
 }
 
-// counted fails unless so much was refused for that reason.
+// counted fails unless the number of refusals for that reason is want.
 func (u *bridgeUnderTest) counted(why refusal, want int64) {
 	u.Helper()
 	if got := u.tally.refused[why].Load(); got != want {
@@ -218,7 +220,7 @@ func (u *bridgeUnderTest) counted(why refusal, want int64) {
 	}
 }
 
-// Who has nothing to do with the bridge notices nothing of it.
+// Traffic that has nothing to do with the bridge passes untouched.
 func TestBridgeLeavesOthersAlone(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b, other := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.9:9")
@@ -229,19 +231,19 @@ func TestBridgeLeavesOthersAlone(t *testing.T) {
 		shortPacket("bbbbbbbb", 100), shortPacket(string(own.Bytes()), 100), {0x40}, {0xc0}, {0xc0, 0, 0, 0, 1, 255}, {0},
 	} {
 		if left := other.says(d); !bytes.Equal(left, d) {
-			t.Errorf("of a stranger's %.12x %d bytes are left", d, len(left))
+			t.Errorf("a stranger's %.12x: %d bytes are left, want all", d, len(left))
 		}
 	}
-	// Those of a client's own connection with the relay are not the mate's.
+	// Packets of a client's own connection with the relay do not go to the mate.
 	for _, d := range [][]byte{shortPacket(string(own.Bytes()), 100), longPacket(handshaking, string(own.Bytes()), "xxxxxxxx")} {
 		if left := a.says(d); !bytes.Equal(left, d) {
-			t.Errorf("of a client's own %.12x %d bytes are left", d, len(left))
+			t.Errorf("a client's own %.12x: %d bytes are left, want all", d, len(left))
 		}
 	}
 	b.got()
 }
 
-// What came in one message goes each its own way, in its order.
+// The datagrams of one message each go where they belong, in their order.
 func TestBridgeSplitsAMessage(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("[2001:db8::3]:3")
@@ -256,7 +258,7 @@ func TestBridgeSplitsAMessage(t *testing.T) {
 	last := shortPacket("bbbbbbbb", 40)
 	left := a.says(r1, toB, toB, r2, toC, r3, toB, last)
 	if !bytes.Equal(left, slices.Concat(r1, r2, r3)) {
-		t.Errorf("%d bytes are left, want the relay's own three", len(left))
+		t.Errorf("%d bytes are left, want the three datagrams for the relay", len(left))
 	}
 	var b4, c4 int
 	for _, d := range u.wire.taken() {
@@ -270,9 +272,9 @@ func TestBridgeSplitsAMessage(t *testing.T) {
 		}
 	}
 	if b4 != 4 || c4 != 1 {
-		t.Errorf("%d and %d datagrams went to the two, want 4 and 1", b4, c4)
+		t.Errorf("b got %d datagrams and c %d, want 4 and 1", b4, c4)
 	}
-	// And a batch of several messages of one flow is sent as it came.
+	// A batch of several messages of one flow is sent as it came.
 	batch := []arrival{
 		{from: a.at.addr, size: 100, data: slices.Concat(toB, toB)},
 		{from: a.at.addr, size: 100, data: slices.Concat(toC, toB)},
@@ -287,7 +289,7 @@ func TestBridgeSplitsAMessage(t *testing.T) {
 		}
 	}
 	if want := []string{string(toB), string(toB), string(toB), string(last), string(toB)}; !slices.Equal(got, want) {
-		t.Errorf("b got %d datagrams, want 5 in their order", len(got))
+		t.Errorf("b got %d datagrams, want 5 in the order sent", len(got))
 	}
 	for _, m := range batch {
 		if len(m.data) != 0 {
@@ -296,19 +298,19 @@ func TestBridgeSplitsAMessage(t *testing.T) {
 	}
 }
 
-// Who has found a direct way meanwhile has no need of the bridge, and its mate does
-// not hear of it.
+// When a direct path has won meanwhile, the bridge drops the dial, and the mate
+// hears nothing of it.
 func TestDirectWins(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
 	a.told(b)
 	a.says(longPacket(initial, "firstdest", "aaaaaaaa"))
 	u.tick(40 * time.Millisecond)
-	a.says(longPacket(initial, "firstdest", "aaaaaaaa")) // which closes it
+	a.says(longPacket(initial, "firstdest", "aaaaaaaa")) // closes the connection
 	u.tick(maxHold)
 	u.due()
 	b.got()
-	// It is not offered again while others are to be met, and the only one is.
+	// The dropped dial counts as no refusal, and its flow ends.
 	u.tick(unansweredTime)
 	u.sweep(u.now)
 	u.counted(refusedBridgeUnanswered, 0)
@@ -333,18 +335,18 @@ func TestFirstFlightIsHeld(t *testing.T) {
 	u.tick(2 * time.Millisecond)
 	u.due()
 	b.got(first, second)
-	// Nobody answers: a few repetitions may go.
+	// Nobody answers, so only a few retransmissions may go.
 	for range 100 {
 		u.tick(10 * time.Millisecond)
 		a.says(first)
 	}
 	if n := len(u.wire.taken()); n != unansweredDatagrams-2 {
-		t.Errorf("%d repetitions went to a mate that has not answered, want %d", n, unansweredDatagrams-2)
+		t.Errorf("%d retransmissions went to a mate that has not answered, want %d", n, unansweredDatagrams-2)
 	}
 	u.counted(refusedBridgeUnanswered, 100-(unansweredDatagrams-2))
 }
 
-// Who seems to have given up, and had not, is heard when it comes again.
+// A client that seemed to give up, but did not, gets through when it sends again.
 func TestSlowDialGoesOn(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
@@ -363,7 +365,8 @@ func TestSlowDialGoesOn(t *testing.T) {
 	a.got(answer)
 }
 
-// quinn takes another ID once, as server. Both clients of it may have several mates.
+// quinn switches to another ID once, as server. It may have several mates at that
+// moment.
 func TestQuinnSwitchesItsID(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	server := u.actor("192.0.2.9:9")
@@ -386,7 +389,7 @@ func TestQuinnSwitchesItsID(t *testing.T) {
 		m.says(d)
 		server.got(d)
 	}
-	// What nobody has given out goes to nobody.
+	// Packets with an ID that nobody gave out go to nobody.
 	u.tick(switchTime)
 	server.says(shortPacket("nobodys!", 80))
 	u.wire.mu.Lock()
@@ -396,8 +399,8 @@ func TestQuinnSwitchesItsID(t *testing.T) {
 	}
 }
 
-// quic-go takes another ID after the handshake, on both sides, and again after some
-// thousand packets. Both may be so with several mates at once.
+// quic-go switches to another ID after the handshake, on both sides, and again after
+// some thousand packets. This may happen with several mates at once.
 func TestQuicGoSwitchesItsIDs(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a := u.actor("192.0.2.9:9")
@@ -411,7 +414,7 @@ func TestQuicGoSwitchesItsIDs(t *testing.T) {
 		} else {
 			u.connected(m, a, id("m", i, 0), id("a", i, 0))
 		}
-		for range 3 { // what a sends carries the IDs that m gave out
+		for range 3 { // a sends with the IDs that m gave out
 			d := shortPacket(id("m", i, 1), 80)
 			a.says(d)
 			m.got(d)
@@ -420,7 +423,7 @@ func TestQuicGoSwitchesItsIDs(t *testing.T) {
 			a.got(d)
 		}
 	}
-	// All are busy, and each takes another ID in its turn.
+	// All mates are busy, and each switches to another ID in its turn.
 	for n := 1; n < 6; n++ {
 		for i, m := range mates {
 			for range switchPackets + 100 {
@@ -437,7 +440,8 @@ func TestQuicGoSwitchesItsIDs(t *testing.T) {
 					}
 				}
 			}
-			// In the same moment as the others, some of which may be sent twice; then no more.
+			// Other mates send at the same moment, and some of these packets may go
+			// out twice. Then no more do.
 			d := shortPacket(id("m", i, n+1), 30)
 			for range 5 {
 				a.says(d)
@@ -465,7 +469,7 @@ func TestQuicGoSwitchesItsIDs(t *testing.T) {
 }
 
 // Two mates call at the same moment. Until the callee has switched to the ID that it
-// will use with the first, nobody could tell for whom its next one is.
+// will use with the first, nobody could tell whom its next ID is for.
 func TestOneHandshakeAtATime(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b, callee := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.9:9")
@@ -493,18 +497,19 @@ func TestOneHandshakeAtATime(t *testing.T) {
 	callee.got(fromB)
 }
 
-// An Initial that no answer has led to is for the only mate that the client has not
-// met, of whom another one may have told; else it is dropped once, and then quic-go's.
+// An Initial that follows no answer goes to the only mate that the client has not
+// met, because another mate may have told of that one. Without such a mate it is
+// dropped once, and then goes to quic-go.
 func TestWhoseInitialItIs(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
 	if got := a.told(b, c); got != b.id {
-		t.Errorf("told of %q, want the first", got)
+		t.Errorf("offered %q, want the first mate", got)
 	}
 	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
 	u.tick(time.Second)
 	if got := a.told(b, c); got != c.id {
-		t.Errorf("told of %q, want the one that it has not met", got)
+		t.Errorf("offered %q, want the mate not met yet", got)
 	}
 	u.tick(offerTime)
 	d := longPacket(initial, "firstdestC", "aaaaaaaC")
@@ -521,33 +526,33 @@ func TestWhoseInitialItIs(t *testing.T) {
 	}
 	u.counted(refusedBridgeStray, 1)
 	if left := a.says(stray); !bytes.Equal(left, stray) {
-		t.Error("a stray Initial that came again did not go to quic-go")
+		t.Error("a repeated stray Initial did not go to quic-go")
 	}
-	// Who is not connected here any more wants this relay.
+	// A client that is no longer connected here wants the relay itself.
 	a.closed = true
 	again := longPacket(initial, "another!", "aaaaaaa3")
 	if left := a.says(again); !bytes.Equal(left, again) {
-		t.Error("the Initial of one whose connection has ended did not go to quic-go")
+		t.Error("the Initial of a client whose connection has ended did not go to quic-go")
 	}
 }
 
-// A device that was killed and is back under the same ID has forgotten its mate. It is
-// offered again, though what it was seems to be connected.
+// A device that was killed and came back under the same ID has forgotten its mate.
+// It is offered the mate again, though its old self still looks connected.
 func TestBackUnderTheSameID(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
 	u.connected(a, b, "aaaaaaaa", "bbbbbbbb")
 	u.tick(busyHold + time.Second)
 	if got := a.told(b); got != "" {
-		t.Errorf("offered %v, which it has met", got)
+		t.Errorf("offered %v, want none because they have met", got)
 	}
 	back := u.actor("192.0.2.1:3")
 	back.id = a.id
 	u.connected(back, b, "aaaaaaaA", "bbbbbbbB")
 }
 
-// A relay that has restarted knows nobody. Who dials it, and its mates in the same
-// moment, is not told that it is not the mate.
+// A relay that has restarted knows nobody. When a client dials it and, at the same
+// moment, its mates, the relay must not answer in place of a mate.
 func TestDialsOfNewcomersWait(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
@@ -562,30 +567,31 @@ func TestDialsOfNewcomersWait(t *testing.T) {
 	u.due()
 	b.got(mate)
 
-	// One whose first dial has been answered is not in that moment any more.
+	// Once the relay has answered a client's first dial, that moment is over.
 	d, e := u.actor("192.0.2.4:4"), longPacket(initial, "firstdest", "toRelay2")
 	own, _ := u.GenerateConnectionID()
 	for _, p := range [][]byte{longPacket(initial, "firstdest", "toRelay1"), longPacket(handshaking, string(own.Bytes()), "toRelay1"), e} {
 		if left := d.says(p); !bytes.Equal(left, p) {
-			t.Errorf("%.24x is dropped", p)
+			t.Errorf("%.24x was dropped", p)
 		}
 	}
 
-	// One who has no mates gets through.
+	// A client that has no mates gets through.
 	c := u.actor("192.0.2.3:3")
 	for i := range 6 {
 		d := longPacket(initial, "firstdest", fmt.Sprintf("dial%04d", i))
 		left := c.says(d)
 		if dropped := len(left) == 0; dropped != (i > 0 && i < newcomerDials) {
-			t.Errorf("dial %d is dropped: %v", i, dropped)
+			t.Errorf("dial %d was dropped: %v", i, dropped)
 		}
 		if left := c.says(d); !bytes.Equal(left, d) {
-			t.Errorf("dial %d is dropped twice", i)
+			t.Errorf("dial %d was dropped twice", i)
 		}
 	}
 }
 
-// Of whom no answer told, and other mates may have, each is tried in its turn.
+// Mates that no answer named, but that other mates may have told of, are tried in
+// turn.
 func TestInitialsThatNoAnswerLedTo(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a := u.actor("192.0.2.1:1")
@@ -600,28 +606,28 @@ func TestInitialsThatNoAnswerLedTo(t *testing.T) {
 	}
 	for _, m := range mates {
 		if f := u.flow(a, m); f == nil || len(f.dials) != 1 {
-			t.Errorf("%v is not dialled", m.id)
+			t.Errorf("%v was not dialled", m.id)
 		}
 	}
 }
 
-// A device that was killed and is back is at the address of what it was, which seems
-// to be here for a while: its other mates come first.
+// A device that was killed and came back shares its address with its old self, which
+// looks connected for a while. So its other mates come first.
 func TestNearMatesComeLast(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	before, now, mate := u.actor("192.0.2.1:1"), u.actor("192.0.2.1:2"), u.actor("192.0.2.9:9")
 	next, others := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now)
 	if next != mate.id || !slices.Equal(others, []peer.ID{before.id}) {
-		t.Errorf("offered %v beside %v, want the one elsewhere, and the near one without", next, others)
+		t.Errorf("offered %v over the bridge and %v without, want the far mate over it and the near one without", next, others)
 	}
 	u.connected(now, mate, "aaaaaaaa", "bbbbbbbb")
 	if next, _ := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now); next != before.id {
-		t.Errorf("offered %v, want the near one, as the only one not met", next)
+		t.Errorf("offered %v, want the near mate, the only one not met", next)
 	}
 }
 
-// Mates are offered one at a time, the newest first, and those with which the asker
-// has another connection last.
+// Mates are offered one at a time, the newest first. Those with which the asker has
+// another connection come last.
 func TestOffersTakeTurns(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a := u.actor("192.0.2.1:1")
@@ -630,17 +636,18 @@ func TestOffersTakeTurns(t *testing.T) {
 		mates = append(mates, u.actor(fmt.Sprintf("192.0.2.%d:2", i+2)))
 	}
 	for _, want := range []int{0, 1, 2, 0, 1} {
-		for range 2 { // it may be dialling: asked again, it is told the same
+		for range 2 { // asked again, the relay says the same, as the client may be dialling
 			if got := a.told(mates...); got != mates[want].id {
-				t.Errorf("told of %v, want mate %d", got, want)
+				t.Errorf("offered %v, want mate %d", got, want)
 			}
 		}
 		u.tick(notDialled + 1)
 	}
-	// None was dialled, so it has them all. One that is new comes first.
+	// The client dialled none, so it has connections with all. A new mate comes
+	// first.
 	fresh := u.actor("192.0.2.9:2")
 	if got := a.told(append(mates, fresh)...); got != fresh.id {
-		t.Errorf("told of %v, want the new one", got)
+		t.Errorf("offered %v, want the new mate", got)
 	}
 }
 
@@ -658,20 +665,20 @@ func TestBridgeFollowsAClient(t *testing.T) {
 	if n := len(u.sides[0].ends); n != 1 {
 		t.Errorf("%d ends, want 1", n)
 	}
-	// Somebody else at the address that it had is not taken for it.
+	// Another client at the old address is not taken for this one.
 	old := u.actor("192.0.2.1:1")
 	if left := old.says(shortPacket("bbbbbbbb", 60)); len(left) == 0 {
-		t.Error("what comes from an address that a client once had is forwarded")
+		t.Error("a packet from a client's old address was forwarded")
 	}
 }
 
-// A flow ends when its client has left, when nothing comes any more, and when it has
-// carried or lasted as long as a circuit may; and then nothing is left of it.
+// A flow ends when a client has left, when one side is silent, and at the limits of
+// a circuit's data and duration. Then nothing is left of it.
 func TestFlowsEnd(t *testing.T) {
 	tests := []struct {
 		name string
 		end  func(u *bridgeUnderTest, a, b *actor)
-		gone bool // at once, or only refuses
+		gone bool // the flow is gone at once, not just closed
 	}{
 		{"a client has left", func(u *bridgeUnderTest, a, b *actor) {
 			b.closed = true
@@ -692,7 +699,7 @@ func TestFlowsEnd(t *testing.T) {
 				a.says(shortPacket("bbbbbbbb", 1000))
 			}
 			if n := len(u.wire.taken()); n > 10 {
-				t.Errorf("%d of 20 kB went over a flow that may carry 10", n)
+				t.Errorf("%d of 20 datagrams of 1 kB passed, want at most 10", n)
 			}
 		}, false},
 		{"--circuit-duration", func(u *bridgeUnderTest, a, b *actor) {
@@ -718,7 +725,7 @@ func TestFlowsEnd(t *testing.T) {
 				t.Errorf("%d bridges are open, want none", n)
 			}
 			if (u.flow(a, b) == nil) != tt.gone {
-				t.Errorf("flow = %v, want it gone: %v", u.flow(a, b), tt.gone)
+				t.Errorf("flow = %v, want it removed: %v", u.flow(a, b), tt.gone)
 			}
 			u.tick(2 * groupAge)
 			u.sweep(u.now)
@@ -730,7 +737,7 @@ func TestFlowsEnd(t *testing.T) {
 	}
 }
 
-// A mate that takes part no longer is not sent more than could be on its way.
+// A mate that has gone silent is not sent more than could be on its way.
 func TestCreditIsRefilledByTheOtherEndAlone(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2")
@@ -748,7 +755,7 @@ func TestCreditIsRefilledByTheOtherEndAlone(t *testing.T) {
 		return n
 	}
 	if n := carried(); n > flowCredit || n < flowCredit-len(d) {
-		t.Errorf("%d bytes went to a mate that is silent, want %d", n, flowCredit)
+		t.Errorf("%d bytes went to a silent mate, want %d", n, flowCredit)
 	}
 	b.says(shortPacket("nobodys!", 60)) // such as a stateless reset
 	carried()
@@ -760,12 +767,12 @@ func TestCreditIsRefilledByTheOtherEndAlone(t *testing.T) {
 	carried()
 	a.says(shortPacket("bbbbbbbb", 1000))
 	if carried() != 1000 {
-		t.Error("what belongs to the flow did not refill the credit")
+		t.Error("a packet of the flow did not refill the credit")
 	}
 }
 
-// --max-bandwidth holds, whatever is sent, and lets through what it has room for,
-// beside circuits that have more to carry than it allows.
+// --max-bandwidth holds whatever is sent. The bridge gets the bandwidth that is
+// left, even beside circuits that want more than the limit.
 func TestBandwidthBoundsTheBridge(t *testing.T) {
 	const perSecond, seconds = 1 << 20, 10
 	for _, circuits := range []int{0, 3} {
@@ -773,7 +780,7 @@ func TestBandwidthBoundsTheBridge(t *testing.T) {
 		u.bandwidth = rate.NewLimiter(perSecond, perSecond/10)
 		start := u.clock()
 		var carried, byCircuits int64
-		next := make([]clock, circuits) // when each is let go on
+		next := make([]clock, circuits) // when each circuit may send again
 		for now := start; now < start+seconds*time.Second; now += 10 * time.Millisecond {
 			for i := range next {
 				if now >= next[i] {
@@ -785,12 +792,12 @@ func TestBandwidthBoundsTheBridge(t *testing.T) {
 			carried += u.allowed(60_000, 1000, now)
 		}
 		if all := carried + byCircuits; all > (seconds+3)*perSecond || all < (seconds-1)*perSecond || carried < seconds*perSecond/8 {
-			t.Errorf("beside %d circuits %d bytes in %d s, of %d together, want about %d", circuits, carried, seconds, all, seconds*perSecond)
+			t.Errorf("beside %d circuits the bridge carried %d bytes in %d s, and all together %d, want about %d", circuits, carried, seconds, all, seconds*perSecond)
 		}
 	}
 }
 
-// Nobody can make the bridge carry, hold or remember more than its bounds.
+// Nobody can make the bridge carry, hold or remember more than its limits.
 func TestFloodsOfInitials(t *testing.T) {
 	random := func() []byte {
 		d := longPacket(initial, "12345678", "12345678")
@@ -802,8 +809,8 @@ func TestFloodsOfInitials(t *testing.T) {
 	victim := u.actor("192.0.2.9:9")
 	before := liveHeap()
 
-	// Of unknown addresses; of a client without an offer; different ones, and the same
-	// one, after an offer.
+	// Send from unknown addresses, then from a client without an offer, then
+	// different Initials and the same one after an offer.
 	for i := range 1000 {
 		s := u.actor(fmt.Sprintf("198.51.100.%d:%d", i%250+1, i+1))
 		if d := random(); !bytes.Equal(s.says(d), d) {
@@ -832,9 +839,9 @@ func TestFloodsOfInitials(t *testing.T) {
 		u.sweep(u.now)
 	}
 	if n := len(u.wire.taken()); n > 50*unansweredDatagrams {
-		t.Errorf("%d datagrams went to a victim that never answered, want at most %d for each of 50 questions", n, unansweredDatagrams)
+		t.Errorf("%d datagrams went to a victim that never answered, want at most %d for each of 50 offers", n, unansweredDatagrams)
 	}
-	// And after each has been heard, the victim is not spoken to.
+	// When all dials have ended, nothing is left of them.
 	u.tick(2 * groupAge)
 	u.sweep(u.now)
 	u.sweep(u.now)
@@ -842,10 +849,10 @@ func TestFloodsOfInitials(t *testing.T) {
 		t.Errorf("left: %d flows, %d dials held, %d clients", u.flows, u.holding, len(u.clients))
 	}
 	if grown := int64(liveHeap()) - int64(before); grown > 1<<20 {
-		t.Errorf("the heap has grown by %d bytes", grown)
+		t.Errorf("the heap grew by %d bytes", grown)
 	}
 
-	// Thousands at once: no more are held than limits say.
+	// Of thousands of dials at once, no more are held than limits allow.
 	held, refused := 0, u.tally.refused[refusedBridge].Load()
 	for i := range 5000 {
 		a := u.actor(fmt.Sprintf("10.0.%d.%d:1", i/250, i%250+1))
@@ -855,12 +862,12 @@ func TestFloodsOfInitials(t *testing.T) {
 		held = max(held, u.holding)
 	}
 	if held != u.limits.holding() || u.flows > u.limits.flows() {
-		t.Errorf("%d dials were held, and %d flows, want %d and at most %d", held, u.flows, u.limits.holding(), u.limits.flows())
+		t.Errorf("%d dials were held and %d flows open, want %d and at most %d", held, u.flows, u.limits.holding(), u.limits.flows())
 	}
 	u.counted(refusedBridge, refused+int64(5000-u.limits.holding()))
 }
 
-// A device has a bound, and so have all.
+// The flows of one device are limited, and so are those of all.
 func TestFlowsAreBounded(t *testing.T) {
 	u := newBridgeUnderTest(t, 20)
 	hub := u.actor("192.0.2.9:9")
@@ -873,7 +880,7 @@ func TestFlowsAreBounded(t *testing.T) {
 	}
 	e := u.sides[0].ends[hub.at.addr]
 	if len(e.flows) != flowsPerClient {
-		t.Errorf("%d flows of one client, want %d", len(e.flows), flowsPerClient)
+		t.Errorf("one client has %d flows, want %d", len(e.flows), flowsPerClient)
 	}
 	for i := range 4 * u.limits.flows() {
 		a, b := u.actor(fmt.Sprintf("10.1.%d.%d:1", i/250, i%250)), u.actor(fmt.Sprintf("10.2.%d.%d:1", i/250, i%250))
@@ -885,8 +892,8 @@ func TestFlowsAreBounded(t *testing.T) {
 	if u.flows != u.limits.flows() {
 		t.Errorf("%d flows, want %d", u.flows, u.limits.flows())
 	}
-	// A mate cannot make another's packets its own by giving out the same IDs, nor fill
-	// memory with IDs.
+	// A mate cannot take over another mate's packets by giving out the same IDs, and
+	// cannot fill memory with IDs.
 	v := newBridgeUnderTest(t, 100)
 	a, b, evil := v.actor("192.0.2.1:1"), v.actor("192.0.2.2:2"), v.actor("192.0.2.3:3")
 	v.connected(a, b, "aaaaaaaa", "bbbbbbbb")
@@ -900,11 +907,11 @@ func TestFlowsAreBounded(t *testing.T) {
 	a.says(shortPacket("bbbbbbbb", 60))
 	b.got(shortPacket("bbbbbbbb", 60))
 	if n := len(v.sides[0].legs); n > 4*legIDs {
-		t.Errorf("%d IDs are kept of two flows, want at most %d", n, 4*legIDs)
+		t.Errorf("the bridge keeps %d IDs for two flows, want at most %d", n, 4*legIDs)
 	}
 }
 
-// Once the relay is about to stop, what is open goes on, and nothing begins.
+// Once the relay is about to stop, open flows go on and none begins.
 func TestDrainRefusesNewFlows(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
@@ -915,15 +922,15 @@ func TestDrainRefusesNewFlows(t *testing.T) {
 		t.Error("a flow began after drain")
 	}
 	if got := b.told(c); got != "" {
-		t.Errorf("told of %v after drain", got)
+		t.Errorf("offered %v after drain", got)
 	}
 	a.says(shortPacket("bbbbbbbb", 60))
 	b.got(shortPacket("bbbbbbbb", 60))
 	u.counted(refusedStopping, 1)
 }
 
-// Whatever comes, the reader of a socket goes on, and quic-go is given nothing that
-// did not come.
+// Whatever arrives, the reader of a socket goes on, and quic-go gets nothing that
+// did not arrive.
 func FuzzBridge(f *testing.F) {
 	f.Add([]byte{0xc0, 0, 0, 0, 1, 8, 1, 2, 3, 4, 5, 6, 7, 8, 0}, uint8(10))
 	f.Add(longPacket(initial, "12345678", "12345678"), uint8(0))
@@ -947,14 +954,15 @@ func FuzzBridge(f *testing.F) {
 				left += len(d.data)
 			}
 			if left > len(data) {
-				t.Errorf("of %d bytes came %d", len(data), left)
+				t.Errorf("%d bytes came out of %d", left, len(data))
 			}
 		}
 	})
 }
 
-// Ten thousand flows that are open and idle take 8 MiB at most: those of two thousand
-// clients in groups of eleven. Memory for clients is promised apart (bridgeMemory).
+// Ten thousand open and idle flows take at most 8 MiB: those of two thousand clients
+// in groups of eleven. The memory for the clients is set aside elsewhere
+// (bridgeMemory).
 func TestFlowsTakeLittleMemory(t *testing.T) {
 	const clients, mates = 2000, 5
 	u := newBridgeUnderTest(t, clients*mates)
@@ -974,11 +982,11 @@ func TestFlowsTakeLittleMemory(t *testing.T) {
 		}
 	}
 	u.tick(switchTime + 1)
-	u.sweep(u.now) // which forgets what helped in handshakes
+	u.sweep(u.now) // forgets what only handshakes need
 	taken := int64(liveHeap()) - before
 	t.Logf("%d bytes for each flow, %d for each client", taken/(clients*mates), taken/clients)
 	if n := u.tally.bridges.Load(); n != clients*mates || u.flows != clients*mates {
-		t.Errorf("%d bridges are open, of %d flows, want %d", n, u.flows, clients*mates)
+		t.Errorf("%d bridges and %d flows are open, want %d of each", n, u.flows, clients*mates)
 	}
 	if taken > 8<<20 {
 		t.Errorf("%d flows take %d bytes, want at most 8 MiB", clients*mates, taken)
@@ -986,7 +994,7 @@ func TestFlowsTakeLittleMemory(t *testing.T) {
 	runtime.KeepAlive(u)
 }
 
-// What one datagram costs, of whom it may come.
+// What one datagram costs, by sender.
 func BenchmarkBridgeRoute(b *testing.B) {
 	u := newBridgeUnderTest(b, 10_000)
 	a, mate, other := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
@@ -1018,10 +1026,10 @@ func BenchmarkBridgeRoute(b *testing.B) {
 		from *actor
 		data []byte
 	}{
-		{"of a stranger", u.actor("198.51.100.1:1"), message("bbbbbbbb")},
-		{"the relay's, of a client that has flows", a, message(string(own.Bytes()))},
-		{"a mate's", a, message("bbbbbbbb")},
-		{"two mates' in turns", a, message("bbbbbbbb", "cccccccc")},
+		{"from a stranger", u.actor("198.51.100.1:1"), message("bbbbbbbb")},
+		{"to the relay, from a client that has flows", a, message(string(own.Bytes()))},
+		{"to a mate", a, message("bbbbbbbb")},
+		{"to two mates in turns", a, message("bbbbbbbb", "cccccccc")},
 	} {
 		b.Run(tt.name, func(b *testing.B) {
 			batch := make([]arrival, 8)
@@ -1040,7 +1048,7 @@ type silentWire struct{ udpSocket }
 
 func (*silentWire) send([][]byte, int, byte, netip.AddrPort, source) {}
 
-// The relay's own IDs are known by nobody else.
+// The relay recognises its own connection IDs, and takes no others for them.
 func TestRelayKnowsItsOwnIDs(t *testing.T) {
 	u := newBridgeUnderTest(t, 1)
 	for range 1000 {
@@ -1049,15 +1057,15 @@ func TestRelayKnowsItsOwnIDs(t *testing.T) {
 			t.Fatal(id, err)
 		}
 		if !u.isOurs(append(id.Bytes(), 1, 2, 3)) {
-			t.Error("its own ID is not known")
+			t.Error("the relay does not recognise its own ID")
 		}
 		other := make([]byte, relayIDLength)
 		binary.LittleEndian.PutUint64(other, mrand.Uint64())
 		if u.isOurs(other) {
-			t.Error("a random ID is taken for its own") // one in four million tests
+			t.Error("the relay takes a random ID for its own") // by chance in one of four million tests
 		}
 	}
 	if u.isOurs([]byte{1, 2, 3}) {
-		t.Error("too short")
+		t.Error("the relay takes an ID that is too short for its own")
 	}
 }

@@ -1,6 +1,6 @@
 package main
 
-// The bridge: that clients meet over it who could not otherwise, and that nobody
+// Tests of the bridge: it connects clients that could not meet otherwise, and nobody
 // can make it do anything else.
 
 import (
@@ -24,8 +24,8 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// bridgeClient is a device that speaks QUIC and identify alone, connected to r, with
-// a record of the group.
+// bridgeClient returns a device that speaks only QUIC and identify. It is connected
+// to r, and has put a record of the group.
 func bridgeClient(t testing.TB, r testRelay, key []byte, opts ...libp2p.Option) host.Host {
 	t.Helper()
 	h := newClient(t, opts...)
@@ -36,7 +36,7 @@ func bridgeClient(t testing.TB, r testRelay, key []byte, opts ...libp2p.Option) 
 func joinGroup(t testing.TB, h host.Host, r testRelay, key []byte) {
 	t.Helper()
 	connect(t, h, r)
-	eventually(t, "it is identified", func() bool {
+	eventually(t, "the relay has identified the client", func() bool {
 		conns := r.host.Network().ConnsToPeer(h.ID())
 		return len(conns) == 1 && r.peers.reachedAt(conns[0]) != nil
 	})
@@ -45,8 +45,8 @@ func joinGroup(t testing.TB, h host.Host, r testRelay, key []byte) {
 	}
 }
 
-// bridgeTo asks for the record and returns under which address of the relay mate may
-// be dialled, or nil.
+// bridgeTo asks for the record, and returns the address of the relay at which h may
+// dial mate, or nil.
 func bridgeTo(t testing.TB, h host.Host, r testRelay, key []byte, mate peer.ID) ma.Multiaddr {
 	t.Helper()
 	resp := ask(t, h, r, kadpb.NewMessage(kadpb.Message_GET_VALUE, key, 0))
@@ -61,12 +61,12 @@ func bridgeTo(t testing.TB, h host.Host, r testRelay, key []byte, mate peer.ID) 
 	return nil
 }
 
-// bridged connects a with b over the bridge alone.
+// bridged connects a to b over nothing but the bridge.
 func bridged(t testing.TB, r testRelay, key []byte, a, b host.Host) network.Conn {
 	t.Helper()
 	at := bridgeTo(t, a, r, key, b.ID())
 	if at == nil {
-		t.Fatal("the mate is not named with the bridge's address")
+		t.Fatal("the answer does not name the mate with the bridge's address")
 	}
 	if err := a.Connect(testContext(t), peer.AddrInfo{ID: b.ID(), Addrs: []ma.Multiaddr{at}}); err != nil {
 		t.Fatal(err)
@@ -78,7 +78,7 @@ func bridged(t testing.TB, r testRelay, key []byte, a, b host.Host) network.Conn
 	return conn
 }
 
-// syncBetween sends so many random bytes each way at once, and compares them.
+// syncBetween sends size random bytes each way at once, and compares them.
 func syncBetween(ctx context.Context, a, b host.Host, size int) error {
 	const protocol = "/test/sync"
 	exchange := func(s network.Stream) (sent, got [sha256.Size]byte, err error) {
@@ -130,13 +130,13 @@ func syncBetween(ctx context.Context, a, b host.Host, size int) error {
 	case o.err != nil:
 		return o.err
 	case o.got != sent || o.sent != got:
-		return fmt.Errorf("what arrived is not what was sent")
+		return fmt.Errorf("received bytes differ from the bytes sent")
 	}
 	return nil
 }
 
-// The reason for all of it: two devices that have no other way to each other sync,
-// both ways, with large messages, whoever dialled.
+// The reason for the bridge: two devices that have no other way to each other sync
+// large messages, both ways, whoever dialled.
 func TestBridgeCarriesSync(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) {
@@ -152,13 +152,13 @@ func TestBridgeCarriesSync(t *testing.T) {
 				}
 			}
 			if c := r.counters(); c.bridges != 1 || c.bridged != 1 || c.relayedConnections != 1 || c.bridgedBytes < 64<<20 || c.relayedBytes != c.bridgedBytes {
-				t.Errorf("counters = %+v, want one bridge, and what it carried", c)
+				t.Errorf("counters = %+v, want one bridge and the bytes that it carried", c)
 			}
 		})
 	}
 }
 
-// A group of several: all pairs meet, one after another, and stay connected.
+// All pairs in a group of several meet, one after another, and stay connected.
 func TestBridgeJoinsAGroup(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	key := newGroupKey()
@@ -174,7 +174,7 @@ func TestBridgeJoinsAGroup(t *testing.T) {
 				return addrs[len(addrs)-1].Equal(r.info.Addrs[0])
 			})
 			if at < 0 {
-				t.Fatal("no mate is named with the bridge's address")
+				t.Fatal("the answer names no mate with the bridge's address")
 			}
 			if err := a.Connect(testContext(t), peer.AddrInfo{ID: peer.ID(resp.CloserPeers[at].Id), Addrs: r.info.Addrs}); err != nil {
 				t.Fatal(err)
@@ -190,7 +190,7 @@ func TestBridgeJoinsAGroup(t *testing.T) {
 	}
 }
 
-// A device with IPv6 alone meets one with IPv4 alone.
+// A device that has only IPv6 meets one that has only IPv4.
 func TestBridgeBetweenIPv4AndIPv6(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	six := r
@@ -214,8 +214,8 @@ func TestBridgeBetweenIPv4AndIPv6(t *testing.T) {
 	}
 }
 
-// Nobody is sent anything over the bridge but by members of its own group, and these
-// only where they need it.
+// Only members of a device's own group can send to it over the bridge, and only if
+// they need the bridge.
 func TestBridgeIsForMatesAlone(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	key := newGroupKey()
@@ -232,7 +232,7 @@ func TestBridgeIsForMatesAlone(t *testing.T) {
 		return h.Connect(ctx, peer.AddrInfo{ID: victim.ID(), Addrs: r.info.Addrs})
 	}
 	stranger := bridgeClient(t, r, newGroupKey())
-	waitFound(t, stranger, r, victim.ID()) // which tells where it is, and opens nothing
+	waitFound(t, stranger, r, victim.ID()) // this tells the stranger where the victim is, but opens nothing
 	for _, req := range []*kadpb.Message{
 		kadpb.NewMessage(kadpb.Message_GET_VALUE, newGroupKey(), 0),
 		kadpb.NewMessage(kadpb.Message_FIND_NODE, key, 0),
@@ -245,11 +245,11 @@ func TestBridgeIsForMatesAlone(t *testing.T) {
 	}
 	select {
 	case c := <-dialled:
-		t.Errorf("%v has dialled the victim", c.RemoteMultiaddr())
+		t.Errorf("%v dialled the victim", c.RemoteMultiaddr())
 	default:
 	}
 
-	// Two that punch holes are left to do so.
+	// The bridge leaves two devices that punch holes alone.
 	punching := func() host.Host {
 		h := newClient(t)
 		h.SetStreamHandler(holepunch.Protocol, func(s network.Stream) { s.Reset() })
@@ -258,18 +258,18 @@ func TestBridgeIsForMatesAlone(t *testing.T) {
 	}
 	first, second := punching(), punching()
 	if at := bridgeTo(t, first, r, key, second.ID()); at != nil {
-		t.Errorf("two that punch holes are told of the bridge, %v", at)
+		t.Errorf("two clients that punch holes got the bridge's address %v", at)
 	}
 	if at := bridgeTo(t, first, r, key, victim.ID()); at == nil {
-		t.Error("one that punches holes is not told of the bridge to one that does not")
+		t.Error("a client that punches holes did not get the bridge's address for one that does not")
 	}
 	if r.bridge.flows != 0 {
 		t.Errorf("%d flows, want none", r.bridge.flows)
 	}
 }
 
-// Who does not say where it reaches the relay is told of no bridge, and who has not
-// said it yet is waited for.
+// We offer no bridge to a client that does not say where it reaches the relay. We
+// wait for a client that has not said it yet.
 func TestBridgeIsToldToThoseWhoSayHowTheyReachIt(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	key, c := newGroupKey(), newCrowdOn(t, 2)
@@ -280,20 +280,20 @@ func TestBridgeIsToldToThoseWhoSayHowTheyReachIt(t *testing.T) {
 		who.mustAsk(t, putMessage(key, who.id))
 	}
 	if got := mute.mustAsk(t, getMessage(key))[other.id]; len(got) == 0 || slices.ContainsFunc(got, r.info.Addrs[0].Equal) {
-		t.Errorf("the mate is named with %v, want where it is, and not the bridge's address", got)
+		t.Errorf("the answer names the mate with %v, want its own address and not the bridge's", got)
 	}
 	for range 20 {
 		who := newLightIdentity(t)
-		who.sees = ma.StringCast("/ip4/203.0.113.7/udp/14001/quic-v1") // through a port that is forwarded
-		asker := newCrowdOn(t, 1).join(t, r, who)                      // and asks before it can have been identified
+		who.sees = ma.StringCast("/ip4/203.0.113.7/udp/14001/quic-v1") // through a forwarded port
+		asker := newCrowdOn(t, 1).join(t, r, who)                      // and asks before the relay can have identified it
 		if got := asker.mustAsk(t, getMessage(key))[other.id]; len(got) < 2 || !got[len(got)-1].Equal(who.sees) {
-			t.Fatalf("the mate is named with %v, want the bridge's address last", got)
+			t.Fatalf("the answer names the mate with %v, want the bridge's address last", got)
 		}
 	}
 }
 
-// What a client says of where it reaches the relay is told to itself alone, and only
-// if it can be dialled.
+// We tell only the client itself where it says that it reaches the relay, and only
+// if that address can be dialled.
 func TestReachedAddr(t *testing.T) {
 	id := newTestPeerID(t)
 	for said, want := range map[string]bool{
@@ -312,19 +312,19 @@ func TestReachedAddr(t *testing.T) {
 	} {
 		got := reachedAddr(ma.StringCast(said), ma.StringCast("/ip4/198.51.100.1/udp/9/quic-v1"))
 		if (got != nil) != want || want && len(got) != 3 {
-			t.Errorf("reachedAddr(%s) = %v, want one: %v", said, got, want)
+			t.Errorf("reachedAddr(%s) = %v, want an address: %v", said, got, want)
 		}
 	}
 	if got := reachedAddr(nil, nil); got != nil {
 		t.Errorf("reachedAddr(nil) = %v", got)
 	}
 	if got := reachedAddr(ma.StringCast("/ip4/127.0.0.1/udp/4001/quic-v1"), ma.StringCast("/ip4/127.0.0.1/udp/9/quic-v1")); got == nil {
-		t.Error("loopback is not told over loopback")
+		t.Error("over loopback, a loopback address was refused")
 	}
 }
 
-// A mate that does not answer costs a few datagrams, and so does one that nobody
-// speaks for: packets under its address, but not from it.
+// A mate that does not answer costs a few datagrams. So does a forged dial: packets
+// that show a client's address but do not come from it.
 func TestBridgeToOneThatNeverAnswers(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	key := newGroupKey()
@@ -336,7 +336,7 @@ func TestBridgeToOneThatNeverAnswers(t *testing.T) {
 		pair[i] = c.join(t, r, who)
 		pair[i].mustAsk(t, putMessage(key, who.id))
 	}
-	from := pair[0] // and the other listens on nothing
+	from := pair[0] // the other one listens on nothing
 	from.mustAsk(t, getMessage(key))
 	at, err := manet.ToNetAddr(r.info.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
 	if err != nil {
@@ -349,21 +349,21 @@ func TestBridgeToOneThatNeverAnswers(t *testing.T) {
 		}
 	}
 	send()
-	eventually(t, "it is sent on", func() bool { return r.counters().bridgedBytes > 0 })
-	eventually(t, "no more is", func() bool {
+	eventually(t, "the Initial is forwarded", func() bool { return r.counters().bridgedBytes > 0 })
+	eventually(t, "no more Initials are forwarded", func() bool {
 		send()
 		return r.counters().refused[refusedBridgeUnanswered] > 100
 	})
 	r.bridge.sweep(r.bridge.clock() + unansweredTime)
 	r.bridge.lock()
 	if r.bridge.flows != 0 {
-		t.Error("the dial is not let go")
+		t.Error("the flow of an unanswered dial is still there")
 	}
 	r.bridge.unlock()
 	if sent := r.counters().bridgedBytes; sent > unansweredDatagrams*maxDatagram {
 		t.Errorf("%d bytes went to a mate that never answered", sent)
 	}
-	// From other addresses nothing comes of it.
+	// Packets from other addresses have no effect.
 	forger := newCrowdOn(t, 1).transport()
 	from.mustAsk(t, getMessage(key))
 	before := r.counters().bridgedBytes
@@ -373,14 +373,14 @@ func TestBridgeToOneThatNeverAnswers(t *testing.T) {
 		}
 	}
 	for _, who := range pair {
-		who.mustAsk(t, kadpb.NewMessage(kadpb.Message_PING, nil, 0)) // both are served on
+		who.mustAsk(t, kadpb.NewMessage(kadpb.Message_PING, nil, 0)) // the relay still serves both
 	}
 	if sent := r.counters().bridgedBytes; sent != before {
-		t.Errorf("%d bytes went to a mate that a forged address asked for", sent-before)
+		t.Errorf("%d bytes went to a mate after a forged dial", sent-before)
 	}
 }
 
-// What a client carried ends with it, and the relay is as it was.
+// When its clients leave, the bridge between them closes and leaves nothing behind.
 func TestBridgeEndsWithItsClients(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	key := newGroupKey()
@@ -397,7 +397,7 @@ func TestBridgeEndsWithItsClients(t *testing.T) {
 		return r.counters().bridges == 0
 	})
 	a.Close()
-	eventually(t, "nothing is left", func() bool {
+	eventually(t, "no client or flow is left", func() bool {
 		later += groupAge
 		r.bridge.sweep(later)
 		r.bridge.lock()
@@ -411,7 +411,7 @@ func TestBridgeEndsWithItsClients(t *testing.T) {
 	})
 }
 
-// A group is bounded, and so is in how many one can be.
+// Both the size of a group and the number of groups of one client have a limit.
 func TestGroupsAreBounded(t *testing.T) {
 	var g groups
 	now := time.Now()
@@ -423,13 +423,13 @@ func TestGroupsAreBounded(t *testing.T) {
 		t.Errorf("mates = %v, want the last %d, the last one first", mates, groupMembers-1)
 	}
 	if got := g.mates("key", "", now.Add(groupAge+time.Second)); got != nil {
-		t.Errorf("mates = %v, who have not put it lately", got)
+		t.Errorf("mates = %v, want none after groupAge", got)
 	}
 	for i := range 100 {
 		g.put(fmt.Sprint("key", i), "one", now)
 	}
 	if n := len(g.keys["one"]); n != groupsPerClient {
-		t.Errorf("one is in %d groups, want %d", n, groupsPerClient)
+		t.Errorf("one peer is in %d groups, want %d", n, groupsPerClient)
 	}
 	for i := range 100 {
 		g.leave(peer.ID(fmt.Sprint(i)))

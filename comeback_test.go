@@ -1,6 +1,6 @@
 package main
 
-// Devices that come back.
+// Tests of devices that come back.
 
 import (
 	"testing"
@@ -8,7 +8,7 @@ import (
 
 // A phone on a train loses its network again and again without a goodbye, and each
 // time comes back as the same device. Its dead connections must not shut it out, and
-// nobody else's are touched.
+// nobody else's connections may be closed.
 func TestNewestConnectionOfADeviceWins(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	ctx := testContext(t)
@@ -24,7 +24,7 @@ func TestNewestConnectionOfADeviceWins(t *testing.T) {
 		if err != nil {
 			t.Fatalf("connection %d of one device: %v", i+1, err)
 		}
-		// It is served, so the swarm knows it.
+		// The relay serves it, so the swarm knows it.
 		if err := conn.reserve(ctx); err != nil {
 			t.Fatalf("connection %d of one device: reserve: %v", i+1, err)
 		}
@@ -35,7 +35,7 @@ func TestNewestConnectionOfADeviceWins(t *testing.T) {
 			select {
 			case <-conn.Context().Done():
 			case <-ctx.Done():
-				t.Fatalf("connection %d of %d goes on, want the oldest closed", i+1, len(conns))
+				t.Fatalf("connection %d of %d is still open, want the oldest closed", i+1, len(conns))
 			}
 			continue
 		}
@@ -44,12 +44,12 @@ func TestNewestConnectionOfADeviceWins(t *testing.T) {
 		}
 	}
 	if err := other.reserve(ctx); err != nil {
-		t.Errorf("another device has lost its connection: %v", err)
+		t.Errorf("another device lost its connection: %v", err)
 	}
 	if n := len(r.host.Network().ConnsToPeer(who.id)); n != connsPerPeer {
 		t.Errorf("%d connections of one device, want %d", n, connsPerPeer)
 	}
-	eventually(t, "closed connections are counted no longer", func() bool {
+	eventually(t, "closed connections no longer count", func() bool {
 		return r.counters().connections == connsPerPeer+1
 	})
 	if n := r.tally.refused[refusedConnection].Load(); n != 0 {

@@ -1,6 +1,6 @@
 package main
 
-// Handshakes through the gate, honest and not.
+// Tests of handshakes through the gate, honest and not.
 
 import (
 	"bytes"
@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// A flood that pretends to begin one handshake gets a few datagrams through, and the
-// handshakes of others, as well as established connections, all of theirs.
+// A flood that pretends to begin one handshake gets only a few datagrams through.
+// Others' handshakes and established connections get all of theirs through.
 func TestGateBoundsEachHandshake(t *testing.T) {
 	g := newGate()
 	initial := func(id string) []byte {
@@ -40,12 +40,12 @@ func TestGateBoundsEachHandshake(t *testing.T) {
 	}
 	for _, broken := range [][]byte{nil, {0xc0}, {0xc0, 0, 0, 0, 1, 8, 1}} {
 		if !g.admit(broken) {
-			t.Errorf("%x was dropped, want it left to quic-go", broken)
+			t.Errorf("the gate dropped %x, want it to reach quic-go", broken)
 		}
 	}
 }
 
-// Whatever goroutines count at once, no datagram is counted twice or not at all.
+// When several goroutines count at once, each datagram is counted exactly once.
 func TestGateCountsForSeveralGoroutines(t *testing.T) {
 	g := newGate()
 	passed := make([]int, 8)
@@ -69,12 +69,12 @@ func TestGateCountsForSeveralGoroutines(t *testing.T) {
 	}
 }
 
-// The clients' handshakes stay far below the bound, also the large ones of those who
-// offer post-quantum keys and have to prove their address.
+// The clients' handshakes stay far below the limit, even the large ones of clients
+// that offer post-quantum keys and have to prove their address.
 func TestHandshakesFitThroughTheGate(t *testing.T) {
 	lim := newLimits(100, 256)
 	r := newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t))
-	r.sockets.maxUnproven = 0 // a Retry for everybody
+	r.sockets.maxUnproven = 0 // everybody gets a Retry
 	var mu sync.Mutex
 	counts := map[string]int{}
 	inner, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -121,8 +121,8 @@ func (w writeWatcher) WriteTo(p []byte, to net.Addr) (int, error) {
 func (w writeWatcher) SetReadBuffer(int) error  { return nil }
 func (w writeWatcher) SetWriteBuffer(int) error { return nil }
 
-// Honest datagrams pass unchanged and in order, and those of a flood do not, also where
-// the kernel has put both into one message.
+// Honest datagrams pass unchanged and in order, and those of a flood are dropped,
+// even where the kernel has put both into one message.
 func TestGateTakesOutWhatIsTooMuch(t *testing.T) {
 	initial := make([]byte, 1200)
 	initial[0], initial[5], initial[6] = 0xc0, 8, 1

@@ -2,13 +2,13 @@
 
 package main
 
-// What the bridge costs and how fast it is, beside a circuit and a direct link between
-// the same clients, in turns:
+// How fast the bridge is and what it costs, compared with a circuit and a direct
+// link between the same clients, in turns.
 //
 //	go test -run '^$' -bench Bridge -benchtime 1x -timeout 1h .
 //
-// prints one table. It needs Linux. As for Capacity, nothing is asserted, and ratios
-// are of one run.
+// This prints one table. It needs Linux. As with Capacity, nothing is asserted, and
+// ratios compare figures of one run.
 
 import (
 	"context"
@@ -25,8 +25,8 @@ import (
 	manet "github.com/multiformats/go-multiaddr/net"
 )
 
-// overBridge connects a to b over the bridge. Both say under which address they see
-// the relay.
+// overBridge connects a to b over the bridge. Both say at which address they see the
+// relay.
 func overBridge(ctx context.Context, a, b *lightClient) (link, error) {
 	key := newGroupKey()
 	for _, c := range []*lightClient{a, b} {
@@ -35,7 +35,7 @@ func overBridge(ctx context.Context, a, b *lightClient) (link, error) {
 		}
 	}
 	var at ma.Multiaddr
-	for at == nil { // until the relay has identified a
+	for at == nil { // repeat until the relay has identified a
 		resp, err := a.ask(ctx, getMessage(key))
 		if err != nil {
 			return link{}, err
@@ -53,8 +53,8 @@ func overBridge(ctx context.Context, a, b *lightClient) (link, error) {
 	return dialTo(ctx, a, b, addr)
 }
 
-// BenchmarkBridge prints the table. Its parts can be run one by one, as
-// -bench Bridge/throughput.
+// BenchmarkBridge prints the table. Run one part by its name, as in -bench
+// Bridge/throughput.
 func BenchmarkBridge(b *testing.B) {
 	t := newTable()
 	b.Run("throughput", func(b *testing.B) { benchBridgeThroughput(b, t) })
@@ -110,8 +110,8 @@ func benchBridgeThroughput(b *testing.B, t *table) {
 	}
 }
 
-// benchBridgeLatency measures what a bridge adds to a round trip, and a circuit beside
-// it, alone and while eight other bridges carry all they can.
+// benchBridgeLatency measures what a bridge adds to a round trip, and what a circuit
+// adds, first alone and then while eight other bridges carry all they can.
 func benchBridgeLatency(b *testing.B, t *table) {
 	p := benchRelay(b, "product", "--circuit-bytes=1TiB")
 	defer p.kill()
@@ -133,7 +133,7 @@ func benchBridgeLatency(b *testing.B, t *table) {
 		link
 	}{{"direct", past}, {"bridge", bridges[0]}, {"circuit", circuits[0]}}
 	for _, w := range ways {
-		go echo(w.to) // until the relay is gone
+		go echo(w.to) // ends with the relay
 	}
 	t.row("")
 	t.row("round trip", "way", "p50", "p99", "added p50", "added p99", "added p99, under load / idle")
@@ -171,10 +171,10 @@ func benchBridgeLatency(b *testing.B, t *table) {
 	}
 }
 
-// benchBridgeFloor measures the bridge beside what the kernel needs to forward the same
-// packets: nftables NAT in a namespace. The kernel forwards in the sender's time, so of
-// both it is told what all processes use together, beyond a direct link's. It needs what
-// the NAT lab needs.
+// benchBridgeFloor compares the bridge with what the kernel needs to forward the
+// same packets: nftables NAT in a namespace. The kernel forwards in the sender's
+// time, so for both the table shows what all processes use together, minus what a
+// direct link uses. It needs what the NAT lab needs.
 func benchBridgeFloor(b *testing.B, t *table) {
 	const total = 96 << 20
 	t.row("")

@@ -25,8 +25,8 @@ const (
 	// its cache.
 	nameRefresh = time.Minute
 
-	// nameRetry sets how soon a failed lookup is tried again. The wait doubles each
-	// time, up to nameRefresh. At boot the network may be up within seconds.
+	// nameRetry sets how soon a failed lookup is tried again, because at boot the
+	// network may be up within seconds. The wait doubles each time, up to nameRefresh.
 	nameRetry = time.Second
 
 	// nameTimeout limits one lookup. Resolvers try a server for 5 s, and then the

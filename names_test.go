@@ -1,6 +1,6 @@
 package main
 
-// Names in --announce and --bootstrap, and what they lead to.
+// Tests of the names in --announce and --bootstrap, and of what they resolve to.
 
 import (
 	"context"
@@ -24,7 +24,7 @@ import (
 // fakeDNS answers what a test sets.
 type fakeDNS struct {
 	mu     sync.Mutex
-	leadTo map[string][]string // IP addresses of each name; a name that is not there fails
+	leadTo map[string][]string // IP addresses of each name; a name that is missing fails
 	txt    []string
 	asked  int
 }
@@ -65,8 +65,8 @@ func (d *fakeDNS) LookupIPAddr(_ context.Context, name string) (addrs []net.IPAd
 
 func (d *fakeDNS) LookupTXT(context.Context, string) ([]string, error) { return d.txt, nil }
 
-// A name's address changes, DNS goes down and comes back, and a relay starts before it:
-// clients are told what is right as soon as it can be known.
+// A name's address changes, DNS goes down and comes back, and a relay starts before
+// DNS is up: clients get the right addresses as soon as they can be known.
 func TestNamesFollowDNS(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dns, log := &fakeDNS{}, new(logBuffer)
@@ -88,7 +88,7 @@ func TestNamesFollowDNS(t *testing.T) {
 			}
 			want = append(want, literal.String(), name.String())
 			if got := strs(n.withIPs(addrs)); !slices.Equal(got, want) {
-				t.Errorf("%s: clients are told %v, want %v", when, got, want)
+				t.Errorf("%s: clients get %v, want %v", when, got, want)
 			}
 			if changes != wantChanges {
 				t.Errorf("%s: %d changes, want %d", when, changes, wantChanges)
@@ -103,7 +103,7 @@ func TestNamesFollowDNS(t *testing.T) {
 		time.Sleep(time.Minute)
 		want("when DNS has come", 1, "ip4/203.0.113.7", "ip6/2001:db8::7")
 		if line := log.line("name resolved"); !strings.Contains(line, "203.0.113.7") {
-			t.Errorf("log line %q, want one that says what it leads to", line)
+			t.Errorf("log line %q, want one with the address", line)
 		}
 		dns.set("relay.example.org", "203.0.113.7", "2001:db8::7")
 		time.Sleep(time.Hour)
@@ -118,20 +118,20 @@ func TestNamesFollowDNS(t *testing.T) {
 		time.Sleep(nameRefresh)
 		want("when DNS is back", 2, "ip4/203.0.113.8")
 		if failed, found := strings.Count(log.String(), "name not resolved"), strings.Count(log.String(), "name resolved"); failed != 2 || found != 3 {
-			t.Errorf("the log tells of %d failures and %d answers, want 2 and 3:\n%s", failed, found, log)
+			t.Errorf("the log has %d failures and %d answers, want 2 and 3:\n%s", failed, found, log)
 		}
 	})
 }
 
-// What no client can reach is not told: Debian, for one, gives a machine's own name the
-// address 127.0.1.1.
+// Clients are not given addresses that none of them can reach. Debian, for one,
+// gives a machine's own name the address 127.0.1.1.
 func TestNamesLeadToUsableAddressesAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, tt := range []struct {
 			addr   string
 			leadTo []string
-			want   string // joined
-			says   string // in the log, where there is none
+			want   string // joined by spaces
+			says   string // what the log must say if want is empty
 		}{
 			{"/dns/a.example/udp/1/quic-v1", []string{"127.0.1.1", "203.0.113.7"}, "/ip4/203.0.113.7/udp/1/quic-v1", ""},
 			{"/dns/a.example/udp/1/quic-v1", []string{"127.0.1.1"}, "", "127.0.1.1"},
@@ -153,7 +153,7 @@ func TestNamesLeadToUsableAddressesAlone(t *testing.T) {
 			told := n.withIPs([]ma.Multiaddr{addr})
 			n.close()
 			if got := strings.Join(strs(told[:len(told)-1]), " "); got != tt.want || !told[len(told)-1].Equal(addr) {
-				t.Errorf("%s with %v: told %v, want %q and the name", tt.addr, tt.leadTo, told, tt.want)
+				t.Errorf("%s with %v: clients get %v, want %q and the name", tt.addr, tt.leadTo, told, tt.want)
 			}
 			if line := log.line("name not resolved"); !strings.Contains(line, tt.says) || tt.says == "" && line != "" {
 				t.Errorf("%s with %v: log line %q, want one that says %q", tt.addr, tt.leadTo, line, tt.says)
@@ -162,7 +162,7 @@ func TestNamesLeadToUsableAddressesAlone(t *testing.T) {
 	})
 }
 
-// dnsServer serves fakeDNS on loopback and returns a resolver that asks it.
+// dnsServer serves fakeDNS on loopback, and returns a resolver that asks it.
 func dnsServer(t *testing.T, dns *fakeDNS) *net.Resolver {
 	t.Helper()
 	conn, err := net.ListenPacket("udp4", "127.0.0.1:0")
@@ -170,7 +170,7 @@ func dnsServer(t *testing.T, dns *fakeDNS) *net.Resolver {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	go func() { // until conn is closed
+	go func() { // ends when conn is closed
 		packet := make([]byte, 512)
 		for {
 			size, from, err := conn.ReadFrom(packet)
@@ -207,7 +207,7 @@ func (d *fakeDNS) answer(query []byte) []byte {
 		} else if kind != want {
 			continue
 		}
-		answers = append(answers, 0xc0, 12) // the question's name
+		answers = append(answers, 0xc0, 12) // refers to the question's name
 		answers = binary.BigEndian.AppendUint16(answers, kind)
 		answers = append(answers, 0, 1, 0, 0, 0, 60)
 		answers = binary.BigEndian.AppendUint16(answers, uint16(ip.BitLen()/8))
@@ -222,10 +222,10 @@ func (d *fakeDNS) answer(query []byte) []byte {
 	return slices.Concat(header, question, answers)
 }
 
-// The deployed client cannot dial a name and ignores it without a word. Wherever the
-// relay tells its addresses, IP addresses come first, also when DNS comes late.
+// The deployed client cannot dial a name, and ignores it without a word. Wherever
+// the relay gives its addresses, IP addresses come first, even when DNS comes late.
 func TestAnnouncedNameIsToldAsAddresses(t *testing.T) {
-	dns := &fakeDNS{} // not there yet
+	dns := &fakeDNS{} // DNS is not up yet
 	cfg := defaultConfig(t, "--announce=relay.example.org")
 	cfg.testOnlyResolver = dnsServer(t, dns)
 	r := newTestRelay(t, cfg)
@@ -235,7 +235,7 @@ func TestAnnouncedNameIsToldAsAddresses(t *testing.T) {
 	port := listenPort(r.relay)
 	dns.set("relay.example.org", "203.0.113.7", "2001:db8::7")
 	want := []string{"/ip4/203.0.113.7/udp/" + port + "/quic-v1", "/ip6/2001:db8::7/udp/" + port + "/quic-v1", "/dns/relay.example.org/udp/" + port + "/quic-v1"}
-	eventually(t, "who was there before is told", func() bool {
+	eventually(t, "clients that were connected before get the address", func() bool {
 		told := strs(early.Peerstore().Addrs(r.info.ID))
 		return slices.Contains(told, want[0]) && slices.Contains(told, want[1]) && slices.Contains(told, want[2])
 	})
@@ -266,7 +266,7 @@ func TestAnnouncedNameIsToldAsAddresses(t *testing.T) {
 	}
 }
 
-// Clients are sent on to other relays, so the same holds for their names.
+// We also send clients to other relays, so the same holds for their names.
 func TestOtherRelaysNameIsToldAsAddress(t *testing.T) {
 	there := newTestRelay(t, defaultConfig(t))
 	port := listenPort(there.relay)
@@ -278,12 +278,12 @@ func TestOtherRelaysNameIsToldAsAddress(t *testing.T) {
 	told := strs(here.host.Peerstore().Addrs(there.info.ID))
 	want := []string{"/ip4/192.0.2.7/udp/" + port + "/quic-v1", "/dns/other.example.org/udp/" + port + "/quic-v1"}
 	if !slices.Equal(told, want) {
-		t.Errorf("clients are told %v, want %v", told, want)
+		t.Errorf("clients get %v, want %v", told, want)
 	}
 }
 
-// However many addresses the names lead to, a reservation fits into the 4096 bytes that
-// clients read.
+// However many addresses the names resolve to, a reservation fits into the 4096
+// bytes that clients read.
 func TestReservationWithManyNamesFits(t *testing.T) {
 	label := strings.Repeat("a", 60)
 	dns := &fakeDNS{}
@@ -307,6 +307,6 @@ func TestReservationWithManyNamesFits(t *testing.T) {
 		t.Fatal(err)
 	}
 	if len(got.Addrs) != maxOfferedAddrs+maxAnnounce {
-		t.Errorf("%d addresses in the reservation, want %d and %d names", len(got.Addrs), maxOfferedAddrs, maxAnnounce)
+		t.Errorf("%d addresses in the reservation, want %d IP addresses and %d names", len(got.Addrs), maxOfferedAddrs, maxAnnounce)
 	}
 }

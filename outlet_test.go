@@ -2,7 +2,7 @@
 
 package main
 
-// Signals, and pipes whose readers have gone or do not read.
+// Tests of signals, and of pipes whose readers have gone or do not read.
 
 import (
 	"bytes"
@@ -28,39 +28,40 @@ func TestOutletWritesInOrder(t *testing.T) {
 	}
 	o.finish()
 	if got.String() != want.String() {
-		t.Errorf("got %d bytes, want %d in their order", got.Len(), want.Len())
+		t.Errorf("got %d bytes, want %d in the order written", got.Len(), want.Len())
 	}
 }
 
-// A reader that does not read costs bounded memory, and is told what it missed.
+// A reader that does not read costs a limited amount of memory, and learns what it
+// missed.
 func TestOutletDropsWhatNobodyReads(t *testing.T) {
 	read, write := io.Pipe()
 	o := newOutlet(write)
 	line := []byte(strings.Repeat("x", 999) + "\n")
 	for range 10 * outletBytes / len(line) {
 		if n, err := o.Write(line); n != len(line) || err != nil {
-			t.Fatalf("Write = %d, %v, want it to take all", n, err)
+			t.Fatalf("Write = %d, %v, want all bytes taken", n, err)
 		}
 	}
 	if held := o.bytes.Load(); held > outletBytes {
-		t.Errorf("%d bytes are held, above %d", held, outletBytes)
+		t.Errorf("the outlet keeps %d bytes, want at most %d", held, outletBytes)
 	}
 	lost := o.lost.Load()
 	if lost == 0 {
 		t.Fatal("nothing was dropped")
 	}
 	close(o.end)
-	go func() { // until the outlet has written all
+	go func() { // ends when the outlet has written everything
 		<-o.ended
 		write.Close()
 	}()
 	got, err := io.ReadAll(read)
 	if err != nil || !bytes.Contains(got, fmt.Appendf(nil, "level=WARN msg=\"log lines dropped because they were not read fast enough\" lines=%d\n", lost)) {
-		t.Errorf("the reader is not told of %d lines that it missed (%v)", lost, err)
+		t.Errorf("the log does not say that %d lines were dropped (%v)", lost, err)
 	}
 }
 
-// fullPipe is a pipe that takes nothing until somebody reads.
+// fullPipe returns a pipe that accepts nothing until somebody reads.
 func fullPipe(t *testing.T) (read, write *os.File) {
 	t.Helper()
 	read, write, err := os.Pipe()
@@ -79,12 +80,12 @@ func fullPipe(t *testing.T) (read, write *os.File) {
 	return read, write
 }
 
-// A log reader that hangs (a paused terminal, a stuck log shipper) costs log lines. The
-// relay serves, and ends when it is asked to.
+// A log reader that hangs (a paused terminal, a stuck log shipper) costs log lines.
+// The relay goes on serving, and stops when asked.
 func TestBlockedReadersHoldNothingUp(t *testing.T) {
 	for _, tt := range []struct {
 		name           string
-		stdout, stderr bool // are blocked
+		stdout, stderr bool // blocked
 		args           []string
 		code           int
 	}{
@@ -116,7 +117,8 @@ func TestBlockedReadersHoldNothingUp(t *testing.T) {
 	}
 }
 
-// Whoever started the relay in a pipe may leave (head, grep -m1, a closed terminal).
+// Whoever started the relay in a pipe may go away (head, grep -m1, a closed
+// terminal).
 func TestReadersThatLeaveEndNothing(t *testing.T) {
 	httpPort := freeTCPPort(t)
 	cmd := command(t, "--port=0", "--http-port="+httpPort, "--verbose")
@@ -129,7 +131,7 @@ func TestReadersThatLeaveEndNothing(t *testing.T) {
 	startUntilCleanup(t, cmd)
 	write.Close()
 	waitServing(t, httpPort)
-	cmd.Process.Signal(syscall.SIGUSR1) // it logs a summary
+	cmd.Process.Signal(syscall.SIGUSR1) // makes it log a summary
 	waitServing(t, httpPort)
 	cmd.Process.Signal(syscall.SIGTERM)
 	if code := exitStatus(t, cmd); code != 0 {
@@ -137,15 +139,15 @@ func TestReadersThatLeaveEndNothing(t *testing.T) {
 	}
 }
 
-// A terminal that is closed stops the relay as SIGTERM does, with its goodbye; nohup
-// and a second SIGHUP do not kill it.
+// Closing its terminal stops the relay as SIGTERM does, with its goodbye. nohup and
+// a second SIGHUP do not kill it.
 func TestHangupDrainsUnlessIgnored(t *testing.T) {
 	p := start(t)
 	src, dst := newClient(t), newClient(t)
 	circuitBetween(t, testRelay{info: p.bootstrap}, src, dst)
-	openEcho(t, src, dst) // holds the first signal up for seconds
+	openEcho(t, src, dst) // delays the stop for seconds after the first signal
 	p.Process.Signal(syscall.SIGHUP)
-	eventually(t, "it is stopping", func() bool { return p.stderr.line("stopping") != "" })
+	eventually(t, "the relay is stopping", func() bool { return p.stderr.line("stopping") != "" })
 	p.Process.Signal(syscall.SIGHUP)
 	if code := p.wait(t); code != 0 {
 		t.Errorf("exit status %d after SIGHUP, want 0", code)
@@ -164,7 +166,7 @@ func TestHangupDrainsUnlessIgnored(t *testing.T) {
 	p = launch(t, cmd)
 	p.Process.Signal(syscall.SIGHUP)
 	p.Process.Signal(syscall.SIGUSR1)
-	eventually(t, "it answers", func() bool { return p.stderr.line("summary") != "" })
+	eventually(t, "the relay logs a summary", func() bool { return p.stderr.line("summary") != "" })
 	p.Process.Signal(syscall.SIGTERM)
 	if code := p.wait(t); code != 0 || strings.Count(p.stderr.String(), "msg=stopping") != 1 {
 		t.Errorf("exit status %d, want 0 for SIGTERM:\n%s", code, p.stderr)

@@ -139,8 +139,8 @@ type connPieces struct {
 	all    *pieces
 	budget *budget // nil: none
 
-	// last is the stream of the last frame, so that the next frame of the same stream
-	// needs no look at the map. Only quic-go's goroutine uses it.
+	// last points to the stream of the last frame, so that the next frame of the same
+	// stream needs no look at the map. Only quic-go's goroutine uses it.
 	last *streamPieces
 
 	// Only the same goroutine uses these fields. sent numbers the last packet that
@@ -416,7 +416,8 @@ func (c *connPieces) close(why refusal) {
 	c.doomed = true
 	if c.conn != nil && !c.ended {
 		c.ended = true
-		go c.conn.CloseWithError(errTooManyPieces, "resource limit exceeded") // in a goroutine, because CloseWithError waits for this one
+		// In a goroutine, because CloseWithError waits for this one.
+		go c.conn.CloseWithError(errTooManyPieces, "resource limit exceeded")
 	}
 }
 

@@ -2,7 +2,8 @@
 
 package main
 
-// What small frames are counted as, against what they take; and the budgets.
+// Tests of what small frames count as, compared with what they take; and tests of
+// the budgets.
 
 import (
 	"fmt"
@@ -15,7 +16,8 @@ import (
 	"google.golang.org/protobuf/encoding/protodelim"
 )
 
-// rawOn is a connection to r that writes its own packets, and its account at the relay.
+// rawOn returns a connection to r that writes its own packets, and its account at
+// the relay.
 func rawOn(t *testing.T, r testRelay) (*rawConn, *connPieces) {
 	t.Helper()
 	before := map[peer.ID]bool{}
@@ -35,12 +37,12 @@ func rawOn(t *testing.T, r testRelay) (*rawConn, *connPieces) {
 			return raw, piecesOf(c)
 		}
 	}
-	t.Fatal("the relay does not have the connection")
+	t.Fatal("the relay does not know the connection")
 	return nil, nil
 }
 
-// The figures of pieceCost are those of the quic-go that is linked: what pieces really
-// take is no more than what they are counted as. Look at frame_sorter.go if this fails.
+// The figures of pieceCost are right for the quic-go that we link: pieces take no
+// more memory than they count as. If this fails, look at frame_sorter.go.
 func TestPieceCosts(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	for _, size := range []int{1, pooledFrame - 1, pooledFrame} {
@@ -60,20 +62,20 @@ func TestPieceCosts(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := int64(pieces * pieceCost(int64(size)))
-			eventually(t, "most pieces have come", func() bool { return account.held.Load()-counted >= want*9/10 })
+			eventually(t, "most pieces have arrived", func() bool { return account.held.Load()-counted >= want*9/10 })
 			counted = account.held.Load() - counted
 			took := int64(liveHeap()) - int64(before)
 			n := counted / int64(pieceCost(int64(size)))
-			t.Logf("%d pieces took %d KiB, %d bytes each, and are counted as %d KiB", n, took>>10, took/n, counted>>10)
-			if took > counted+counted/10+64<<10 { // some is the test's own
-				t.Errorf("pieces of %d bytes took %d, and are counted as %d", size, took, counted)
+			t.Logf("%d pieces took %d KiB, %d bytes each, and count as %d KiB", n, took>>10, took/n, counted>>10)
+			if took > counted+counted/10+64<<10 { // the test itself takes some
+				t.Errorf("pieces of %d bytes took %d bytes of memory, but count as %d", size, took, counted)
 			}
 		})
 	}
 }
 
-// An honest client's pieces are let go as they are read, so that it never comes near a
-// bound, however long it stays.
+// An honest client's pieces are let go as they are read, so it never comes near a
+// limit, however long it stays.
 func TestPiecesThatAreReadAreLetGo(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t))
 	c := newCrowd(t, 2)
@@ -107,10 +109,10 @@ func TestPiecesThatAreReadAreLetGo(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for range 300 { // on a stream for each
+	for range 300 { // on a new stream each
 		a.mustAsk(t, findMessage([]byte(b.id)))
 	}
-	eventually(t, "all is let go", func() bool {
+	eventually(t, "all pieces are let go", func() bool {
 		return account(a.id).held.Load() < 16<<10 && account(b.id).held.Load() < 16<<10
 	})
 	p := account(a.id)
@@ -122,17 +124,17 @@ func TestPiecesThatAreReadAreLetGo(t *testing.T) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.booked != 0 || p.doomed {
-		t.Errorf("an honest client has %d bytes booked, and is to be closed: %v", p.booked, p.doomed)
+		t.Errorf("an honest client has %d bytes booked, and doomed is %v, want 0 and false", p.booked, p.doomed)
 	}
 }
 
-// newAccount is that of a connection for which there is always room.
+// newAccount returns the account of a connection that always has room.
 func newAccount(t *testing.T, p *pieces) *connPieces {
 	_, scope := p.begin(t.Context(), &network.NullScope{}, &net.UDPAddr{})
 	return scope.(*connPieces)
 }
 
-// Who has booked most is closed when there is no room, and nobody else.
+// When memory runs out, only the connection that has booked most is closed.
 func TestGreediestIsClosed(t *testing.T) {
 	counts := new(tally)
 	p := newPieces(newBudgets(limits{perNetwork: 1}), counts)
@@ -143,32 +145,32 @@ func TestGreediestIsClosed(t *testing.T) {
 		t.Errorf("%d and %d bytes are booked, want %d and %d", small.booked, large.booked, pieceStep, 3*pieceStep)
 	}
 	p.makeRoom(small)
-	p.makeRoom(small) // the other is being closed meanwhile
+	p.makeRoom(small) // the large one is still being closed
 	if small.doomed || !large.doomed {
-		t.Errorf("closed: the small one %v, the large one %v, want the large one alone", small.doomed, large.doomed)
+		t.Errorf("closed: small %v, large %v, want only the large one", small.doomed, large.doomed)
 	}
 	large.end()
 	p.makeRoom(small)
 	if !small.doomed {
-		t.Error("the next one is not closed")
+		t.Error("the small one was not closed when it asked alone")
 	}
 	if n := counts.refused[refusedMemory].Load(); n != 2 {
-		t.Errorf("%d were counted, want 2", n)
+		t.Errorf("%d refusals were counted, want 2", n)
 	}
 }
 
-// A piece counts until all before its end has been read, and no longer.
+// A piece counts until everything up to its end has been read, and no longer.
 func TestPiecesOfAStream(t *testing.T) {
 	c := newAccount(t, newPieces(newBudgets(limits{perNetwork: 1}), new(tally)))
 	s := c.stream(0)
 	steps := []struct {
-		end, read int64 // a piece that ends there, and what has been read after it
+		end, read int64 // end of the piece that comes, and bytes read after that
 		want      int64
 	}{
 		{10, 0, 1},   // out of order
 		{20, 5, 2},   //
-		{30, 10, 3},  // in one generation with what has not been read
-		{40, 30, 1},  // the old ones are gone
+		{30, 10, 3},  // shares a generation with a piece that has not been read
+		{40, 30, 1},  // the old pieces are gone
 		{20, 30, 1},  // read before it was counted
 		{100, 99, 1}, //
 		{100, 100, 0},
@@ -180,7 +182,7 @@ func TestPiecesOfAStream(t *testing.T) {
 		s.read.Store(step.read)
 		s.settle()
 		if got := s.cost.Load(); got > step.want+1 || got < min(step.want, 1) || got != c.held.Load() {
-			t.Errorf("step %d: %d pieces count, of the connection %d, want about %d", i, got, c.held.Load(), step.want)
+			t.Errorf("step %d: %d pieces count for the stream and %d for the connection, want about %d", i, got, c.held.Load(), step.want)
 		}
 	}
 	if s.cost.Load() != 0 {
@@ -188,13 +190,14 @@ func TestPiecesOfAStream(t *testing.T) {
 	}
 }
 
-// The clients of one network wait when its budget is spent, and those of another do not.
+// The clients of one network wait when its budget is spent, and those of another do
+// not.
 func TestBudgetIsOfOneNetwork(t *testing.T) {
 	b := newBudgets(limits{perNetwork: 10})
 	one, other := b.of(addrPort(&net.UDPAddr{IP: net.ParseIP("11.0.0.1")}).Addr()), b.of(addrPort(&net.UDPAddr{IP: net.ParseIP("11.0.0.2")}).Addr())
 	for i := range 10 * requestsPerClient {
 		if wait := one.spend(one.requests, 1); wait > 0 {
-			t.Fatalf("request %d waits for %v, want none of %d to", i, wait, 10*requestsPerClient)
+			t.Fatalf("request %d waits for %v, want no wait within %d", i, wait, 10*requestsPerClient)
 		}
 	}
 	if one.spend(one.requests, 2) <= 0 {
@@ -204,7 +207,7 @@ func TestBudgetIsOfOneNetwork(t *testing.T) {
 		t.Error("a request from another network waits")
 	}
 	if again := b.of(one.network.Addr()); again != one {
-		t.Error("another connection of the network has a budget of its own")
+		t.Error("another connection of the same network has a separate budget")
 	}
 	if b.of(addrPort(&net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}).Addr()) != nil {
 		t.Error("loopback has a budget")

@@ -1,6 +1,6 @@
 package main
 
-// Reading many datagrams of one sender at a time.
+// Tests of reading many datagrams of one sender at a time.
 
 import (
 	"bytes"
@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Datagrams that the kernel has coalesced arrive as they were sent: one by one, with their
-// sender and their ECN bits.
+// Datagrams that the kernel has coalesced arrive as they were sent: one by one, with
+// their sender and their ECN bits.
 func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 	for _, local := range []*net.UDPAddr{{IP: net.IPv4(127, 0, 0, 1)}, {IP: net.IPv6loopback}} {
 		t.Run(local.IP.String(), func(t *testing.T) {
@@ -29,7 +29,7 @@ func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 				setOption(t, in, unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1)
 				setOption(t, out, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, ect0)
 			}
-			// One datagram; 40 of one size and a shorter one; one that is too long for
+			// One datagram; 40 of one size and a shorter one; one too long for
 			// quic-go's buffer; an empty one; a short one.
 			var want [][]byte
 			send := func(datagrams ...[]byte) {
@@ -74,7 +74,7 @@ func TestCoalescedDatagramsArriveAsTheyWereSent(t *testing.T) {
 						t.Fatalf("got %d bytes, %.8q…, want %d, %.8q…", len(got), got, len(want), want)
 					}
 					if d.Addr.String() != out.LocalAddr().String() {
-						t.Errorf("from %v, want %v", d.Addr, out.LocalAddr())
+						t.Errorf("datagram came from %v, want %v", d.Addr, out.LocalAddr())
 					}
 					if got := ecn(d.OOB[:d.NN]); got != ect0 {
 						t.Errorf("ECN bits %d, want %d", got, ect0)
@@ -93,7 +93,7 @@ func listenUDP(t *testing.T, local *net.UDPAddr) *net.UDPConn {
 	t.Helper()
 	conn, err := net.ListenUDP("udp", local)
 	if err != nil {
-		t.Skip(err) // no IPv6
+		t.Skip(err) // no IPv6 here
 	}
 	t.Cleanup(func() { conn.Close() })
 	return conn
@@ -129,9 +129,9 @@ func ecn(control []byte) int {
 	return -1
 }
 
-// What a tap sends arrives as it was given, from the address and with the ECN bits
-// that it asked for, in as few calls as the kernel takes; and where the kernel splits
-// nothing, or some of it is too long, the rest arrives nonetheless.
+// What a tap sends arrives unchanged, from the address and with the ECN bits that
+// the tap asked for, in as few calls as the kernel allows. Where the kernel cannot
+// split, or something is too long, the rest still arrives.
 func TestSocketSendsAsItIsTold(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -146,7 +146,7 @@ func TestSocketSendsAsItIsTold(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			out, err := net.ListenUDP(tt.family, nil)
 			if err != nil {
-				t.Skip(err) // no IPv6
+				t.Skip(err) // no IPv6 here
 			}
 			defer out.Close()
 			in := listenUDP(t, &net.UDPAddr{IP: net.ParseIP(tt.to)})
@@ -177,14 +177,14 @@ func TestSocketSendsAsItIsTold(t *testing.T) {
 			send(1200, false, part(2, 700))
 			send(1252, false, part(3, 3*1252), part(4, 2*1252), part(5, 1252+7))
 			send(40, false, part(6, 40*64))
-			send(1<<16, true, part(7, 1<<16)) // longer than UDP can be
+			send(1<<16, true, part(7, 1<<16)) // longer than UDP allows
 			send(33, false, part(8, 3*33))
 			control, p := make([]byte, 128), make([]byte, 1<<16)
 			in.SetReadDeadline(time.Now().Add(testTimeout))
 			for i, w := range want {
 				n, nn, _, from, err := in.ReadMsgUDPAddrPort(p, control)
 				if err != nil {
-					t.Fatalf("of %d datagrams %d arrived: %v", len(want), i, err)
+					t.Fatalf("%d of %d datagrams arrived: %v", i, len(want), err)
 				}
 				if !bytes.Equal(p[:n], w) || from.Addr().Unmap() != netip.MustParseAddr(tt.from) || ecn(control[:nn]) != ce {
 					t.Fatalf("datagram %d: %d bytes %.4x from %v, ECN %d, want %d bytes %.4x from %v, ECN %d",
@@ -198,8 +198,8 @@ func TestSocketSendsAsItIsTold(t *testing.T) {
 	}
 }
 
-// A tap's caller is the one that reads, for everybody: it must not wait for room, nor
-// for another writer who does.
+// The goroutine that calls the tap reads for everybody. So sending must not wait for
+// room, or for another writer that does.
 func TestSocketNeverWaits(t *testing.T) {
 	out, in := listenUDP(t, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}), listenUDP(t, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	s := newUDPSocket(out)
@@ -207,7 +207,7 @@ func TestSocketNeverWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// As a writer that waits for room: it holds the socket's write lock.
+	// Act as a writer that waits for room and holds the socket's write lock.
 	waits, let := make(chan struct{}), make(chan struct{})
 	done := make(chan error, 1)
 	go func() {
@@ -228,7 +228,7 @@ func TestSocketNeverWaits(t *testing.T) {
 		t.Error(err)
 	}
 	out.Close()
-	s.send([][]byte{[]byte("hello")}, 5, 0, addrPort(in.LocalAddr()), nil) // to nobody's harm
+	s.send([][]byte{[]byte("hello")}, 5, 0, addrPort(in.LocalAddr()), nil) // does no harm after Close
 }
 
 // A network device that cannot split is no reason to lose anything: quic-go is told, and
