@@ -10,6 +10,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -323,6 +324,52 @@ func TestRustCircuitCarriesSync(t *testing.T) {
 	}
 	if got := r.counters().relayedConnections; got != 1 {
 		t.Errorf("relayed_connections = %d, want 1", got)
+	}
+}
+
+// The path shrinks in the midst of a circuit's transfer, and the clients' own stack and the
+// relay go on.
+func TestRustCircuitOnAShrinkingPath(t *testing.T) {
+	for _, told := range []bool{true, false} {
+		t.Run(fmt.Sprintf("ICMP=%v", told), func(t *testing.T) {
+			l := newLab(t)
+			cloud, relay := l.relayInCloud()
+			routers := []string{l.router("ra", "11.2.0.1/8", endpointDependent), l.router("rb", "11.2.0.2/8", endpointDependent)}
+			var ends []*rustClient
+			for i, r := range routers {
+				by := []string{"ip", "netns", "exec", l.home(fmt.Sprint("c", i), r, 10)}
+				ends = append(ends, startRustBy(t, by, relay, fmt.Sprint(i), "circuit=1", "dial=0", "listen=/ip4/0.0.0.0/udp/0/quic-v1", "tick_ms=1000"))
+			}
+			src, dst := ends[0], ends[1]
+			dst.wait("reserved")
+			src.wait("reserved")
+			src.command("dial %s/p2p/%s/p2p-circuit/p2p/%s", relay.Addrs[0], relay.ID, dst.id)
+			src.wait("connected", "peer", dst.id)
+			syncs := func(c, mate *rustClient) func() error {
+				from := len(c.seen(0))
+				c.command("sync %s %d", mate.id, 16<<20)
+				return func() error {
+					e := c.waitFrom(from, "synced", "peer", mate.id)
+					t.Logf("16 MiB in %v ms", e["ms"])
+					if e["ok"] != true {
+						return fmt.Errorf("sync = %v", e)
+					}
+					return nil
+				}
+			}
+			there, back := syncs(src, dst), syncs(dst, src) // find out what the path carries
+			if err := errors.Join(there(), back()); err != nil {
+				t.Fatal(err)
+			}
+			before := l.received(cloud)
+			there, back = syncs(src, dst), syncs(dst, src)
+			eventually(t, "the transfer is under way", func() bool { return l.received(cloud) > before+1<<20 })
+			l.shrink(told, append(routers, cloud)...)
+			if err := errors.Join(there(), back()); err != nil {
+				t.Error(err)
+			}
+			src.waitFrom(len(src.seen(0)), "stored")
+		})
 	}
 }
 

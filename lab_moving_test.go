@@ -52,6 +52,27 @@ func (l *lab) circuitPair(relay peer.AddrInfo) (a, b *labClient, routers [2]stri
 	return a, b, routers
 }
 
+// relayInCloud runs a relay behind a 1:1 NAT, and returns the router, too.
+func (l *lab) relayInCloud() (cloud string, relay peer.AddrInfo) {
+	l.t.Helper()
+	cloud = l.router("cloud", "11.0.0.1/8", endpointIndependent)
+	l.nft(cloud, `table ip cloud {
+		chain arriving { type nat hook prerouting priority dstnat; iifname "wan" ip daddr 11.0.0.1 dnat to 192.168.1.10; }
+	}`)
+	return cloud, l.relay(l.home("relay", cloud, 10), []string{relayV4}, "--announce=11.0.0.1")
+}
+
+// shrink lets the paths that leave routers carry 1280 bytes, and says so by ICMP or not.
+func (l *lab) shrink(told bool, routers ...string) {
+	l.t.Helper()
+	for _, r := range routers {
+		if !told {
+			l.nft(r, "table ip silent {\n chain sent {\n type filter hook output priority filter; meta l4proto icmp drop\n }\n }")
+		}
+		l.in(r, "ip link set wan mtu 1280")
+	}
+}
+
 // A firewall that is loaded anew, a full queue, or an address that is given to the
 // machine again, is no reason to end what all clients do.
 func TestRefusedSendsEndNothing(t *testing.T) {
@@ -126,11 +147,7 @@ func TestPathThatShrinks(t *testing.T) {
 		t.Run(fmt.Sprintf("ICMP=%v", told), func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
-			cloud := l.router("cloud", "11.0.0.1/8", endpointIndependent)
-			l.nft(cloud, `table ip cloud {
-				chain arriving { type nat hook prerouting priority dstnat; iifname "wan" ip daddr 11.0.0.1 dnat to 192.168.1.10; }
-			}`)
-			relay := l.relay(l.home("relay", cloud, 10), []string{relayV4})
+			cloud, relay := l.relayInCloud()
 			a, b, routers := l.circuitPair(relay)
 			peer := &peer.AddrInfo{ID: b.id}
 			if _, err := a.try(labRequest{Do: "sync", Peer: peer, Bytes: 4 << 20}); err != nil { // finds out what the path carries
@@ -141,12 +158,7 @@ func TestPathThatShrinks(t *testing.T) {
 				resp, err = a.try(labRequest{Do: "sync", Peer: peer, Bytes: 128 << 20})
 				return err
 			})
-			for _, router := range []string{cloud, routers[0], routers[1]} {
-				if !told {
-					l.nft(router, "table ip silent {\n chain sent {\n type filter hook output priority filter; meta l4proto icmp drop\n }\n }")
-				}
-				l.in(router, "ip link set wan mtu 1280")
-			}
+			l.shrink(told, cloud, routers[0], routers[1])
 			if err := <-sync; err != nil {
 				t.Errorf("the circuit ended: %v", err)
 			}
