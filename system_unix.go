@@ -3,13 +3,15 @@
 package main
 
 // What Unix has and Windows lacks: a signal to ask for a summary, the owner of a file,
-// and the sizes of a socket's buffers.
+// the sizes of a socket's buffers, and marks on datagrams.
 
 import (
 	"io/fs"
 	"os"
 	"os/signal"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // notifySummary sends on c when the operator asks for a summary, by SIGUSR1.
@@ -33,4 +35,21 @@ func socketBuffers(c syscall.RawConn) (receive, send int) {
 		send, _ = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF)
 	})
 	return receive, send
+}
+
+// carriesECN reports whether a control message sets the ECN bits of what is sent, even
+// to 0.
+func carriesECN(control []byte) bool {
+	for len(control) > 0 {
+		header, _, rest, err := unix.ParseOneSocketControlMessage(control)
+		if err != nil {
+			return false
+		}
+		if header.Level == unix.IPPROTO_IP && header.Type == unix.IP_TOS ||
+			header.Level == unix.IPPROTO_IPV6 && header.Type == unix.IPV6_TCLASS {
+			return true
+		}
+		control = rest
+	}
+	return false
 }

@@ -13,3 +13,5 @@ func notifySummary(chan<- os.Signal) {}
 func fileOwner(fs.FileInfo) (uid int, known bool) { return 0, false }
 
 func socketBuffers(syscall.RawConn) (receive, send int) { return 0, 0 }
+
+func carriesECN([]byte) bool { return false }
