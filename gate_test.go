@@ -74,7 +74,7 @@ func TestGateCountsForSeveralGoroutines(t *testing.T) {
 func TestHandshakesFitThroughTheGate(t *testing.T) {
 	lim := newLimits(100, 256)
 	r := newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t))
-	r.sockets.maxUnproven = 0 // everybody gets a Retry
+	r.sockets.unproven.Add(r.sockets.maxUnproven) // a Retry for everybody
 	var mu sync.Mutex
 	counts := map[string]int{}
 	inner, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})

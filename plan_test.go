@@ -64,6 +64,7 @@ sockets.go         the UDP sockets
 sockets_linux.go   ... many datagrams of one sender at a time
 sockets_other.go   ... or not
 gate.go            which packets of handshakes reach quic-go
+paths.go           what is sent to addresses that nobody has proven
 sockets_udp.go     ... one socket, and the one that reads one datagram at a time
 networks.go        where clients are now, and how many connections each network has
 pieces.go          what clients make quic-go keep in small pieces

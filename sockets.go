@@ -198,7 +198,7 @@ func (q *quicSockets) bind(family string, port int) error {
 	if q.testOnlyPlain {
 		open = newPlainSocket
 	}
-	socket := open(conn)
+	socket := newGuardedSocket(open(conn))
 	tr := &quic.Transport{
 		Conn:                socket,
 		StatelessResetKey:   &q.reset,

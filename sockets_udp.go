@@ -20,6 +20,10 @@ import (
 type udpSocket interface {
 	quic.OOBCapablePacketConn
 
+	// quic-go has these too, without a type of its own.
+	ReadBatch(datagrams []xipv4.Message, flags int) (int, error)
+	SetWriteBuffer(bytes int) error
+
 	// show sets the tap that sees what arrives. Call it before the first read.
 	show(tapped)
 

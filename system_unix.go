@@ -3,7 +3,7 @@
 package main
 
 // What Unix has and Windows lacks: a signal to ask for a summary, the owner of a file,
-// the sizes of a socket's buffers, and systemd's journal.
+// the sizes of a socket's buffers, marks on datagrams, and systemd's journal.
 
 import (
 	"fmt"
@@ -12,6 +12,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // notifySummary sends on c when the operator asks for a summary, by SIGUSR1.
@@ -50,4 +52,21 @@ func isJournal(w io.Writer, stream string) bool {
 	}
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	return ok && stream == fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
+}
+
+// carriesECN reports whether a control message sets the ECN bits of what is sent, even
+// to 0.
+func carriesECN(control []byte) bool {
+	for len(control) > 0 {
+		header, _, rest, err := unix.ParseOneSocketControlMessage(control)
+		if err != nil {
+			return false
+		}
+		if header.Level == unix.IPPROTO_IP && header.Type == unix.IP_TOS ||
+			header.Level == unix.IPPROTO_IPV6 && header.Type == unix.IPV6_TCLASS {
+			return true
+		}
+		control = rest
+	}
+	return false
 }
