@@ -61,12 +61,8 @@ func startRelay(cfg config, key ed25519.PrivateKey, log *slog.Logger) (*relay, e
 	return startRelayWithin(newLimits(cfg.maxClients, cfg.maxClientsPerIP), cfg, key, log)
 }
 
-func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (_ *relay, err error) {
+func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.Logger) (*relay, error) {
 	privKey, err := crypto.UnmarshalEd25519PrivateKey(key)
-	if err != nil {
-		return nil, fmt.Errorf("identity key: %w", err)
-	}
-	self, err := peer.IDFromPrivateKey(privKey)
 	if err != nil {
 		return nil, fmt.Errorf("identity key: %w", err)
 	}
@@ -76,18 +72,29 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 			return nil, fmt.Errorf("find a free UDP port: %w", err)
 		}
 	}
+	r, err := newRelay(lim, cfg, privKey, port, log)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.start(cfg, privKey, port, log); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
+	return r, nil
+}
 
+// newRelay puts the rooms together. Nothing runs yet, so nothing need be closed.
+func newRelay(lim limits, cfg config, key crypto.PrivKey, port int, log *slog.Logger) (*relay, error) {
+	self, err := peer.IDFromPrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("identity key: %w", err)
+	}
 	r := &relay{
 		limits:  lim,
+		names:   newNames(cfg.resolver(), log),
 		peers:   newPeers(log),
 		records: newRecordStore(lim.records()),
 		broken:  make(chan error, 1),
 	}
-	r.circuits = newCircuits(lim, log, &r.tally, r.peers.reserve)
-	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
-	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
-	r.sockets.networks.most, r.sockets.networks.free, r.sockets.networks.unproven = lim.perNetwork, lim.freeNetworks(), lim.unprovenRate()
-	r.names = newNames(cfg.resolver(), log)
 	announce, err := announcedAddrs(cfg.announce, port, self)
 	if err != nil {
 		return nil, err
@@ -102,43 +109,46 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	if r.federation.members[self] != nil {
 		return nil, fmt.Errorf("bootstrap: %s is this relay", self)
 	}
-	if cfg.metrics != "" {
-		r.registry = newRegistry(r.counters)
-	}
-	r.peers.left = r.groups.leave
+	r.circuits = newCircuits(lim, log, &r.tally, r.peers.reserve)
 	r.bridge = newBridge(log, &r.tally, lim, r.peers, r.federation.members)
 	r.bridge.maxBytes, r.bridge.maxAge = cfg.circuitBytes, cfg.circuitDuration
-	r.sockets.tap = func(s udpSocket) tapped { return newGate().behind(r.bridge.tap(s)) }
-	r.sockets.ids = r.bridge // by which the bridge tells packets that are quic-go's
-	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
-
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, r.close())
-		}
-	}()
-	if r.host, err = r.newHost(privKey); err != nil {
-		return nil, fmt.Errorf("start libp2p: %w", err)
-	}
-	kad := &kadServer{&answers{r.peers, r.federation, &r.groups, r.bridge}, &r.groups, r.records, r.peers, &r.tally}
-	if r.dht, err = kad.serve(r.host); err != nil {
-		return nil, fmt.Errorf("start dht: %w", err)
-	}
-	if err := r.peers.follow(r.host); err != nil {
-		return nil, fmt.Errorf("follow peers: %w", err)
-	}
-	r.bridge.follow(r.host.Network())
 	if cfg.maxBandwidth > 0 { // circuits and bridges share it
 		r.bridge.bandwidth = newBandwidth(cfg.maxBandwidth)
 	}
-	if r.service, err = r.circuits.serve(r.host, lim, cfg, r.bridge.bandwidth); err != nil {
-		return nil, fmt.Errorf("start circuit relay: %w", err)
+	r.peers.left = r.groups.leave
+
+	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
+	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
+	r.sockets.networks.most, r.sockets.networks.free, r.sockets.networks.unproven = lim.perNetwork, lim.freeNetworks(), lim.unprovenRate()
+	r.sockets.tap = func(s udpSocket) tapped { return newGate().behind(r.bridge.tap(s)) }
+	r.sockets.ids = r.bridge // by which the bridge tells packets that are quic-go's
+	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
+	if cfg.metrics != "" {
+		r.registry = newRegistry(r.counters)
+	}
+	return r, nil
+}
+
+// start starts the rooms from the top down, so that the first client meets a relay that
+// is whole. If it fails, r has to be closed.
+func (r *relay) start(cfg config, key crypto.PrivKey, port int, log *slog.Logger) (err error) {
+	if r.host, err = r.newHost(key); err != nil {
+		return fmt.Errorf("start libp2p: %w", err)
+	}
+	kad := &kadServer{&answers{r.peers, r.federation, &r.groups, r.bridge}, &r.groups, r.records, r.peers, &r.tally}
+	if r.dht, err = kad.serve(r.host); err != nil {
+		return fmt.Errorf("start dht: %w", err)
+	}
+	if err := r.peers.follow(r.host); err != nil {
+		return fmt.Errorf("follow peers: %w", err)
+	}
+	r.bridge.follow(r.host.Network())
+	if r.service, err = r.circuits.serve(r.host, r.limits, cfg, r.bridge.bandwidth); err != nil {
+		return fmt.Errorf("start circuit relay: %w", err)
 	}
 	r.federation.follow(r.host)
-
-	// Listen last: the first client meets a relay that is whole.
 	if err := r.sockets.listen(r.host, port, log); err != nil {
-		return nil, err
+		return err
 	}
 	r.host.Network().Notify(&network.NotifyBundle{ListenCloseF: func(_ network.Network, a ma.Multiaddr) {
 		select { // when the host closes there is nobody to tell, and no need
@@ -148,10 +158,10 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	}})
 	r.names.follow(r.reach.update)
 	if err := r.reach.follow(r.host); err != nil {
-		return nil, fmt.Errorf("follow addresses: %w", err)
+		return fmt.Errorf("follow addresses: %w", err)
 	}
 	r.federation.connect() // from the sockets that listen
-	return r, nil
+	return nil
 }
 
 // newHost returns a host that listens on nothing yet.
