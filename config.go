@@ -40,8 +40,8 @@ Usage: privstack-relay [flags]
                                 0 = unlimited (default 1h)
       --circuit-bytes SIZE      most bytes one relayed connection carries each way,
                                 such as 512MiB; 0 = unlimited (default 1GiB)
-      --max-bandwidth SIZE      most bytes per second that all circuits carry
-                                together, such as 5MiB; 0 = unlimited (default 0)
+      --max-bandwidth SIZE      most bytes per second that the relay carries for
+                                all, such as 5MiB; 0 = unlimited (default 0)
       --max-clients N           most clients at once; 0 = what memory allows
                                 (default 0)
       --max-clients-per-ip N    most clients from one IPv4 address or IPv6 /56
@@ -80,7 +80,7 @@ type config struct {
 	circuitDuration time.Duration
 	circuitBytes    int64
 
-	// maxBandwidth caps what all circuits carry together, both ways, in bytes
+	// maxBandwidth caps what all circuits and bridges carry together, both ways, in bytes
 	// per second. 0 is unlimited.
 	maxBandwidth int64
 
