@@ -16,6 +16,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -388,6 +389,9 @@ func (q *quicSockets) listen(h host.Host, port int, log *slog.Logger) error {
 	} {
 		// If not even a free port can be bound, the machine lacks this family.
 		probe, err := net.ListenPacket(family.network, ":0")
+		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+			return fmt.Errorf("bind UDP on %s: %w; raise the limit of open files (ulimit -n, or LimitNOFILE= in the unit)", family.name, err)
+		}
 		if err != nil {
 			log.Warn("no "+family.name+" on this machine, clients can't reach it that way", "err", err)
 			continue
