@@ -9,6 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -173,13 +175,22 @@ func TestHangupDrainsUnlessIgnored(t *testing.T) {
 	}
 }
 
+// freeTCPPort returns a port that is free, and below those that systems give to
+// connections and to whoever asks for any port (32768 on Linux): those would be taken
+// again at once by whatever else runs.
 func freeTCPPort(t *testing.T) string {
 	t.Helper()
-	port, err := freePort() // free for UDP, and seldom taken for TCP
-	if err != nil {
-		t.Fatal(err)
+	var err error
+	for range 100 {
+		port := 10000 + rand.IntN(20000)
+		var ln net.Listener
+		if ln, err = net.Listen("tcp", fmt.Sprintf(":%d", port)); err == nil {
+			ln.Close()
+			return fmt.Sprint(port)
+		}
 	}
-	return fmt.Sprint(port)
+	t.Fatal(err)
+	return ""
 }
 
 func startUntilCleanup(t *testing.T, cmd *exec.Cmd) {

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"hash/maphash"
 	"net"
 	"net/netip"
 	"os"
@@ -212,8 +213,18 @@ func (s *bothSockets) SetReadDeadline(t time.Time) error {
 // An address gets three times what came from it, its network a few challenges besides, and
 // neither lasts.
 func TestPathGuardCounts(t *testing.T) {
-	g := newPathGuard()
 	at := netip.MustParseAddrPort("192.0.2.1:1")
+	g := newPathGuard()
+	for slots := 0; slots < 5; { // until no two of the test share a slot
+		g = newPathGuard()
+		apart := map[uint64]bool{}
+		for _, s := range []string{"192.0.2.1:1", "192.0.2.1:2", "192.0.2.2:1"} {
+			addr := netip.MustParseAddrPort(s)
+			apart[g.hash(addr)%pathSlots] = true
+			apart[maphash.Comparable(g.seed, networkOf(addr.Addr()))%pathSlots] = true
+		}
+		slots = len(apart)
+	}
 	spent := func(to netip.AddrPort, now int64) (n int) {
 		for g.spend(to, now) {
 			n++
