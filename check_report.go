@@ -146,7 +146,7 @@ func tryOpen(port, network string) []string {
 }
 
 // tryStatus shows whether the relay runs, and its last log lines.
-const tryStatus = "systemctl status privstack-relay  # in a container: podman logs privstack-relay"
+const tryStatus = "systemctl status privstack-relay  # in a container: podman logs relay"
 
 // cleaned returns s without anything in its texts that a terminal acts on, or that makes
 // text run from right to left.
