@@ -392,7 +392,6 @@ func TestRustPairsMeet(t *testing.T) {
 // A family's devices: each comes to exchange messages with each other one, though the
 // relay keeps one record for all of them.
 func TestRustGroupsMeet(t *testing.T) {
-	t.Parallel()
 	s := publicSite(t)
 	sizes := []int{3, 5, 8}
 	rows := make([]string, len(sizes))
