@@ -3,11 +3,12 @@
 //
 // It listens on one UDP port (QUIC v1, default 4001) and one TCP port (HTTP,
 // default 4002), on IPv4 and IPv6. Over QUIC it is a Kademlia DHT server, in
-// which devices of one sync code publish and find one record; it answers with
-// the address under which each device was seen, which is what lets two homes
-// behind NATs reach each other; and it relays (Circuit Relay v2) for those that
-// still cannot. Over HTTP, GET /api/v1/identity tells a client the relay's peer
-// ID, and GET /healthz tells a monitor that it is up.
+// which devices of one sync code publish and find one record. It answers with the
+// address at which each device was seen, and where two devices cannot reach each
+// other it forwards their own QUIC packets between them (a bridge). It relays
+// circuits (Circuit Relay v2) for other libp2p software. Over HTTP, GET
+// /api/v1/identity tells a client the relay's peer ID, and GET /healthz tells a
+// monitor that it is up.
 //
 // The only file is the private key (--identity): it is the peer ID that clients
 // know, so keep a copy. Everything else is in memory and gone with the process.
