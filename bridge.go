@@ -49,12 +49,15 @@ const (
 	// the mate that the answer named. Clients dial at once.
 	offerTime = 5 * time.Second
 
-	// notDialled limits how long we wait for a dial after an offer, before we conclude
-	// that the client has another connection with the mate. afterRest delays that
-	// mate's next turn while others have not been met, by more than two of the
-	// clients' ticks of 30 s.
+	// notDialled limits how long we wait for a dial after an offer. A client that does
+	// not dial either has another connection with the mate, or is dialling it already
+	// at addresses that do not answer, which takes a client of rust-libp2p 5 s. So the
+	// other mates come first: for shortRest, and if it happens again for longRest, which
+	// is more than two of the clients' ticks of 30 s, and for twice as long each time
+	// after that.
 	notDialled = 2 * time.Second
-	afterRest  = 70 * time.Second
+	shortRest  = 8 * time.Second
+	longRest   = 70 * time.Second
 
 	// minHold delays each Initial, together with half of both round trips to the
 	// relay, so that a direct dial made at the same moment comes first. Without the
@@ -199,8 +202,10 @@ type offer struct {
 	asker   *end       // the end over which the client was told
 	named   clock      // when the client was last told; 0: not yet
 	dialled clock      // when the client last dialled the mate; 0: never
-	direct  bool       // was told and did not dial: has another connection with the mate
+	rests   clock      // until when other mates come first
+	missed  int        // the offers before the last one after which the client did not dial
 	near    bool       // the mate is in the client's network
+	far     bool       // the mate is of the other IP version
 }
 
 func (o *offer) open(e *end, now clock) bool {
@@ -304,6 +309,7 @@ type dial struct {
 	hold    time.Duration
 	held    [][]byte // datagrams to send when the hold is over
 	holding bool
+	told    bool // the caller was told to dial this callee here
 	gaveUp  bool // the caller gave up during the hold
 	sent    int  // datagrams sent to a callee that has not answered
 }

@@ -82,6 +82,9 @@ func (b *bridge) mayGo(dial *dial, d []byte, now clock) bool {
 		// with the mate and closes this one. If it repeats the Initial later, it has
 		// not given up after all.
 		dial.gaveUp, dial.held = true, nil
+		if dial.told {
+			b.metDirectly(dial.leg, now)
+		}
 	}
 	return false
 }
@@ -203,7 +206,8 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	if o == nil {
 		return b.stray(e, source, now)
 	}
-	o.dialled, o.direct = now, false
+	told := o.open(e, now)
+	o.dialled, o.rests = now, 0
 	at, ok := o.conn.where()
 	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}
@@ -228,7 +232,7 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	}
 	l := f.legOf(e)
 	dial := &dial{
-		leg: l, id: b.key(callee, source), began: now, holding: true, held: [][]byte{slices.Clone(d)},
+		leg: l, id: b.key(callee, source), began: now, told: told, holding: true, held: [][]byte{slices.Clone(d)},
 		hold: min(minHold+(p.rtt+at.rtt)/2, maxHold),
 	}
 	f.dials = append(f.dials, dial)

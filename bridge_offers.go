@@ -46,7 +46,7 @@ func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 			named = append(named, mate{id: id})
 		} else if conns := b.connections(id); len(conns) > 0 {
 			if at, ok := conns[0].where(); ok {
-				bridged = append(bridged, candidate{id, conns[0], networkOf(at.addr.Addr()) == networkOf(here.addr.Addr())})
+				bridged = append(bridged, candidate{id, conns[0], networkOf(at.addr.Addr()) == networkOf(here.addr.Addr()), at.addr.Addr().Is4() != here.addr.Addr().Is4()})
 			}
 		}
 	}
@@ -68,6 +68,7 @@ type candidate struct {
 	id   peer.ID
 	conn connection
 	near bool // in the asker's network, so most likely in the same home
+	far  bool // of the other IP version, so most likely not directly connected
 }
 
 // offer picks the mate that the asker may dial next, and notes that it was told. It
@@ -90,6 +91,7 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 	var bestTurn clock
 	dialling := false
 	var unmet []*offer
+	farUnmet := slices.ContainsFunc(mates, func(m candidate) bool { return m.far && !e.met(m.id, now) })
 	for _, m := range mates {
 		if e.met(m.id, now) {
 			others = append(others, m.id)
@@ -99,14 +101,14 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 		if o == nil {
 			continue
 		}
-		if o.named != 0 && now-o.named > notDialled {
-			o.direct = o.dialled < o.named
+		if o.untaken(now) {
+			o.rests = max(o.rests, o.named+m.rest(o.missed, farUnmet))
 		}
-		o.conn, o.known, o.near = m.conn, now, m.near
+		o.conn, o.known, o.near, o.far = m.conn, now, m.near, m.far
 		unmet = append(unmet, o)
-		turn := o.named // the longer ago, the sooner its turn
-		if o.direct || o.near {
-			turn += afterRest
+		turn := max(o.named, o.rests) // the longer ago, the sooner its turn
+		if o.near {
+			turn = max(turn, o.named+longRest)
 		}
 		// The client may be dialling the mate that it was told just now.
 		justNow := o.open(e, now) && now-o.named < notDialled
@@ -118,13 +120,47 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 		return "", others
 	}
 	for _, o := range unmet {
-		if o != best && (o.direct || o.near) {
+		if o != best && (o.near || o.rests > now && !o.far) {
 			others = append(others, o.mate)
 		}
+	}
+	if best.untaken(now) {
+		best.missed++
+	} else if best.dialled > best.named {
+		best.missed = 0
 	}
 	best.named, best.asker = now, e
 	b.debug("bridge offered", "source_peer", asker, "destination_peer", best.mate)
 	return best.mate, others
+}
+
+// rest returns how long other mates come first after an offer of m that the client did
+// not take, as it did not take that many before. A mate of the other IP version has
+// most likely no other connection with the client: that dial was under way elsewhere.
+// So while such mates are unmet, those of the same version rest longer.
+func (m candidate) rest(missed int, farUnmet bool) clock {
+	switch {
+	case m.far || missed == 0 && !farUnmet:
+		return shortRest
+	case !farUnmet:
+		missed--
+	}
+	return longRest << min(missed, 3)
+}
+
+// untaken reports whether the client did not dial the mate when it was last told to.
+func (o *offer) untaken(now clock) bool {
+	return o.named > o.dialled && now-o.named > notDialled
+}
+
+// metDirectly notes that two clients seem to be connected without the bridge, so that
+// both are offered their other mates first.
+func (b *bridge) metDirectly(l *leg, now clock) {
+	for _, l := range []*leg{l, l.other} {
+		if o := l.end.client.offerTo(l.other.end.client.id); o != nil {
+			o.conn, o.known, o.rests = l.other.end.conn, now, now+longRest
+		}
+	}
 }
 
 // offerTo returns the client's offer of that mate, and makes it if there is none. It
@@ -180,20 +216,21 @@ func (c *client) with(mate peer.ID, is func(*end, *flow) bool) bool {
 // meant returns the offer of the mate that an Initial from e is for, or nil. It
 // takes the mate that the client was told to dial here, or else one that the client
 // has not met but may have heard of from another mate. Of several such mates it
-// takes the one dialled longest ago. If that is wrong, the dial fails, as it would
-// at the relay itself.
+// takes the one dialled longest ago, but first those of the other IP version, because
+// those of the same one may be connected directly. If that is wrong, the dial fails,
+// as it would at the relay itself.
 func (b *bridge) meant(e *end, now clock) *offer {
 	var told, unmet *offer
 	for _, o := range e.client.offers {
 		if o.open(e, now) && (told == nil || o.named > told.named) {
 			told = o
 		}
-		if !o.direct && (unmet == nil || o.dialled < unmet.dialled) && now-o.known < groupAge &&
-			!e.met(o.mate, now) && !e.client.dialling(o.mate, now) {
+		likelier := unmet == nil || o.far && !unmet.far || o.far == unmet.far && o.dialled < unmet.dialled
+		if likelier && o.rests <= now && now-o.known < groupAge && !e.met(o.mate, now) && !e.client.dialling(o.mate, now) {
 			unmet = o
 		}
 	}
-	if told == nil {
+	if told == nil || told.missed > 0 && !told.far && unmet != nil && unmet.far {
 		return unmet
 	}
 	return told

@@ -98,7 +98,7 @@ func (u *bridgeUnderTest) actor(addr string) *actor {
 func (a *actor) told(mates ...*actor) peer.ID {
 	var all []candidate
 	for _, m := range mates {
-		all = append(all, candidate{m.id, m, networkOf(m.at.addr.Addr()) == networkOf(a.at.addr.Addr())})
+		all = append(all, candidate{m.id, m, networkOf(m.at.addr.Addr()) == networkOf(a.at.addr.Addr()), m.at.addr.Addr().Is4() != a.at.addr.Addr().Is4()})
 	}
 	next, _ := a.u.offer(a.id, a, all, a.u.now)
 	return next
@@ -616,12 +616,12 @@ func TestInitialsThatNoAnswerLedTo(t *testing.T) {
 func TestNearMatesComeLast(t *testing.T) {
 	u := newBridgeUnderTest(t, 100)
 	before, now, mate := u.actor("192.0.2.1:1"), u.actor("192.0.2.1:2"), u.actor("192.0.2.9:9")
-	next, others := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now)
+	next, others := u.offer(now.id, now, []candidate{{before.id, before, true, false}, {mate.id, mate, false, false}}, u.now)
 	if next != mate.id || !slices.Equal(others, []peer.ID{before.id}) {
 		t.Errorf("offered %v over the bridge and %v without, want the far mate over it and the near one without", next, others)
 	}
 	u.connected(now, mate, "aaaaaaaa", "bbbbbbbb")
-	if next, _ := u.offer(now.id, now, []candidate{{before.id, before, true}, {mate.id, mate, false}}, u.now); next != before.id {
+	if next, _ := u.offer(now.id, now, []candidate{{before.id, before, true, false}, {mate.id, mate, false, false}}, u.now); next != before.id {
 		t.Errorf("offered %v, want the near mate, the only one not met", next)
 	}
 }
@@ -648,6 +648,49 @@ func TestOffersTakeTurns(t *testing.T) {
 	fresh := u.actor("192.0.2.9:2")
 	if got := a.told(append(mates, fresh)...); got != fresh.id {
 		t.Errorf("offered %v, want the new mate", got)
+	}
+}
+
+// A client that gives up its dial during the hold has met its mate directly, so both
+// are offered their other mates first.
+func TestMatesWhoMetDirectlyComeLast(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, b, c := u.actor("192.0.2.1:1"), u.actor("192.0.2.2:2"), u.actor("192.0.2.3:3")
+	a.told(b)
+	a.says(longPacket(initial, "firstdest", "aaaaaaaa"))
+	u.tick(40 * time.Millisecond)
+	a.says(longPacket(initial, "firstdest", "aaaaaaaa")) // closes the connection
+	for _, pair := range [][2]*actor{{a, b}, {b, a}} {
+		if got := pair[0].told(pair[1], c); got != c.id {
+			t.Errorf("%v was offered %v, want the mate not met", pair[0].id, got)
+		}
+	}
+}
+
+// Devices of one IP version tell each other addresses of those of the other, where
+// nothing answers. While a client dials there, it takes no offer, so such mates are
+// offered again soon.
+func TestMatesOfTheOtherVersionAreOfferedAgain(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a, far := u.actor("192.0.2.1:1"), u.actor("[2001:db8::1]:2")
+	mates := []*actor{far}
+	for i := range 3 {
+		mates = append(mates, u.actor(fmt.Sprintf("192.0.2.%d:2", i+2)))
+	}
+	offered := map[peer.ID]int{}
+	for range 40 { // the client's ticks
+		offered[a.told(mates...)]++
+		u.tick(30 * time.Second)
+	}
+	for _, m := range mates[1:] {
+		if offered[far.id] < 2*offered[m.id] {
+			t.Errorf("the mate of the other version was offered %d times and %v %d times, want at least twice as often", offered[far.id], m.id, offered[m.id])
+		}
+	}
+	// Dials that no answer led to are more likely for such a mate, too.
+	a.says(longPacket(initial, "firstdest", "aaaaaaaa"))
+	if u.flow(a, far) == nil {
+		t.Error("the mate of the other version was not dialled")
 	}
 }
 

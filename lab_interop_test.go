@@ -197,14 +197,25 @@ func (c *rustClient) first(n int, deadline time.Time, ok func(rustEvent) bool) r
 }
 
 // carry sends bytes to mate over a connection that there is and returns the event
-// that says that mate has them, or nil if it does not until the deadline. Greetings
-// have 1 024 bytes, so a message of a test has another size.
+// that says that mate has them, or nil if it does not until the deadline. It sends
+// again if the connection ends, as one does when both have dialled, or after a minute
+// without messages. Greetings have 1 024 bytes, so a message of a test has another size.
 func (c *rustClient) carry(mate *rustClient, bytes int, deadline time.Time) rustEvent {
-	n := len(c.seen(0))
-	c.command("probe %s %d", mate.id, bytes)
-	return c.first(n, deadline, func(e rustEvent) bool {
+	arrived := func(e rustEvent) bool {
 		return e.is("synced", "peer", mate.id) && e["bytes"] == float64(bytes) && e["ok"] == true
-	})
+	}
+	again := time.NewTicker(250 * time.Millisecond)
+	defer again.Stop()
+	for n := len(c.seen(0)); ; <-again.C {
+		c.command("carry %s %d", mate.id, bytes)
+		e := c.first(n, deadline, func(e rustEvent) bool {
+			return arrived(e) || e.is("not_connected", "peer", mate.id) || e.is("sync_failed", "peer", mate.id)
+		})
+		if e == nil || arrived(e) {
+			return e
+		}
+		n = len(c.seen(0))
+	}
 }
 
 func (c *rustClient) command(format string, args ...any) {

@@ -415,7 +415,7 @@ func TestRustGroupsMeet(t *testing.T) {
 		for n, d := range devices {
 			for m, mate := range devices[:n] {
 				talking.Go(func() {
-					took := s.talk([2]*device{d, mate}, began)
+					took := s.talk([2]*device{d, mate}, began, 4*meetWithin)
 					way := d.way(mate, s)
 					if m == n-1 && d.carry(mate.rustClient, 16<<20, time.Now().Add(2*time.Minute)) == nil {
 						t.Errorf("16 MiB did not arrive, from %s to %s", d.at, mate.at)
@@ -571,7 +571,7 @@ func TestRustPairsMeetAgain(t *testing.T) {
 		if tt.after != nil && m.way != "" {
 			began := time.Now()
 			tt.after(s, d)
-			again = seconds(s.talk(d, began)) + "\t| " + d[1].way(d[0], s)
+			again = seconds(s.talk(d, began, 2*meetWithin)) + "\t| " + d[1].way(d[0], s)
 		}
 		rows[i] = fmt.Sprintf("%s\t| %v\t| %s", tt.name, m, again)
 	})
@@ -581,10 +581,10 @@ func TestRustPairsMeetAgain(t *testing.T) {
 // talk waits until messages that were sent after this moment have gone both ways, and
 // says how long after began that was, 0 if never. It asks for messages over connections
 // that there are; to make one is the clients' own affair.
-func (s *site) talk(d [2]*device, began time.Time) time.Duration {
+func (s *site) talk(d [2]*device, began time.Time, within time.Duration) time.Duration {
 	s.t.Helper()
 	const bytes = 3000
-	deadline := began.Add(2 * meetWithin)
+	deadline := began.Add(within)
 	from := [2]int{len(d[0].seen(0)), len(d[1].seen(0))}
 	arrived := make(chan bool, 2)
 	stop := make(chan struct{})
@@ -610,7 +610,7 @@ func (s *site) talk(d [2]*device, began time.Time) time.Duration {
 		}()
 	}
 	if one, other := <-arrived, <-arrived; !one || !other {
-		s.t.Errorf("no messages both ways between %s and %s within %v", d[0].at, d[1].at, 2*meetWithin)
+		s.t.Errorf("no messages both ways between %s and %s within %v", d[0].at, d[1].at, within)
 		return 0
 	}
 	return time.Since(began)

@@ -12,8 +12,9 @@
 //! nothing to mates).
 //!
 //! It prints one JSON object a line, each with "event", and takes commands on stdin:
-//! `sync PEER BYTES` (which dials), `probe PEER BYTES` (which does not), `find PEER`,
-//! `dial ADDR`, `put TEXT`. The end of stdin ends it.
+//! `sync PEER BYTES` (which dials), `probe PEER BYTES` (which does not), `carry PEER
+//! BYTES` (which does not, and says so), `find PEER`, `dial ADDR`, `put TEXT`. The end of
+//! stdin ends it.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -530,6 +531,14 @@ impl Client {
                 let peer = peer.parse()?;
                 if swarm.is_connected(&peer) {
                     self.sync(swarm, peer, bytes.parse()?);
+                }
+            }
+            ["carry", peer, bytes] => {
+                let peer = peer.parse()?;
+                if swarm.is_connected(&peer) {
+                    self.sync(swarm, peer, bytes.parse()?);
+                } else {
+                    emit("not_connected", json!({"peer": peer.to_string()}));
                 }
             }
             ["find", peer] => {
