@@ -36,10 +36,12 @@ Usage: privstack-relay [flags]
                                 address, a DNS name or a multiaddr; repeatable
                                 (default: the addresses of this machine)
       --bootstrap MULTIADDR     another relay to join, with its /p2p ID; repeatable
-      --circuit-duration TIME   longest life of one relayed connection, such as 30m;
-                                0 = unlimited (default 1h)
-      --circuit-bytes SIZE      most bytes one relayed connection carries each way,
-                                such as 512MiB; 0 = unlimited (default 1GiB)
+      --circuit-duration TIME   longest life of a connection that the relay carries
+                                between two devices, such as 30m; 0 = unlimited
+                                (default 1h)
+      --circuit-bytes SIZE      most bytes that it carries each way for one such
+                                connection, such as 512MiB; 0 = unlimited
+                                (default 1GiB)
       --max-bandwidth SIZE      most bytes per second that the relay carries for
                                 all, such as 5MiB; 0 = unlimited (default 0)
       --max-clients N           most clients at once; 0 = what memory allows
@@ -75,8 +77,8 @@ type config struct {
 	// parseBootstrap accepts each. Empty: this relay is alone.
 	bootstrap []string
 
-	// circuitDuration and circuitBytes (each way) cap one relayed
-	// connection. 0 is unlimited.
+	// circuitDuration and circuitBytes (each way) cap one circuit, or one flow
+	// of a bridge. 0 is unlimited.
 	circuitDuration time.Duration
 	circuitBytes    int64
 
