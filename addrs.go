@@ -87,7 +87,7 @@ func addrMistake(s string) string {
 // parseBootstrap reads the address of another relay: as parseAnnounce does, but
 // the address must end in that relay's ID.
 func parseBootstrap(s string) (peer.AddrInfo, error) {
-	const example = "write what the other relay's banner shows behind Bootstrap:, such as /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…"
+	const example = "write what the other relay's banner shows after Bootstrap:, such as /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…"
 	addr, err := parseAnnounce(s, 0)
 	transport, id := peer.SplitAddr(addr)
 	switch {
