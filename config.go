@@ -279,7 +279,7 @@ func flagMistake(err error) string {
 	if m := unknownFlag.FindStringSubmatch(text); m != nil && m[1] != "" {
 		says := "there is no flag " + dashes(m[1])
 		if port, found := strings.CutPrefix(m[1], "p"); found && strings.Trim(port, "0123456789") == "" {
-			says = "there is no flag -" + m[1] + "; write -p " + port // the old relay took both
+			says = "there is no flag -" + m[1] + "; write -p " + port // which many programs take
 		}
 		return says
 	}

@@ -89,7 +89,7 @@ func TestBadFlags(t *testing.T) {
 		{"--nonsense", "there is no flag --nonsense"},
 		{"-nonsense=1", "there is no flag --nonsense"},
 		{"-x", "there is no flag -x"},
-		{"-p4001", "there is no flag -p4001; write -p 4001"}, // the old relay took both
+		{"-p4001", "there is no flag -p4001; write -p 4001"}, // which many programs take
 		{"--prot=4001", "there is no flag --prot"},
 		{"stray", `unexpected argument "stray"`},
 		{"check", `unexpected argument "check"; write it first: privstack-relay check`},
