@@ -248,7 +248,7 @@ func strayArgument(word string) string {
 	case word == "check" || word == "healthy":
 		says += fmt.Sprintf("; write it first: privstack-relay %s", word)
 	case strings.HasPrefix(word, "–") || strings.HasPrefix(word, "—"):
-		// What some programs make of two hyphens, for beauty.
+		// What some programs and pages make of two hyphens.
 		says += "; flags begin with two hyphens: --" + strings.TrimLeft(word, "–—-")
 	}
 	return says
@@ -278,7 +278,7 @@ func flagMistake(err error) string {
 	}
 	if m := unknownFlag.FindStringSubmatch(text); m != nil && m[1] != "" {
 		says := "there is no flag " + dashes(m[1])
-		if port, found := strings.CutPrefix(m[1], "p"); found && strings.Trim(port, "0123456789") == "" {
+		if port, found := strings.CutPrefix(m[1], "p"); found && port != "" && strings.Trim(port, "0123456789") == "" {
 			says = "there is no flag -" + m[1] + "; write -p " + port // which many programs take
 		}
 		return says

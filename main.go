@@ -255,7 +255,8 @@ func explainBind(err error, network string, port int, flag string) error {
 		letter := strings.ToLower(network[:1])
 		return fmt.Errorf("%w: another program has %s port %d, perhaps another relay (ss -l%snp 'sport = :%d' shows which); stop it, or choose another port with %s",
 			err, network, port, letter, port, flag)
-	case errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, wsaAddrNotAvail):
+	case flag == "--metrics" && (errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, wsaAddrNotAvail)):
+		// The others take no address.
 		return fmt.Errorf("%w: this machine does not have that address; choose another one with %s", err, flag)
 	case errors.Is(err, fs.ErrPermission) && port > 0 && port < 1024:
 		return fmt.Errorf("%w: only root may use a port below 1024, unless the machine allows others: sysctl -w net.ipv4.ip_unprivileged_port_start=%d", err, port)

@@ -364,6 +364,7 @@ func TestProcessFailsClearly(t *testing.T) {
 		{"unknown flag", []string{"--nonsense"}, 2, "nonsense"},
 		{"stray argument", []string{"start"}, 2, `unexpected argument "start"`},
 		{"not a flag of check", []string{"check", "--port", "4001", "localhost"}, 2, "check: there is no flag --port\nTry 'privstack-relay check --help'.\n"},
+		{"nor is -p", []string{"check", "-p", "4001", "localhost"}, 2, "check: there is no flag -p\n"},
 		{"no relay to check", []string{"check"}, 2, "check needs one relay: a host name, an address or a URL\nTry 'privstack-relay check --help'.\n"},
 		{"an empty name to check", []string{"check", ""}, 2, `check "": write`},
 	}
