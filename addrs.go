@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -41,17 +42,17 @@ func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
 	} else if len(s) <= 253 && dnsName.MatchString(s) {
 		text = fmt.Sprintf("/dns/%s/udp/%d/quic-v1", strings.TrimSuffix(s, "."), port)
 	} else if !strings.HasPrefix(s, "/") {
-		return nil, errors.New(example)
+		return nil, errors.New(cmp.Or(addrMistake(s), example))
 	}
 	addr, err := ma.NewMultiaddr(text)
 	if err != nil {
-		return nil, fmt.Errorf("%w; %s", err, example)
+		return nil, fmt.Errorf("not a multiaddr; %s", example) // libp2p's reason is about bytes
 	}
 	transport, _ := peer.SplitAddr(addr)
 	if !isQUICAddr(transport) {
 		return nil, fmt.Errorf("not a QUIC address; %s", example)
 	}
-	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast()) {
+	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() && ip.To4() == nil) {
 		return nil, errors.New("not an address that a client can reach")
 	}
 	if len(transport.Bytes()) > 260 {
@@ -60,16 +61,40 @@ func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
 	return addr, nil
 }
 
+// addrMistake says what is wrong with s, which is neither an IP address, a DNS name nor a
+// multiaddr, if it is what people usually write then. "" if it is not.
+func addrMistake(s string) string {
+	if _, after, isURL := strings.Cut(s, "://"); isURL {
+		host, _, _ := strings.Cut(after, "/")
+		return "a URL; write the host alone, such as " + cmp.Or(host, "relay.example.org")
+	}
+	if strings.ContainsAny(s, ", ") {
+		return "write one address, and give the flag again for each of the others"
+	}
+	if host, port, err := net.SplitHostPort(s); err == nil {
+		if number, err := strconv.ParseUint(port, 10, 16); err == nil {
+			if addr, err := parseAnnounce(host, int(number)); err == nil {
+				return fmt.Sprintf("leave the port out, or write %s", addr)
+			}
+		}
+	}
+	if inner, ok := strings.CutPrefix(s, "["); ok && strings.HasSuffix(inner, "]") {
+		return "write the address without brackets"
+	}
+	return ""
+}
+
 // parseBootstrap reads the address of another relay: as parseAnnounce does, but
 // the address must end in that relay's ID.
 func parseBootstrap(s string) (peer.AddrInfo, error) {
+	const example = "write what the other relay's banner shows after Bootstrap:, such as /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…"
 	addr, err := parseAnnounce(s, 0)
-	if err != nil {
-		return peer.AddrInfo{}, err
-	}
 	transport, id := peer.SplitAddr(addr)
-	if id == "" {
-		return peer.AddrInfo{}, errors.New("no peer ID, write /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…")
+	switch {
+	case err != nil:
+		return peer.AddrInfo{}, errors.New("not the address of a relay; " + example)
+	case id == "":
+		return peer.AddrInfo{}, errors.New("no peer ID; " + example)
 	}
 	return peer.AddrInfo{ID: id, Addrs: []ma.Multiaddr{transport}}, nil
 }

@@ -65,13 +65,13 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 		_, err = io.WriteString(stdout, checkUsage)
 		return err
 	case err != nil:
-		return usageError{"check: " + err.Error()}
+		return usageError{"check: " + flagMistake(err)}
 	case fs.NArg() != 1:
-		return usageError{"check needs one relay: a host name, an address or a URL; see privstack-relay check --help"}
+		return usageError{"check needs one relay: a host name, an address or a URL"}
 	}
 	target, err := parseCheckTarget(fs.Arg(0))
 	if err != nil {
-		return usageError{fmt.Sprintf("check %s: %v", clean(fs.Arg(0)), err)}
+		return usageError{fmt.Sprintf("check %q: %v", clean(fs.Arg(0)), err)}
 	}
 	// The steps say what goes wrong; the libraries would say it again.
 	joinLibraryLogs(slog.DiscardHandler, false)

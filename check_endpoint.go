@@ -58,7 +58,11 @@ func (c *endpointCheck) resolve(ctx context.Context) checkStep {
 	}
 	found, err := lookupIPs(ctx, kind, c.host)
 	if err != nil {
-		return stepFailed(likely("the name is mistyped, or its DNS record is missing or has not spread yet", "getent ahosts "+c.host),
+		why := "the name is mistyped, or its DNS record is missing or has not spread yet"
+		if e := (*net.DNSError)(nil); errors.As(err, &e) && !e.IsNotFound {
+			why = "this machine is offline, or its DNS server does not answer"
+		}
+		return stepFailed(likely(why, "getent ahosts "+c.host),
 			"%s has no address: %v", c.host, err).blocking("needs an address of " + c.host)
 	}
 	c.ips, c.lacks = make(map[string][]netip.Addr), make(map[string]string)

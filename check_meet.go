@@ -80,7 +80,7 @@ func (c *meetCheck) observed(context.Context) checkStep {
 	}
 	s := stepPassed("the relay sees us at %s", seen)
 	if manet.IsPrivateAddr(addr) && !manet.IsPrivateAddr(c.dials.used.addr) {
-		s = stepFailed(likely("a proxy or NAT in front of the relay, such as a container's port forwarding, hides where clients are: homes behind NATs will not meet directly, and all share one address's limit",
+		s = stepFailed(likely("a proxy or NAT in front of the relay, such as a container's port forwarding, hides where clients are: devices are told useless addresses of each other, and all share one address's limit",
 			"run the container with --network host",
 			"or, without root: podman run --network slirp4netns:port_handler=slirp4netns ..."),
 			"the relay sees us at %s, which is private", seen)

@@ -974,6 +974,12 @@ func TestCheckFindsDeploymentMistakes(t *testing.T) {
 		got := l.check(l.public("me", "11.0.0.9/8"), "11.0.0.1")
 		got.wantFailed(t, "hides where clients are", "observed")
 	})
+	t.Run("check without DNS", func(t *testing.T) {
+		t.Parallel()
+		l := newLab(t)
+		got := l.check(l.public("me", "11.0.0.9/8"), "relay.example.org")
+		got.wantFailed(t, "this machine is offline, or its DNS server does not answer", "name")
+	})
 	t.Run("private address announced", func(t *testing.T) {
 		t.Parallel()
 		l := newLab(t)

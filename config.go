@@ -36,10 +36,12 @@ Usage: privstack-relay [flags]
                                 address, a DNS name or a multiaddr; repeatable
                                 (default: the addresses of this machine)
       --bootstrap MULTIADDR     another relay to join, with its /p2p ID; repeatable
-      --circuit-duration TIME   longest life of one relayed connection, such as 30m;
-                                0 = unlimited (default 1h)
-      --circuit-bytes SIZE      most bytes one relayed connection carries each way,
-                                such as 512MiB; 0 = unlimited (default 1GiB)
+      --circuit-duration TIME   longest life of a connection that the relay carries
+                                between two devices, such as 30m; 0 = unlimited
+                                (default 1h)
+      --circuit-bytes SIZE      most bytes that it carries each way for one such
+                                connection, such as 512MiB; 0 = unlimited
+                                (default 1GiB)
       --max-bandwidth SIZE      most bytes per second that the relay carries for
                                 all, such as 5MiB; 0 = unlimited (default 0)
       --max-clients N           most clients at once; 0 = what memory allows
@@ -75,8 +77,8 @@ type config struct {
 	// parseBootstrap accepts each. Empty: this relay is alone.
 	bootstrap []string
 
-	// circuitDuration and circuitBytes (each way) cap one relayed
-	// connection. 0 is unlimited.
+	// circuitDuration and circuitBytes (each way) cap one circuit, or one flow
+	// of a bridge. 0 is unlimited.
 	circuitDuration time.Duration
 	circuitBytes    int64
 
@@ -135,7 +137,7 @@ func parseFlags(args []string) (config, error) {
 	number := func(name string, n *int, otherwise int) {
 		*n = otherwise
 		fs.Func(name, "", func(s string) error {
-			value, err := strconv.ParseInt(s, 0, strconv.IntSize)
+			value, err := strconv.ParseInt(s, 10, strconv.IntSize)
 			if err != nil && !errors.Is(err, strconv.ErrRange) { // of which the checks below tell
 				return errors.New("not a number")
 			}
@@ -143,10 +145,12 @@ func parseFlags(args []string) (config, error) {
 			return nil
 		})
 	}
-	size := func(name string, n *int64) {
+	size := func(name string, n *int64, example string) {
 		fs.Func(name, "", func(s string) (err error) {
-			*n, err = parseSize(s)
-			return err
+			if *n, err = parseSize(s); err != nil {
+				return fmt.Errorf("%w; write %s, or 0 for unlimited", err, example)
+			}
+			return nil
 		})
 	}
 	number("port", &cfg.port, 4001)
@@ -173,8 +177,8 @@ func parseFlags(args []string) (config, error) {
 		cfg.circuitDuration, err = parseTime(s)
 		return err
 	})
-	size("circuit-bytes", &cfg.circuitBytes)
-	size("max-bandwidth", &cfg.maxBandwidth)
+	size("circuit-bytes", &cfg.circuitBytes, "512MiB or 1GiB")
+	size("max-bandwidth", &cfg.maxBandwidth, "bytes per second, such as 5MiB")
 	number("max-clients", &cfg.maxClients, 0)
 	number("max-clients-per-ip", &cfg.maxClientsPerIP, 256)
 	fs.Func("metrics", "", func(s string) error {
@@ -199,7 +203,7 @@ func parseFlags(args []string) (config, error) {
 	case *showVersion:
 		return config{}, errVersion
 	case fs.NArg() > 0:
-		return config{}, usageError{fmt.Sprintf("unexpected argument %q", fs.Arg(0))}
+		return config{}, usageError{strayArgument(fs.Arg(0))}
 	}
 
 	for _, port := range []struct {
@@ -231,7 +235,23 @@ func parseFlags(args []string) (config, error) {
 	case cfg.maxClientsPerIP < 1:
 		return config{}, usageError{fmt.Sprintf("--max-clients-per-ip %d is below 1", cfg.maxClientsPerIP)}
 	}
+	if _, port, _ := net.SplitHostPort(cfg.metrics); port != "" && port != "0" && port == strconv.Itoa(cfg.httpPort) {
+		return config{}, usageError{"--metrics and --http-port both want TCP port " + port}
+	}
 	return cfg, nil
+}
+
+// strayArgument says what to do about a word that belongs to no flag.
+func strayArgument(word string) string {
+	says := fmt.Sprintf("unexpected argument %q", word)
+	switch {
+	case word == "check" || word == "healthy":
+		says += fmt.Sprintf("; write it first: privstack-relay %s", word)
+	case strings.HasPrefix(word, "–") || strings.HasPrefix(word, "—"):
+		// What some programs and pages make of two hyphens.
+		says += "; flags begin with two hyphens: --" + strings.TrimLeft(word, "–—-")
+	}
+	return says
 }
 
 // badValue, noValue and unknownFlag match what package flag says of a mistake. It names
@@ -257,7 +277,11 @@ func flagMistake(err error) string {
 		return dashes(m[1]) + " needs a value"
 	}
 	if m := unknownFlag.FindStringSubmatch(text); m != nil && m[1] != "" {
-		return "there is no flag " + dashes(m[1])
+		says := "there is no flag " + dashes(m[1])
+		if port, found := strings.CutPrefix(m[1], "p"); found && port != "" && strings.Trim(port, "0123456789") == "" {
+			says = "there is no flag -" + m[1] + "; write -p " + port // which many programs take
+		}
+		return says
 	}
 	return text
 }
@@ -271,7 +295,7 @@ func parseTime(s string) (time.Duration, error) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil {
-		return 0, errors.New("write a number and a unit, such as 30m or 24h")
+		return 0, errors.New("write a number and a unit, such as 30m or 24h, or 0 for unlimited")
 	}
 	return d, nil
 }
@@ -297,14 +321,14 @@ func parseSize(s string) (int64, error) {
 	number = strings.TrimSuffix(number, "b")
 	n, err := strconv.ParseFloat(strings.TrimSpace(number), 64)
 	if err != nil || math.IsNaN(n) {
-		return 0, fmt.Errorf("not a size, write 512MiB or 1GiB")
+		return 0, errors.New("not a size")
 	}
 	n *= factor
 	if n > 0 && n < 1 { // as an integer it would be 0, which means unlimited
-		return 0, fmt.Errorf("less than a byte, write 512MiB or 1GiB")
+		return 0, errors.New("less than a byte")
 	}
 	if n < 0 || n >= 1<<62 {
-		return 0, fmt.Errorf("not between 0 and 4EiB")
+		return 0, errors.New("not between 0 and 4EiB")
 	}
 	return int64(n), nil
 }

@@ -12,6 +12,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
+	"os"
 	"path"
 	"strconv"
 	"sync/atomic"
@@ -130,8 +132,14 @@ func askHealthAt(ctx context.Context, addr string) error {
 		return err
 	}
 	resp, err := client.Do(req)
-	if err != nil {
-		return err
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		err = e.Err // without the URL: its cause names the address
+	}
+	switch {
+	case os.IsTimeout(err):
+		return fmt.Errorf("%s does not answer within %v: the relay hangs", addr, healthTimeout)
+	case err != nil:
+		return fmt.Errorf("%w: the relay is not running, or it has another --http-port", err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {

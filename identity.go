@@ -97,10 +97,10 @@ func loadIdentity(path string) (identity, error) {
 	if !info.Mode().IsRegular() { // opening a pipe would wait for a writer
 		return identity{}, fmt.Errorf("%s is not a regular file", path)
 	}
-	owner := foreignOwner(info)
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrPermission) && owner != "" {
-		return identity{}, fmt.Errorf("%w: the file belongs to %s, this process runs as %s", err, owner, userName(os.Geteuid()))
+	if uid, known := fileOwner(info); errors.Is(err, fs.ErrPermission) && known && uid != os.Geteuid() {
+		me := os.Geteuid()
+		return identity{}, fmt.Errorf("%w: the file belongs to %s, this process runs as %s; as root: chown %d %s", err, userName(uid), userName(me), me, path)
 	}
 	if err != nil {
 		return identity{}, err
@@ -115,7 +115,7 @@ func loadIdentity(path string) (identity, error) {
 	if err != nil {
 		return identity{}, fmt.Errorf("%s %w", path, err)
 	}
-	id := identity{key: key, mode: info.Mode(), owner: owner}
+	id := identity{key: key, mode: info.Mode(), owner: foreignOwner(info)}
 	if runtime.GOOS != "windows" { // which has no such bits: Go derives them from the read-only flag
 		id.exposed = info.Mode().Perm()&0o077 != 0
 		if dir, err := os.Stat(filepath.Dir(path)); err == nil && dir.Mode().Perm()&0o002 != 0 {
@@ -190,7 +190,7 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	defer os.Remove(tmp.Name())
 	_, err = tmp.Write(encodeIdentity(key))
 	if err := errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
-		return err
+		return explainCreate(err, dir)
 	}
 
 	// A link, unlike a rename, fails where another start was first.
@@ -225,7 +225,9 @@ func explainCreate(err error, dir string) error {
 	case errors.Is(err, fs.ErrPermission) && uid > 0: // -1 on Windows
 		return fmt.Errorf("cannot make the key in %s: %w: let %s write there, as root: chown %d %s", dir, err, userName(uid), uid, dir)
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("cannot make the key in %s: there is no such directory: %w", dir, err)
+		if _, err := os.Stat(dir); err != nil { // /proc is there, but nothing can be made in it
+			return fmt.Errorf("cannot make the key in %s: there is no such directory", dir)
+		}
 	}
 	return fmt.Errorf("cannot make the key in %s: %w", dir, err)
 }

@@ -690,8 +690,7 @@ const (
 	relayV6 = "/ip6/2a00:1::1/udp/4001/quic-v1"
 )
 
-// What the relay promises, where it is hardest: homes behind every kind of NAT meet. The
-// README has the table that this test prints.
+// What the relay promises, where it is hardest: homes behind every kind of NAT meet.
 func TestHomesMeetAcrossNATs(t *testing.T) {
 	l := newLab(t)
 	relay := l.relay(l.public("relay", "11.0.0.1/8", "2a00:1::1/64"), []string{relayV4, relayV6})

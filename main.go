@@ -82,7 +82,11 @@ func main() {
 	fmt.Fprintf(stderr, "privstack-relay: %v\n", err)
 	status := 1
 	if errors.As(err, new(usageError)) {
-		fmt.Fprintln(stderr, "Try 'privstack-relay --help'.")
+		help := "--help"
+		if len(os.Args) > 1 && os.Args[1] == "check" {
+			help = "check --help"
+		}
+		fmt.Fprintf(stderr, "Try 'privstack-relay %s'.\n", help)
 		status = 2
 	}
 	stderr.finish()
@@ -251,15 +255,21 @@ func explainBind(err error, network string, port int, flag string) error {
 		letter := strings.ToLower(network[:1])
 		return fmt.Errorf("%w: another program has %s port %d, perhaps another relay (ss -l%snp 'sport = :%d' shows which); stop it, or choose another port with %s",
 			err, network, port, letter, port, flag)
+	case flag == "--metrics" && (errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, wsaAddrNotAvail)):
+		// The others take no address.
+		return fmt.Errorf("%w: this machine does not have that address; choose another one with %s", err, flag)
 	case errors.Is(err, fs.ErrPermission) && port > 0 && port < 1024:
 		return fmt.Errorf("%w: only root may use a port below 1024, unless the machine allows others: sysctl -w net.ipv4.ip_unprivileged_port_start=%d", err, port)
 	}
 	return err
 }
 
-// wsaAddrInUse is what Windows says for EADDRINUSE, which Go made up there.
+// What Windows says for EADDRINUSE and EADDRNOTAVAIL, which Go made up there.
 // https://learn.microsoft.com/windows/win32/winsock/windows-sockets-error-codes-2
-const wsaAddrInUse = syscall.Errno(10048)
+const (
+	wsaAddrInUse    = syscall.Errno(10048)
+	wsaAddrNotAvail = syscall.Errno(10049)
+)
 
 // serve binds all sockets, calls ready once, and serves until ctx is done (a nil
 // error) or a part fails. By the time it returns everything is closed.
@@ -343,7 +353,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 			addr, clients := relay.maskedBy()
 			if addr.IsValid() && !masked { // warn once, until clients from elsewhere have come
 				log.Warn("all clients come from one private address: something in front of the relay hides where they are, such as a container's port forwarding, "+
-					"so two homes will not meet directly and all clients share one address's limit: see docs/container.md", "addr", addr, "clients", clients)
+					"so devices are told useless addresses of each other and all clients share one address's limit: see docs/container.md", "addr", addr, "clients", clients)
 			}
 			masked = addr.IsValid() || masked && clients == 0
 		case <-signOfLife:

@@ -54,6 +54,7 @@ func TestFlags(t *testing.T) {
 		{nil, bare},
 		{[]string{"-p", "1", "-i", "k", "-v"}, with(func(c *config) { c.port, c.keyFile, c.verbose = 1, "k", true })},
 		{[]string{"--port", "1", "--identity=k", "--verbose"}, with(func(c *config) { c.port, c.keyFile, c.verbose = 1, "k", true })},
+		{[]string{"--port=04001"}, bare}, // not an octal number
 		{[]string{"-port=1", "-http-port", "0"}, with(func(c *config) { c.port, c.httpPort = 1, 0 })},
 		{[]string{"--circuit-duration", "90m", "--circuit-bytes", "512MiB"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 90*time.Minute, 512<<20 })},
 		{[]string{"--circuit-duration", "1d", "--circuit-bytes", "512M"}, with(func(c *config) { c.circuitDuration, c.circuitBytes = 24*time.Hour, 512<<20 })},
@@ -80,6 +81,7 @@ func TestBadFlags(t *testing.T) {
 		{"--port=x", `--port "x": not a number`},
 		{"-p=4001x", `-p "4001x": not a number`},
 		{"--max-clients=1e3", `--max-clients "1e3": not a number`},
+		{"--max-clients=0x10", `--max-clients "0x10": not a number`},
 		{"--port=99999999999999999999", "is not between"},
 		{"--port", "--port needs a value"},
 		{"--verbose=perhaps", `--verbose "perhaps": a switch takes no value`},
@@ -87,27 +89,43 @@ func TestBadFlags(t *testing.T) {
 		{"--nonsense", "there is no flag --nonsense"},
 		{"-nonsense=1", "there is no flag --nonsense"},
 		{"-x", "there is no flag -x"},
+		{"-p4001", "there is no flag -p4001; write -p 4001"}, // which many programs take
+		{"--prot=4001", "there is no flag --prot"},
 		{"stray", `unexpected argument "stray"`},
+		{"check", `unexpected argument "check"; write it first: privstack-relay check`},
+		{"—port", `flags begin with two hyphens: --port`}, // as some pages show it
+		{"–-port", `flags begin with two hyphens: --port`},
 		{"--circuit-duration=-1s", "negative"},
 		{"--circuit-duration=10ms", "under one second"},
 		{"--circuit-duration=2000000h", "use 0 for unlimited"},
 		{"--circuit-duration=5", `--circuit-duration "5": write a number and a unit, such as 30m or 24h`},
 		{"--circuit-duration=d", "such as 30m or 24h"},
 		{"--circuit-duration=-1d", "such as 30m or 24h"},
-		{`--announce=a "quoted" one`, `--announce "a \"quoted\" one": write an IP address`},
+		{`--announce=a"quoted"one`, `--announce "a\"quoted\"one": write an IP address`},
 		{"--circuit-bytes=-1", "not between"},
-		{"--circuit-bytes=lots", "not a size"},
+		{"--circuit-bytes=lots", "not a size; write 512MiB or 1GiB, or 0 for unlimited"},
+		{"--circuit-duration=9999999h", "or 0 for unlimited"},
 		{"--max-bandwidth=-1", "not between"},
-		{"--max-bandwidth=fast", "not a size"},
+		{"--max-bandwidth=5MiB/s", "not a size; write bytes per second, such as 5MiB, or 0 for unlimited"},
 		{"--max-bandwidth=1KiB", "use 0 for unlimited"},
 		{"--max-clients=-1", "--max-clients -1"},
 		{"--max-clients=99999999", "--max-clients 99999999"},
 		{"--max-clients-per-ip=0", "below 1"},
-		{"--announce=not an address", "write an IP address"},
+		{"--announce=not_an_address!", "write an IP address"},
+		{"--announce=203.0.113.7:443", "leave the port out, or write /ip4/203.0.113.7/udp/443/quic-v1"},
+		{"--announce=[2001:db8::7]:443", "leave the port out, or write /ip6/2001:db8::7/udp/443/quic-v1"},
+		{"--announce=relay.example.org:443", "leave the port out, or write /dns/relay.example.org/udp/443/quic-v1"},
+		{"--announce=[2001:db8::7]", "without brackets"},
+		{"--announce=https://relay.example.org/x", "a URL; write the host alone, such as relay.example.org"},
+		{"--announce=203.0.113.7,2001:db8::7", "give the flag again for each of the others"},
+		{"--announce=203.0.113.7 2001:db8::7", "give the flag again for each of the others"},
+		{"--announce=fe80::1", "not an address that a client can reach"},
 		{"--bootstrap=203.0.113.7", "no peer ID"},
 		{"--bootstrap=relay.example.org", "no peer ID"},
-		{"--bootstrap=/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV", "not a QUIC address"},
-		{"--bootstrap=", "write an IP address"},
+		{"--bootstrap=/ip4/203.0.113.7/tcp/4001/p2p/12D3KooWQK1wnefoLrcVHbbnf5tLzbopUd3K3bFAoJpA7YJgL5pV", "not the address of a relay"},
+		{"--bootstrap=/ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooWbad", "/quic-v1/p2p/12D3KooWbad\": not the address of a relay; write what the other relay's banner shows"},
+		{"--bootstrap=", "write what the other relay's banner shows"},
+		{"--metrics=127.0.0.1:4002", "--metrics and --http-port both want TCP port 4002"},
 		{"--metrics=", "write a host and a port, such as 127.0.0.1:4003"},
 		{"--metrics=127.0.0.1", "write a host and a port"},
 		{"--metrics=4003", "write a host and a port"},
@@ -198,7 +216,7 @@ func TestParseAnnounce(t *testing.T) {
 		"", "203.0.113.7:4001", "[2001:db8::7]:4001", "https://relay.example.org", "-x.org", "a..b", "1.2.3", "fe80::1%eth0",
 		"0.0.0.0", "::", "224.0.0.1", "/ip4/0.0.0.0/udp/1/quic-v1", "/ip4/1.2.3.4/tcp/1", "/ip4/1.2.3.4/udp/1", "/ip4/1.2.3.4",
 		"/ip4/1.2.3.4/udp/1/quic-v1/webtransport", "/ip4/1.2.3.4/udp/1/quic-v1/p2p/" + id + "/p2p-circuit",
-		"/p2p/" + id, "/dns/" + strings.Repeat("a", 300) + "/udp/1/quic-v1", "/nonsense", "/", strings.Repeat("a.", 200) + "org",
+		"/p2p/" + id, "fe80::1", "/ip6/fe80::1/udp/1/quic-v1", "/dns/" + strings.Repeat("a", 300) + "/udp/1/quic-v1", "/nonsense", "/", strings.Repeat("a.", 200) + "org",
 	} {
 		if got, err := parseAnnounce(s, 4001); err == nil {
 			t.Errorf("parseAnnounce(%q) = %v, want an error", s, got)
@@ -339,12 +357,16 @@ func TestProcessFailsClearly(t *testing.T) {
 		{"UDP port taken", []string{"--http-port=0", "--port=" + udpPort}, 1, "UDP port " + udpPort + ", perhaps another relay (ss -lunp 'sport = :" + udpPort + "' shows which); stop it, or choose another port with --port\n"},
 		{"TCP port taken", []string{"--port=0", "--http-port=" + tcpPort}, 1, "TCP port " + tcpPort + ", perhaps another relay (ss -ltnp 'sport = :" + tcpPort + "' shows which); stop it, or choose another port with --http-port\n"},
 		{"metrics port taken", []string{"--port=0", "--http-port=0", "--metrics=127.0.0.1:" + tcpPort}, 1, "choose another port with --metrics\n"},
-		{"not an address of this machine", []string{"--port=0", "--http-port=0", "--metrics=192.0.2.77:0"}, 1, "bind metrics: listen tcp 192.0.2.77:0"},
+		{"not an address of this machine", []string{"--port=0", "--http-port=0", "--metrics=192.0.2.77:0"}, 1, "this machine does not have that address; choose another one with --metrics\n"},
 		{"bad key", []string{"--identity=" + bad}, 1, bad + " is not a libp2p Ed25519 key file"},
 		{"key is a directory", []string{"--identity=" + t.TempDir()}, 1, "is a directory"},
-		{"no such directory", []string{"--identity=/nonexistent/key"}, 1, "identity: cannot make the key in /nonexistent: there is no such directory"},
+		{"no such directory", []string{"--identity=/nonexistent/key"}, 1, "identity: cannot make the key in /nonexistent: there is no such directory\n"},
 		{"unknown flag", []string{"--nonsense"}, 2, "nonsense"},
 		{"stray argument", []string{"start"}, 2, `unexpected argument "start"`},
+		{"not a flag of check", []string{"check", "--port", "4001", "localhost"}, 2, "check: there is no flag --port\nTry 'privstack-relay check --help'.\n"},
+		{"nor is -p", []string{"check", "-p", "4001", "localhost"}, 2, "check: there is no flag -p\n"},
+		{"no relay to check", []string{"check"}, 2, "check needs one relay: a host name, an address or a URL\nTry 'privstack-relay check --help'.\n"},
+		{"an empty name to check", []string{"check", ""}, 2, `check "": write`},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -543,7 +565,7 @@ func TestProcessSaysWhetherItIsHealthy(t *testing.T) {
 	})
 	s.Reset()
 	p.wait(t)
-	if code, says := ask("--http-port", port); code != 1 || !strings.Contains(says, "connection refused") {
+	if code, says := ask("--http-port", port); code != 1 || !strings.Contains(says, "connection refused: the relay is not running") {
 		t.Errorf("healthy = %d, %q, want 1, because nothing listens", code, says)
 	}
 	for _, args := range [][]string{{"--http-port=x"}, {"stray"}} {
