@@ -179,8 +179,6 @@ type side struct {
 	ends map[netip.AddrPort]*end
 	legs map[uint64]*leg // keyed by a packet's connection ID and the end that sent it: see key
 
-	own []*ownAddr // the addresses at which clients reach this machine
-
 	newcomers []newcomer // indexed by a hash of the address; each slot keeps the latest
 
 	runs  []stretch // runs and parts belong to the reader, which reuses them
@@ -253,15 +251,10 @@ func (e *end) doubt(now clock) *doubts {
 
 // target names where packets for an end go.
 type target struct {
-	side *side
-	addr netip.AddrPort
-	from *ownAddr
-}
-
-// ownAddr pairs an address of this machine with the control message that names it.
-type ownAddr struct {
-	addr netip.Addr
-	source
+	side   *side
+	addr   netip.AddrPort
+	local  netip.Addr // the address of this machine that they come from; may be invalid
+	source source     // the control message that names local
 }
 
 // flow carries what two ends send each other: one QUIC connection, or several when
@@ -473,20 +466,13 @@ func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 
 // aim sets where packets for e go.
 func (e *end) aim(p whereabouts) {
-	if e.target != nil && e.target.addr == p.addr && e.target.from.addr == p.local {
-		return
+	if e.target == nil || e.target.addr != p.addr || e.target.local != p.local {
+		e.target = &target{e.side, p.addr, p.local, sourceOf(p.local)}
 	}
-	sd := e.side
-	at := slices.IndexFunc(sd.own, func(o *ownAddr) bool { return o.addr == p.local })
-	if at < 0 {
-		at = len(sd.own)
-		sd.own = append(sd.own, &ownAddr{p.local, sourceOf(p.local)})
-	}
-	e.target = &target{sd, p.addr, sd.own[at]}
 }
 
 func (t *target) send(parts [][]byte, size int, ecn byte) {
-	t.side.socket.send(parts, size, ecn, t.addr, t.from.source)
+	t.side.socket.send(parts, size, ecn, t.addr, t.source)
 }
 
 // here reports whether e's connection is open and still at e's address, and returns

@@ -1037,6 +1037,22 @@ func TestFlowsTakeLittleMemory(t *testing.T) {
 	runtime.KeepAlive(u)
 }
 
+// A machine to which a whole network is routed has more addresses than anybody can
+// count. What clients reach it at is forgotten with them.
+func TestOwnAddressesAreForgotten(t *testing.T) {
+	u := newBridgeUnderTest(t, 1)
+	a := u.actor("[2001:db8::1]:1")
+	before := int64(liveHeap())
+	for i := range 20_000 {
+		a.at.local = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 14: byte(i >> 8), 15: byte(i)})
+		u.end(a.id, a, u.now)
+	}
+	if taken := int64(liveHeap()) - before; taken > 256<<10 {
+		t.Errorf("one client that came to 20 000 addresses left %d bytes, want at most 256 KiB", taken)
+	}
+	runtime.KeepAlive(u)
+}
+
 // What one datagram costs, by sender.
 func BenchmarkBridgeRoute(b *testing.B) {
 	u := newBridgeUnderTest(b, 10_000)
