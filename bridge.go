@@ -45,44 +45,6 @@ import (
 )
 
 const (
-	// offerTime limits how long after an answer we take the client's dial to be for
-	// the mate that the answer named. Clients dial at once.
-	offerTime = 5 * time.Second
-
-	// notDialled limits how long we wait for a dial after an offer. A client that does
-	// not dial either has another connection with the mate, or is dialling it already
-	// at addresses that do not answer, which takes a client of rust-libp2p 5 s. So the
-	// other mates come first: for shortRest, and if it happens again for longRest, which
-	// is more than two of the clients' ticks of 30 s, and for twice as long each time
-	// after that.
-	notDialled = 2 * time.Second
-	shortRest  = 8 * time.Second
-	longRest   = 70 * time.Second
-
-	// minHold delays each Initial, together with half of both round trips to the
-	// relay, so that a direct dial made at the same moment comes first. Without the
-	// delay, the bridge beat the direct path on a busy machine. maxHold keeps the
-	// delay below the time to the first retransmission of an Initial: 200 ms in
-	// quic-go (DefaultInitialRTT), 1 s in quinn. So another packet that comes during
-	// the delay means that the client has given up.
-	minHold = 100 * time.Millisecond
-	maxHold = 190 * time.Millisecond
-
-	// firstFlight limits how long the datagrams of a first flight may take to arrive.
-	// quic-go's first flight has two datagrams, sent at once.
-	firstFlight = 20 * time.Millisecond
-
-	// busyHold limits how much longer we hold an Initial while its callee is in
-	// another handshake. We check every busyCheck. Until the callee has switched to
-	// another connection ID in the first handshake, nobody could tell to which of the
-	// two the new ID belongs.
-	busyHold  = 2 * time.Second
-	busyCheck = 20 * time.Millisecond
-
-	// busyTime limits how long we take a callee to be busy with a handshake that it
-	// has not answered: one long round trip.
-	busyTime = 500 * time.Millisecond
-
 	// unansweredTime ends a flow whose callee has not answered. A dial times out
 	// after 5 to 10 s, and its third retransmission comes after 7 s.
 	unansweredTime = 6 * time.Second
@@ -95,16 +57,6 @@ const (
 	// flowAbsent ends the flows of a client that has no connection here any more. A
 	// client whose connection broke is back sooner than that.
 	flowAbsent = 15 * time.Second
-
-	// metTime limits how long ago both sides of a flow may have sent something if we
-	// are to count them as connected. The clients send every 5 s.
-	metTime = 12 * time.Second
-
-	// reorderTime bounds how late a packet may arrive after packets that were sent
-	// later. settledTime sets how long we watch an unknown ID before we decide
-	// which flow it belongs to.
-	reorderTime = 20 * time.Millisecond
-	settledTime = 100 * time.Millisecond
 
 	// switchTime limits how long after the last handshake packet a client may first
 	// switch to another ID: it has to wait for the first ID that the other client
@@ -119,11 +71,6 @@ const (
 	// a quarter as fast.
 	newcomerTime  = 20 * time.Millisecond
 	newcomerDials = 4
-
-	// switchPackets counts the packets with one ID after which quic-go may switch to
-	// another: PacketsPerConnectionID / 2 is 5000, less the packets lost on the way
-	// here.
-	switchPackets = 4000
 
 	// minID and maxID bound the length of the IDs that the bridge learns, in bytes. A
 	// shorter ID could match by accident. quic-go's IDs have 4 bytes, quinn's 8, and
@@ -204,10 +151,6 @@ type offer struct {
 	missed  int        // the offers before the last one after which the client did not dial
 	near    bool       // the mate is in the client's network
 	far     bool       // the mate is of the other IP version
-}
-
-func (o *offer) open(e *end, now clock) bool {
-	return o.named != 0 && o.asker == e && now-o.named < offerTime && o.dialled < o.named
 }
 
 // end stands for an address from which a client is connected here.

@@ -6,6 +6,44 @@ package main
 import (
 	"cmp"
 	"slices"
+	"time"
+)
+
+const (
+	// minHold delays each Initial, together with half of both round trips to the
+	// relay, so that a direct dial made at the same moment comes first. Without the
+	// delay, the bridge beat the direct path on a busy machine. maxHold keeps the
+	// delay below the time to the first retransmission of an Initial: 200 ms in
+	// quic-go (DefaultInitialRTT), 1 s in quinn. So another packet that comes during
+	// the delay means that the client has given up.
+	minHold = 100 * time.Millisecond
+	maxHold = 190 * time.Millisecond
+
+	// firstFlight limits how long the datagrams of a first flight may take to arrive.
+	// quic-go's first flight has two datagrams, sent at once.
+	firstFlight = 20 * time.Millisecond
+
+	// busyHold limits how much longer we hold an Initial while its callee is in
+	// another handshake. We check every busyCheck. Until the callee has switched to
+	// another connection ID in the first handshake, nobody could tell to which of the
+	// two the new ID belongs.
+	busyHold  = 2 * time.Second
+	busyCheck = 20 * time.Millisecond
+
+	// busyTime limits how long we take a callee to be busy with a handshake that it
+	// has not answered: one long round trip.
+	busyTime = 500 * time.Millisecond
+
+	// reorderTime bounds how late a packet may arrive after packets that were sent
+	// later. settledTime sets how long we watch an unknown ID before we decide
+	// which flow it belongs to.
+	reorderTime = 20 * time.Millisecond
+	settledTime = 100 * time.Millisecond
+
+	// switchPackets counts the packets with one ID after which quic-go may switch to
+	// another: PacketsPerConnectionID / 2 is 5000, less the packets lost on the way
+	// here.
+	switchPackets = 4000
 )
 
 // decide says where a datagram from e goes. The caller holds both locks.

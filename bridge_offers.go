@@ -8,10 +8,31 @@ package main
 
 import (
 	"slices"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
+)
+
+const (
+	// offerTime limits how long after an answer we take the client's dial to be for
+	// the mate that the answer named. Clients dial at once.
+	offerTime = 5 * time.Second
+
+	// notDialled limits how long we wait for a dial after an offer. A client that does
+	// not dial either has another connection with the mate, or is dialling it already
+	// at addresses that do not answer, which takes a client of rust-libp2p 5 s. So the
+	// other mates come first: for shortRest, and if it happens again for longRest, which
+	// is more than two of the clients' ticks of 30 s, and for twice as long each time
+	// after that.
+	notDialled = 2 * time.Second
+	shortRest  = 8 * time.Second
+	longRest   = 70 * time.Second
+
+	// metTime limits how long ago both sides of a flow may have sent something if we
+	// are to count them as connected. The clients send every 5 s.
+	metTime = 12 * time.Second
 )
 
 // mate describes a device of the asker's group, to name in an answer.
@@ -146,6 +167,12 @@ func (m candidate) rest(missed int, farUnmet bool) clock {
 		missed--
 	}
 	return longRest << min(missed, 3)
+}
+
+// open reports whether the client was told to dial the mate a moment ago, at e, and has
+// not yet done so.
+func (o *offer) open(e *end, now clock) bool {
+	return o.named != 0 && o.asker == e && now-o.named < offerTime && o.dialled < o.named
 }
 
 // untaken reports whether the client did not dial the mate when it was last told to.
