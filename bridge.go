@@ -203,6 +203,7 @@ type target struct {
 // flow carries what two ends send each other: one QUIC connection, or several when
 // both dial at the same moment or one dials again.
 type flow struct {
+	bridge      *bridge
 	legs        [2]leg // from the first caller, and from its callee
 	began       clock
 	lastLong    clock // when a handshake packet was last forwarded, either way
@@ -389,7 +390,7 @@ func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 	}
 	e := sd.ends[p.addr]
 	if e != nil && e.client.id != id { // another client has this address now
-		b.removeEnd(e)
+		e.remove()
 		e = nil
 	}
 	if e == nil {
@@ -425,25 +426,26 @@ func (e *end) here() (whereabouts, bool) {
 	return p, ok && p.addr == e.addr()
 }
 
-// removeEnd forgets e and its flows.
-func (b *bridge) removeEnd(e *end) {
+// remove forgets e and its flows.
+func (e *end) remove() {
 	for _, f := range slices.Clone(e.flows) {
-		b.removeFlow(f, "a client left")
+		f.remove("a client left")
 	}
 	delete(e.side.ends, e.addr())
 	c := e.client
 	c.ends = slices.DeleteFunc(c.ends, func(o *end) bool { return o == e })
 	if len(c.ends) == 0 {
-		delete(b.clients, c.id)
+		delete(e.side.bridge.clients, c.id)
 	}
 }
 
 // finish ends f but keeps it, so that its late packets are dropped.
-func (b *bridge) finish(f *flow, why string) {
+func (f *flow) finish(why string) {
 	if f.over {
 		return
 	}
 	f.over = true
+	b := f.bridge
 	if f.established {
 		b.tally.bridges.Add(-1)
 	}
@@ -451,11 +453,12 @@ func (b *bridge) finish(f *flow, why string) {
 		"reason", why, "sent_bytes", f.legs[0].bytes, "received_bytes", f.legs[1].bytes, "duration", b.clock()-f.began)
 }
 
-func (b *bridge) removeFlow(f *flow, why string) {
-	b.finish(f, why)
-	b.flows--
+// remove forgets f.
+func (f *flow) remove(why string) {
+	f.finish(why)
+	f.bridge.flows--
 	for _, d := range f.dials {
-		b.letGo(d)
+		d.letGo()
 	}
 	for i := range f.legs {
 		l := &f.legs[i]
@@ -463,10 +466,10 @@ func (b *bridge) removeFlow(f *flow, why string) {
 			delete(l.end.side.legs, key)
 		}
 		e := l.end
-		if e.last = nil; len(e.flows) == 1 {
+		e.last = nil
+		e.flows = slices.DeleteFunc(e.flows, func(o *flow) bool { return o == f })
+		if len(e.flows) == 0 {
 			e.flows, e.lengths = nil, 0
-		} else {
-			e.flows = slices.DeleteFunc(e.flows, func(o *flow) bool { return o == f })
 		}
 	}
 }
@@ -516,7 +519,7 @@ func (b *bridge) sweep(now clock) {
 		case e.absent == 0:
 			e.absent = now
 		}
-		b.sweepEnd(e, now)
+		e.sweep(now)
 	}
 }
 
@@ -530,7 +533,7 @@ func (b *bridge) move(e *end, to netip.AddrPort) bool {
 		if other.client == e.client && len(other.flows) > 0 {
 			return false // the client already dials from there
 		}
-		b.removeEnd(other)
+		other.remove()
 	}
 	b.debug("bridge follows a client to its new address", "peer", e.client.id, "remote_addr", to)
 	delete(e.side.ends, e.addr())
@@ -538,42 +541,50 @@ func (b *bridge) move(e *end, to netip.AddrPort) bool {
 	return true
 }
 
-func (b *bridge) sweepEnd(e *end, now clock) {
-	if e.guesses = 0; e.doubts != nil && now-e.doubts.last > switchTime {
+// sweep sweeps the flows that e began, and forgets e if nothing needs it any more.
+func (e *end) sweep(now clock) {
+	e.guesses = 0
+	if e.doubts != nil && now-e.doubts.last > switchTime {
 		e.doubts = nil
 	}
 	for _, f := range slices.Clone(e.flows) {
-		if f.legs[0].end != e {
-			continue // handled with its other end
-		}
-		f.dials = slices.DeleteFunc(f.dials, func(d *dial) bool {
-			if now-d.began < unansweredTime {
-				return false
-			}
-			if b.letGo(d); !d.gaveUp {
-				b.tally.refuse(refusedBridgeUnanswered)
-			}
-			return true
-		})
-		silent := now - min(f.legs[0].heard, f.legs[1].heard)
-		absent := max(f.legs[0].end.absent, f.legs[1].end.absent)
-		switch {
-		case !f.answered && len(f.dials) == 0:
-			b.removeFlow(f, "not answered")
-		case f.answered && silent > flowIdle:
-			b.removeFlow(f, "idle")
-		case absent != 0 && now-absent > flowAbsent:
-			b.removeFlow(f, "a client left")
-		case f.legs[0].full || f.legs[1].full:
-			b.finish(f, "data limit reached")
-		case b.maxAge > 0 && now-f.began > b.maxAge:
-			b.finish(f, "time limit reached")
+		if f.legs[0].end == e { // else its other end sweeps it
+			f.sweep(now)
 		}
 	}
 	c := e.client
 	c.offers = slices.DeleteFunc(c.offers, func(o *offer) bool { return now-o.known > groupAge })
 	if len(e.flows) == 0 && (len(c.offers) == 0 || e.absent != 0) {
-		b.removeEnd(e)
+		e.remove()
+	}
+}
+
+// sweep drops the dials of f that nobody answered, and ends f if its time is over.
+func (f *flow) sweep(now clock) {
+	b := f.bridge
+	f.dials = slices.DeleteFunc(f.dials, func(d *dial) bool {
+		if now-d.began < unansweredTime {
+			return false
+		}
+		d.letGo()
+		if !d.gaveUp {
+			b.tally.refuse(refusedBridgeUnanswered)
+		}
+		return true
+	})
+	silent := now - min(f.legs[0].heard, f.legs[1].heard)
+	absent := max(f.legs[0].end.absent, f.legs[1].end.absent)
+	switch {
+	case !f.answered && len(f.dials) == 0:
+		f.remove("not answered")
+	case f.answered && silent > flowIdle:
+		f.remove("idle")
+	case absent != 0 && now-absent > flowAbsent:
+		f.remove("a client left")
+	case f.legs[0].full || f.legs[1].full:
+		f.finish("data limit reached")
+	case b.maxAge > 0 && now-f.began > b.maxAge:
+		f.finish("time limit reached")
 	}
 }
 
@@ -584,11 +595,11 @@ func (b *bridge) debug(msg string, args ...any) {
 	}
 }
 
-// letGo stops holding a dial.
-func (b *bridge) letGo(d *dial) {
+// letGo stops holding d.
+func (d *dial) letGo() {
 	if d.holding {
 		d.holding = false
-		b.holding--
+		d.leg.flow.bridge.holding--
 	}
 	d.held = nil
 }

@@ -182,7 +182,7 @@ func (o *offer) untaken(now clock) bool {
 
 // metDirectly notes that two clients seem to be connected without the bridge, so that
 // both are offered their other mates first.
-func (b *bridge) metDirectly(l *leg, now clock) {
+func (l *leg) metDirectly(now clock) {
 	for _, l := range []*leg{l, l.other} {
 		if o := l.end.client.offerTo(l.other.end.client.id); o != nil {
 			o.conn, o.known, o.rests = l.other.end.conn, now, now+longRest
@@ -246,7 +246,7 @@ func (c *client) with(mate peer.ID, is func(*end, *flow) bool) bool {
 // takes the one dialled longest ago, but first those of the other IP version, because
 // those of the same one may be connected directly. If that is wrong, the dial fails,
 // as it would at the relay itself.
-func (b *bridge) meant(e *end, now clock) *offer {
+func (e *end) meant(now clock) *offer {
 	var told, unmet *offer
 	for _, o := range e.client.offers {
 		if o.open(e, now) && (told == nil || o.named > told.named) {

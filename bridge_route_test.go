@@ -126,7 +126,7 @@ func (u *bridgeUnderTest) due() {
 			for _, f := range e.flows {
 				for _, d := range slices.Clone(f.dials) {
 					if d.holding && u.now-d.began >= d.hold {
-						u.release(f, d)
+						d.release()
 					}
 				}
 			}
@@ -179,7 +179,7 @@ func (u *bridgeUnderTest) connected(a, b *actor, idA, idB string) {
 	}
 	b.got()
 	f := u.flow(a, b)
-	u.release(f, f.dials[len(f.dials)-1])
+	f.dials[len(f.dials)-1].release()
 	b.got(first)
 	answer := longPacket(initial, idA, idB)
 	b.says(answer)
@@ -480,7 +480,7 @@ func TestOneHandshakeAtATime(t *testing.T) {
 	u.tick(time.Millisecond)
 	b.says(fromB)
 	u.tick(maxHold)
-	a.u.release(u.flow(a, callee), u.flow(a, callee).dials[0])
+	u.flow(a, callee).dials[0].release()
 	callee.got(fromA)
 	u.due()
 	callee.got()
@@ -1020,7 +1020,7 @@ func TestFlowsTakeLittleMemory(t *testing.T) {
 			from := func(kind byte) string { return fmt.Sprintf("%c%04d%d..", kind, i, j) }
 			u.connected(a, b, from('a'), from('b'))
 			f := u.flow(a, b)
-			u.learn(&f.legs[1], []byte(from('c')), true)
+			f.legs[1].learn([]byte(from('c')), true)
 			f.legs[1].switched = true
 		}
 	}
