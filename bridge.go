@@ -147,10 +147,11 @@ type offer struct {
 	asker   *end       // the end over which the client was told
 	named   clock      // when the client was last told; 0: not yet
 	dialled clock      // when the client last dialled the mate; 0: never
-	rests   clock      // until when other mates come first
-	missed  int        // the offers before the last one after which the client did not dial
-	near    bool       // the mate is in the client's network
-	far     bool       // the mate is of the other IP version
+
+	restsUntil clock // until then other mates come first
+	missed     int   // offers in a row, before the last one, that the client did not take
+	near       bool  // the mate is in the client's network
+	far        bool  // the mate is of the other IP version
 }
 
 // end stands for an address from which a client is connected here.

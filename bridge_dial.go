@@ -249,7 +249,7 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 		return e.stray(source, now)
 	}
 	told := o.open(e, now)
-	o.dialled, o.rests = now, 0
+	o.dialled, o.restsUntil = now, 0
 	at, ok := o.conn.where()
 	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}

@@ -98,7 +98,7 @@ func (u *bridgeUnderTest) actor(addr string) *actor {
 func (a *actor) told(mates ...*actor) peer.ID {
 	var all []candidate
 	for _, m := range mates {
-		all = append(all, candidate{m.id, m, networkOf(m.at.addr.Addr()) == networkOf(a.at.addr.Addr()), m.at.addr.Addr().Is4() != a.at.addr.Addr().Is4()})
+		all = append(all, newCandidate(m.id, m, m.at.addr.Addr(), a.at.addr.Addr()))
 	}
 	next, _ := a.u.offer(a.id, a, all, a.u.now)
 	return next
