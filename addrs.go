@@ -131,7 +131,8 @@ func doubtfulAnnounced(announce []string) (loopback, twice []string) {
 			loopback = append(loopback, s)
 		}
 		text := strings.ToLower(addr.String())
-		if seen[text]++; seen[text] == 2 {
+		seen[text]++
+		if seen[text] == 2 {
 			twice = append(twice, s)
 		}
 	}

@@ -270,7 +270,7 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 		return hop{verdict: toNobody}
 	}
 	if f == nil {
-		f = b.newFlow(e, callee, now)
+		f = newFlow(e, callee, now)
 	}
 	l := f.legOf(e)
 	dial := &dial{
@@ -289,21 +289,28 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 // stray drops an Initial for which the client has no mate, once: if the client wants
 // the relay itself, it sends the Initial again.
 func (e *end) stray(source []byte, now clock) hop {
-	id := e.key(source)
-	strays := &e.doubt(now).strays
-	oldest := &strays[0]
-	for i := range strays {
-		s := &strays[i]
-		if s.id == id {
-			return hop{verdict: toRelay}
+	if e.doubt(now).again(e.key(source), now) {
+		return hop{verdict: toRelay}
+	}
+	e.side.bridge.tally.refuse(refusedBridgeStray)
+	return hop{verdict: toNobody}
+}
+
+// again reports whether the Initial with that source ID has come before, and remembers
+// it. For a new one it forgets the oldest.
+func (s *doubts) again(id uint64, now clock) bool {
+	oldest := &s.strays[0]
+	for i := range s.strays {
+		one := &s.strays[i]
+		if one.id == id {
+			return true
 		}
-		if s.at < oldest.at {
-			oldest = s
+		if one.at < oldest.at {
+			oldest = one
 		}
 	}
 	*oldest = stray{id, now}
-	e.side.bridge.tally.refuse(refusedBridgeStray)
-	return hop{verdict: toNobody}
+	return false
 }
 
 // flowWith returns the flow between e and other, or nil.
@@ -321,15 +328,15 @@ func (e *end) flowWith(other *end) *flow {
 	return nil
 }
 
-func (b *bridge) newFlow(caller, callee *end, now clock) *flow {
-	f := &flow{bridge: b, began: now}
+func newFlow(caller, callee *end, now clock) *flow {
+	f := &flow{bridge: caller.side.bridge, began: now}
 	for i, e := range []*end{caller, callee} {
 		l := &f.legs[i]
 		l.flow, l.end, l.other, l.heard = f, e, &f.legs[1-i], now
 		l.credit.Store(unansweredDatagrams * maxDatagram)
 		e.flows = append(e.flows, f)
 	}
-	b.flows++
+	f.bridge.flows++
 	return f
 }
 

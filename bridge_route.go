@@ -214,8 +214,11 @@ func (sd *side) charge(r *stretch, size int, now clock) {
 	if l.flow.over {
 		return
 	}
-	if l.full = l.full || b.maxBytes > 0 && l.bytes+n > b.maxBytes; l.full {
-		return // sweep will end the flow
+	if b.maxBytes > 0 && l.bytes+n > b.maxBytes {
+		l.full = true // sweep will end the flow
+	}
+	if l.full {
+		return
 	}
 	if r.known {
 		l.known = now
