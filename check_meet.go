@@ -271,7 +271,7 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 		s = stepFailed(likely("the relay is behind a NAT and knows only its private address: nobody outside can use these", announce...), "accepted, but its addresses are all private")
 	}
 	s.Lines = addrs
-	return s.with(map[string]any{"addresses": addrs, "duration_s": int(duration.Seconds()), "data_bytes": c.dataMost})
+	return s.with(map[string]any{"addresses": addrs, "duration_s": resp.GetLimit().GetDuration(), "data_bytes": c.dataMost})
 }
 
 // circuit has the clients meet through the relay.
