@@ -46,9 +46,9 @@ func newRing(t testing.TB, n int) []testRelay {
 
 func (r testRelay) waitConnected(t testing.TB, id peer.ID) {
 	t.Helper()
-	eventually(t, "the other relay is connected and knows that this is one", func() bool {
-		said, err := r.host.Peerstore().Get(id, "ProtocolVersion")
-		return r.host.Network().Connectedness(id) == network.Connected && err == nil && said == protocolVersion
+	eventually(t, "the other relay is connected and identified", func() bool {
+		said, err := r.host.Peerstore().GetProtocols(id)
+		return r.host.Network().Connectedness(id) == network.Connected && err == nil && slices.Contains(said, kadProtocol)
 	})
 }
 
