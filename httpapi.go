@@ -108,6 +108,23 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
+// answerInProgress is how long a request that has begun may take when the relay stops. An
+// answer is one small packet.
+const answerInProgress = time.Second
+
+// stopHTTP lets requests that have begun end, for answerInProgress at most, and closes
+// srv. Shutdown alone waits 5 s for a connection that has asked nothing yet, so that
+// anyone who has just connected could make a stop late, and look like a failure.
+func stopHTTP(ctx context.Context, srv *http.Server) error {
+	ctx, cancel := context.WithTimeout(ctx, answerInProgress)
+	defer cancel()
+	err := srv.Shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return srv.Close()
+	}
+	return err
+}
+
 // healthTimeout bounds a question to healthRoute, over each address family.
 const healthTimeout = 3 * time.Second
 

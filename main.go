@@ -284,7 +284,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	if err != nil {
 		return fmt.Errorf("bind identity endpoint: %w", explainBind(err, "TCP", cfg.httpPort, "--http-port"))
 	}
-	defer ln.Close() // Shutdown closes it first; only an early return needs this
+	defer ln.Close() // stopHTTP closes it first; only an early return needs this
 
 	var metricsListener net.Listener
 	if cfg.metrics != "" {
@@ -350,8 +350,8 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	// HTTP goes last: until then a monitor is answered 503, not refused.
 	err = errors.Join(err,
 		closeStep(ctx, "node", func(context.Context) error { return relay.close() }),
-		closeStep(ctx, "metrics", metricsSrv.Shutdown),
-		closeStep(ctx, "identity endpoint", srv.Shutdown))
+		closeStep(ctx, "metrics", func(ctx context.Context) error { return stopHTTP(ctx, metricsSrv) }),
+		closeStep(ctx, "identity endpoint", func(ctx context.Context) error { return stopHTTP(ctx, srv) }))
 	log.Info("stopped", relay.counters().attrs()...)
 	return err
 }

@@ -517,6 +517,27 @@ func TestTwoSignalsAtOnceAreOne(t *testing.T) {
 	}
 }
 
+// A port scanner, or a monitor that has just connected, does not make a stop look like a
+// failure to the service manager.
+func TestStopIsCleanWhileSomebodyConnects(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	addr := strings.TrimPrefix(p.http, "http://")
+	silent, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	// A connection that was opened later is answered, so the relay has accepted both.
+	if out, err := command(t, "healthy", "--http-port", addr[strings.LastIndex(addr, ":")+1:]).CombinedOutput(); err != nil {
+		t.Fatalf("healthy: %v\n%s", err, out)
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	if code := p.wait(t); code != 0 {
+		t.Errorf("exit status %d, want 0:\n%s", code, p.stderr)
+	}
+}
+
 // A hung relay leaves a dump that fits into the journal, and an exit status that makes
 // systemd start it again.
 func TestAbortedProcessTellsWhatItDid(t *testing.T) {
