@@ -62,7 +62,7 @@ func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
 }
 
 // addrMistake says what is wrong with s, which is neither an IP address, a DNS name nor a
-// multiaddr, if it is what people usually write then. "" if it is not.
+// multiaddr. It knows the usual mistakes, and returns "" for others.
 func addrMistake(s string) string {
 	if _, after, isURL := strings.Cut(s, "://"); isURL {
 		host, _, _ := strings.Cut(after, "/")
@@ -117,8 +117,8 @@ func announcedAddrs(announce []string, port int, self peer.ID) ([]ma.Multiaddr, 
 	return addrs, nil
 }
 
-// doubtfulAnnounced returns those of announce, which parseAnnounce accepts, at which only
-// this machine reaches itself, and those that are there more than once.
+// doubtfulAnnounced returns the likely mistakes in announce, which parseAnnounce accepts:
+// addresses at which this machine reaches only itself, and those given more than once.
 func doubtfulAnnounced(announce []string) (loopback, twice []string) {
 	seen := make(map[string]int)
 	for _, s := range announce {
@@ -139,8 +139,8 @@ func doubtfulAnnounced(announce []string) (loopback, twice []string) {
 	return loopback, twice
 }
 
-// maskOf returns the private address that all of from are, if there are at least two. It
-// is the zero Addr if they differ. Loopback is no mask: the operator connects from there.
+// maskOf returns the address that clients at from share if it is private, or the zero Addr.
+// One client alone shows nothing. Loopback is no mask: the operator connects from there.
 func maskOf(from []netip.Addr) (mask netip.Addr) {
 	if len(from) < 2 || !from[0].IsPrivate() || slices.ContainsFunc(from, func(a netip.Addr) bool { return a != from[0] }) {
 		return netip.Addr{}
@@ -170,11 +170,10 @@ func bestAddrs(addrs []ma.Multiaddr) []ma.Multiaddr {
 	return offered[:min(len(offered), maxOfferedAddrs)]
 }
 
-// usableAddrs picks those of the listen addresses that id reported over a
-// connection from remote which its mates may be told: a circuit through a relay
-// first, then public addresses, then private ones, which mates in the same home
-// use. It drops loopback (unless the report came over loopback), unspecified and
-// overlong addresses, and those that name another peer.
+// usableAddrs returns those of id's reported listen addresses that we may tell its mates:
+// circuits through a relay first, then public addresses, then private ones, which mates
+// in the same home use. It drops unspecified and overlong addresses, those that name
+// another peer, and loopback unless remote, from where id reported them, is loopback too.
 func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.Multiaddr {
 	rank := func(a ma.Multiaddr) int {
 		_, relayErr := a.ValueForProtocol(ma.P_CIRCUIT)
@@ -206,9 +205,9 @@ func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.
 	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // let go of the array behind all of them
 }
 
-// fitAddrs returns the addresses of all lists in order, each once, as many as an
-// answer has room for. connsPerPeer observed addresses, of 23 bytes at most, always
-// fit.
+// fitAddrs returns the addresses of all lists in order, each once, as many as an answer
+// has room for. The observed addresses of a peer always fit: there are connsPerPeer at
+// most, of up to 23 bytes each.
 func fitAddrs(lists ...[]ma.Multiaddr) []ma.Multiaddr {
 	addrs := make([]ma.Multiaddr, 0, maxAddrsPerPeer)
 	size := 0

@@ -31,8 +31,8 @@ type hostParts struct {
 	// peerstore's own.
 	addrBook func(self peer.ID, store addrStore) peerstore.Peerstore
 
-	// advertise returns what peers are told of the host's addresses, given those that
-	// it listens on. nil: the addresses of the machine.
+	// advertise returns the addresses that the host tells its peers, given those that it
+	// listens on. nil: the addresses of the machine.
 	advertise func(listen []ma.Multiaddr) []ma.Multiaddr
 
 	busOptions   []eventbus.Option
@@ -46,7 +46,8 @@ type addrStore interface {
 	peerstore.CertifiedAddrBook
 }
 
-// quicHost is a running host. Close ends it and everything in its hostParts.
+// quicHost is a running host. Close ends it, and the transport and resource manager that it
+// was made of.
 type quicHost struct{ *basichost.BasicHost }
 
 // newQUICHost returns a host that listens on nothing yet. If it fails, it closes
@@ -88,10 +89,10 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	if err := sw.AddTransport(parts.transport); err != nil {
 		return nil, err
 	}
-	// No AutoNAT: it would ask clients to dial back, and whether the relay can be
-	// reached is the operator's to see to. No relay client: nobody reaches it
-	// through others. No observed addresses: four clients in four networks could
-	// make the relay tell everybody an address that is somebody else's.
+	// No AutoNAT: it would ask clients to dial back, and it is the operator who makes
+	// the relay reachable. No relay client: nobody reaches the relay through another.
+	// No observed addresses: four clients in four networks could make the relay tell
+	// everybody an address that is somebody else's.
 	parts.options.EventBus = bus
 	if parts.advertise != nil {
 		parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
@@ -104,8 +105,8 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	return &quicHost{h}, nil
 }
 
-// Close ends the network before the host: a host waits until its peers have read
-// what it tells them, and one that reads nothing would hold it up by seconds.
+// Close ends the network before the host. The host by itself waits until its peers have
+// read what it tells them, so a peer that reads nothing would hold it up for seconds.
 func (h *quicHost) Close() error {
 	return errors.Join(h.Network().Close(), h.BasicHost.Close())
 }

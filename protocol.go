@@ -61,9 +61,8 @@ const (
 	ttlField       protowire.Number = 777 // varint of 32 bits: seconds left to live
 )
 
-// readExtras returns the two fields of rec, and an error if what stands where
-// unknown fields do is no protobuf. Of several publishers the last one counts, as
-// everywhere in protobuf.
+// readExtras returns the two fields of rec, or an error if its unknown fields are not
+// valid protobuf. Of several publishers the last one counts, as always in protobuf.
 func readExtras(rec *recpb.Record) (recordExtras, error) {
 	var x recordExtras
 	for unknown := rec.ProtoReflect().GetUnknown(); len(unknown) > 0; {
