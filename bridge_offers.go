@@ -101,7 +101,8 @@ func newCandidate(id peer.ID, conn connection, there, here netip.Addr) candidate
 
 // offer picks the mate that the asker may dial next, and notes that it was told. It
 // returns that mate as next, or "" if there is none. others are the mates to name
-// without the bridge: the asker has most likely met them, or they are near it.
+// without the bridge: the asker has most likely met them, or they are near it, or it has
+// too many offers.
 func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now clock) (next peer.ID, others []peer.ID) {
 	b.lock()
 	defer b.unlock()
@@ -114,12 +115,16 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 	}
 	var unmet []*offer
 	for _, m := range mates {
-		if e.met(m.id, now) {
-			others = append(others, m.id)
-		} else if o := e.client.offerTo(m.id); o != nil {
-			o.conn, o.near, o.far, o.known = m.conn, m.near, m.far, now
-			unmet = append(unmet, o)
+		var o *offer
+		if !e.met(m.id, now) {
+			o = e.client.offerTo(m.id)
 		}
+		if o == nil {
+			others = append(others, m.id)
+			continue
+		}
+		o.conn, o.near, o.far, o.known = m.conn, m.near, m.far, now
+		unmet = append(unmet, o)
 	}
 	if len(unmet) == 0 {
 		return "", others

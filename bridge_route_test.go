@@ -651,6 +651,27 @@ func TestOffersTakeTurns(t *testing.T) {
 	}
 }
 
+// A device in two groups has more mates than we keep offers for. It still learns where
+// each of them is.
+func TestMatesBeyondTheOffersAreNamed(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a := u.actor("192.0.2.1:1")
+	var mates []candidate
+	for i := range groupMembers + 3 {
+		m := u.actor(fmt.Sprintf("198.51.100.%d:2", i))
+		mates = append(mates, newCandidate(m.id, m, m.at.addr.Addr(), a.at.addr.Addr()))
+	}
+	next, others := u.offer(a.id, a, mates, u.now)
+	if next != mates[0].id {
+		t.Errorf("offered %v, want the first", next)
+	}
+	for _, m := range mates[groupMembers:] {
+		if !slices.Contains(others, m.id) {
+			t.Errorf("%v is not named at all", m.id)
+		}
+	}
+}
+
 // A client that gives up its dial during the hold has met its mate directly, so both
 // are offered their other mates first.
 func TestMatesWhoMetDirectlyComeLast(t *testing.T) {
