@@ -159,7 +159,7 @@ func (c *meetCheck) record(ctx context.Context) checkStep {
 func putRecord(ctx context.Context, by *checkClient, key []byte) (*recpb.Record, error) {
 	value := fmt.Appendf(nil, `{"device_name":"privstack-relay check","addresses":[],"timestamp":%d}`, time.Now().Unix())
 	put := &recpb.Record{Key: key, Value: value}
-	put.ProtoReflect().SetUnknown(newExtras(by.id, checkRecordTTL).encoded)
+	put.ProtoReflect().SetUnknown(encodeExtras(by.id, checkRecordTTL))
 	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
 	req.Record = put
 	_, err := by.request(ctx, kadProtocol, req, new(kadpb.Message))

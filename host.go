@@ -27,12 +27,11 @@ type hostParts struct {
 	gater     connmgr.ConnectionGater
 	resources network.ResourceManager
 
-	// addrBook may put another address book in front of the peerstore. nil: the
-	// peerstore's own.
+	// addrBook puts another address book in front of the peerstore.
 	addrBook func(self peer.ID, store addrStore) peerstore.Peerstore
 
 	// advertise returns the addresses that the host tells its peers, given those that it
-	// listens on. nil: the addresses of the machine.
+	// listens on.
 	advertise func(listen []ma.Multiaddr) []ma.Multiaddr
 
 	busOptions   []eventbus.Option
@@ -73,13 +72,9 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	if err := errors.Join(memory.AddPrivKey(self, parts.key), memory.AddPubKey(self, parts.key.GetPublic())); err != nil {
 		return nil, err
 	}
-	var store peerstore.Peerstore = memory
-	if parts.addrBook != nil {
-		store = parts.addrBook(self, memory)
-	}
 
 	bus := eventbus.NewBus(parts.busOptions...)
-	sw, err := swarm.NewSwarm(self, store, bus, append(parts.swarmOptions,
+	sw, err := swarm.NewSwarm(self, parts.addrBook(self, memory), bus, append(parts.swarmOptions,
 		swarm.WithConnectionGater(parts.gater),
 		swarm.WithResourceManager(parts.resources))...)
 	if err != nil {
@@ -94,9 +89,7 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	// No observed addresses: four clients in four networks could make the relay tell
 	// everybody an address that is somebody else's.
 	parts.options.EventBus = bus
-	if parts.advertise != nil {
-		parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
-	}
+	parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
 	h, err := basichost.NewHost(sw, &parts.options)
 	if err != nil {
 		return nil, err

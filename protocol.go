@@ -87,10 +87,10 @@ func readExtras(rec *recpb.Record) (recordExtras, error) {
 	return x, nil
 }
 
-// newExtras returns the fields that a device sends with a record.
-func newExtras(publisher peer.ID, ttlSeconds uint64) recordExtras {
+// encodeExtras returns the fields that a device sends with a record.
+func encodeExtras(publisher peer.ID, ttlSeconds uint64) []byte {
 	encoded := protowire.AppendTag(nil, publisherField, protowire.BytesType)
 	encoded = protowire.AppendBytes(encoded, []byte(publisher))
 	encoded = protowire.AppendTag(encoded, ttlField, protowire.VarintType)
-	return recordExtras{publisher, time.Duration(ttlSeconds) * time.Second, protowire.AppendVarint(encoded, ttlSeconds)}
+	return protowire.AppendVarint(encoded, ttlSeconds)
 }

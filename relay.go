@@ -203,7 +203,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		},
 	})
 	if err != nil {
-		return nil, err
+		return nil, err // not h: a nil *quicHost makes a host.Host that is not nil
 	}
 	return h, nil
 }
