@@ -55,6 +55,9 @@ func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
 	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() && ip.To4() == nil) {
 		return nil, errors.New("not an address that a client can reach")
 	}
+	if transport[1].Value() == "0" {
+		return nil, errors.New("port 0 is no port that a client can reach")
+	}
 	if len(transport.Bytes()) > 260 {
 		return nil, errors.New("longer than a DNS name can be")
 	}
@@ -88,7 +91,7 @@ func addrMistake(s string) string {
 // the address must end in that relay's ID.
 func parseBootstrap(s string) (peer.AddrInfo, error) {
 	const example = "write what the other relay's banner shows after Bootstrap:, such as /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…"
-	addr, err := parseAnnounce(s, 0)
+	addr, err := parseAnnounce(s, 1) // any port: without a multiaddr there is no ID
 	transport, id := peer.SplitAddr(addr)
 	switch {
 	case err != nil:
