@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 )
 
@@ -72,6 +73,33 @@ func TestUsableAddrs(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whatever a client reports, others are told addresses that are bounded, readable and
+// name no other peer.
+func FuzzUsableAddrs(f *testing.F) {
+	self, other := newTestPeerID(f), newTestPeerID(f)
+	remote := ma.StringCast("/ip4/198.51.100.1/udp/5/quic-v1")
+	for _, s := range []string{
+		"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + self.String(), "/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(),
+		"/ip6/2001:db8::1/udp/4001/quic-v1/p2p/" + other.String() + "/p2p-circuit", "/dns4/a.example/udp/1/quic-v1", "/unix/a", "/p2p-circuit",
+	} {
+		f.Add(ma.StringCast(s).Bytes())
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		addr, err := ma.NewMultiaddrBytes(raw)
+		if err != nil {
+			return // identify drops it
+		}
+		for _, a := range usableAddrs(self, []ma.Multiaddr{addr, addr}, remote) {
+			if _, id := peer.SplitAddr(a); id != "" || len(a) == 0 || len(a.Bytes()) > maxAddrBytesPerPeer {
+				t.Errorf("%v was reported, and others are told %v", addr, a)
+			}
+			if _, err := ma.NewMultiaddrBytes(a.Bytes()); err != nil {
+				t.Errorf("%v was reported, and others are told %v, which no client can read: %v", addr, a, err)
+			}
+		}
+	})
 }
 
 // We tell only the client itself where it says that it reaches the relay, and only
