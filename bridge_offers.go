@@ -102,7 +102,7 @@ func newCandidate(id peer.ID, conn connection, there, here netip.Addr) candidate
 // offer picks the mate that the asker may dial next, and notes that it was told. It
 // returns that mate as next, or "" if there is none. others are the mates to name
 // without the bridge: the asker has most likely met them, or they are near it, or it has
-// too many offers.
+// too many offers. The answer leaves out the unmet mates whose turn comes later.
 func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now clock) (next peer.ID, others []peer.ID) {
 	b.lock()
 	defer b.unlock()
@@ -147,8 +147,7 @@ func (b *bridge) offer(asker peer.ID, from connection, mates []candidate, now cl
 
 // next returns the offer whose turn it is at e. There is at least one.
 func (e *end) next(unmet []*offer, now clock) *offer {
-	isFar := func(o *offer) bool { return o.far }
-	anyFar := slices.ContainsFunc(unmet, isFar)
+	anyFar := slices.ContainsFunc(unmet, func(o *offer) bool { return o.far })
 	for _, o := range unmet {
 		if o.untaken(now) {
 			o.restsUntil = max(o.restsUntil, o.named+o.rest(anyFar))
@@ -162,9 +161,9 @@ func (e *end) next(unmet []*offer, now clock) *offer {
 	return slices.MinFunc(unmet, func(a, b *offer) int { return cmp.Compare(a.turn(), b.turn()) })
 }
 
-// turn tells whose turn it is: that of the offer where it is lowest. A device that was
-// killed and came back is near its old self, which still looks connected for some
-// seconds, so near mates come last.
+// turn orders the offers: the one with the lowest turn comes first, which is the one that
+// was told or rested longest ago. A device that was killed and came back is near its old
+// self, which still looks connected for some seconds, so near mates come last.
 func (o *offer) turn() clock {
 	if o.near {
 		return max(o.named+longRest, o.restsUntil)
@@ -173,11 +172,11 @@ func (o *offer) turn() clock {
 }
 
 // rest returns how long other mates come first after an offer that the client did not
-// take. If anyFar, the client has unmet mates of the other IP version. With those it
-// most likely has no other connection: it did not take the offer because it was
-// dialling elsewhere. So they rest shortly, and the mates of its own version longer.
+// take. If anyFar, the client has unmet mates of the other IP version. It most likely has
+// no other connection with those: it did not take the offer because it was dialling
+// elsewhere. So they rest for a short time, and the mates of its own version longer.
 func (o *offer) rest(anyFar bool) clock {
-	before := o.missed // how often it happened before, or counts as if it had
+	before := o.missed // how often it happened before; once more, for a longer rest, if anyFar
 	if anyFar {
 		before++
 	}
