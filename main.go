@@ -296,6 +296,10 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		defer metricsListener.Close()
 	}
 
+	asked := make(chan os.Signal, 1)
+	notifySummary(asked) // before the start, which may wait for DNS: until then the signal ends the process
+	defer signal.Stop(asked)
+
 	started := time.Now()
 	relay, err := startRelay(cfg, id.key, log)
 	if err != nil {
@@ -324,9 +328,6 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		go func() { broken <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(metricsListener)) }() // ends as srv does
 	}
 
-	asked := make(chan os.Signal, 1)
-	notifySummary(asked) // before ready: until then the signal ends the process
-	defer signal.Stop(asked)
 	ready(n)
 	manager := findServiceManager(os.Getenv)
 	tell := func(state string) {
