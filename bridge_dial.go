@@ -181,7 +181,7 @@ func (e *end) guess(d []byte, now clock) hop {
 		b.tally.refuse(refusedBridgePacket)
 		return hop{verdict: toNobody}
 	}
-	u := e.doubt(now).unknownID(e.key(d[1:1+minID]), now)
+	u := e.doubt(now).recall(e.key(d[1:1+minID]), now)
 	u.seen++
 	if len(legs) > 1 {
 		legs = u.likely(legs, now)
@@ -220,9 +220,9 @@ func (u *unknownID) likely(legs []*leg, now clock) []*leg {
 	return still[:min(len(still), 2)]
 }
 
-// unknownID returns the record of an unknown ID. For a new ID it replaces the oldest
+// recall returns the record of an unknown ID. For a new ID it replaces the oldest
 // record.
-func (s *doubts) unknownID(key uint64, now clock) *unknownID {
+func (s *doubts) recall(key uint64, now clock) *unknownID {
 	oldest := &s.unknown[0]
 	for i := range s.unknown {
 		u := &s.unknown[i]
