@@ -215,8 +215,8 @@ func parseFlags(args []string) (config, error) {
 		return config{}, usageError{"--identity needs a file name"}
 	case len(cfg.announce) > maxAnnounce:
 		return config{}, usageError{fmt.Sprintf("--announce given %d times, at most %d fit into a reservation", len(cfg.announce), maxAnnounce)}
-	case len(cfg.bootstrap) > maxBootstrap:
-		return config{}, usageError{fmt.Sprintf("--bootstrap given %d times, at most %d fit into an answer", len(cfg.bootstrap), maxBootstrap)}
+	case len(cfg.bootstrap) > maxRelays:
+		return config{}, usageError{fmt.Sprintf("--bootstrap given %d times, at most %d other relays are known", len(cfg.bootstrap), maxRelays)}
 	case cfg.circuitDuration < 0:
 		return config{}, usageError{fmt.Sprintf("--circuit-duration %v is negative", cfg.circuitDuration)}
 	case cfg.circuitDuration > 0 && cfg.circuitDuration < time.Second:
