@@ -35,6 +35,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/multiformats/go-multistream"
 )
 
@@ -359,9 +360,12 @@ func (f *federation) counts() (known, connected int) {
 }
 
 // told returns the addresses that others are told of another relay: those from which it
-// is connected, then addrs.
+// is connected, then addrs, then the public ones that it reports, since somebody may have
+// IPv6 alone where the operator wrote an IPv4 address.
 func (f *federation) told(id peer.ID) []ma.Multiaddr {
-	return fitAddrs(f.peers.observed(id), f.addrs(id))
+	at := f.peers.observed(id)
+	public := slices.DeleteFunc(f.peers.listening(id, at), func(a ma.Multiaddr) bool { return !isQUICAddr(a) || !manet.IsPublicAddr(a) })
+	return fitAddrs(at, f.addrs(id), public)
 }
 
 // addrs returns the addresses of another relay: IP addresses first, which clients can

@@ -8,6 +8,7 @@ import (
 	"crypto/ed25519"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"strings"
@@ -40,13 +41,26 @@ func planRelays(t testing.TB, n int) []*plannedRelay {
 	t.Helper()
 	planned := make([]*plannedRelay, n)
 	for i := range planned {
-		port, err := freePort()
-		if err != nil {
-			t.Fatal(err)
-		}
-		planned[i] = &plannedRelay{key: newTestKey(t), port: port}
+		planned[i] = &plannedRelay{key: newTestKey(t), port: freeUDPPort(t)}
 	}
 	return planned
+}
+
+// freeUDPPort returns a port that is free, and below those that systems give to whoever
+// asks for any, as freeTCPPort does.
+func freeUDPPort(t testing.TB) int {
+	t.Helper()
+	var err error
+	for range 100 {
+		port := 10000 + rand.IntN(20000)
+		var conn net.PacketConn
+		if conn, err = net.ListenPacket("udp", fmt.Sprintf(":%d", port)); err == nil {
+			conn.Close()
+			return port
+		}
+	}
+	t.Fatal(err)
+	return 0
 }
 
 // start starts the relay, again if it was closed.
@@ -125,8 +139,9 @@ func (c *crowd) walker(t testing.TB, home testRelay, key []byte) *walker {
 
 // walk sends req to the relays that the walker knows and to every one that an answer
 // names, and calls each with the answers. Relays that are not in alive are not dialled,
-// which would only take its time, nor are other clients.
-func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay, each func(*lightClient, *kadpb.Message)) {
+// which would only take its time, nor are other clients. It fails if any of alive that it
+// comes to does not answer.
+func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay, each func(*lightClient, *kadpb.Message) error) (err error) {
 	next, seen := append([]peer.AddrInfo{w.home}, w.met...), make(map[peer.ID]bool)
 	for ; len(next) > 0; next = next[1:] {
 		info := next[0]
@@ -138,8 +153,9 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay
 		if c == nil || c.Context().Err() != nil {
 			who := w.lightIdentity
 			who.sees = info.Addrs[0]
-			var err error
-			if c, err = who.dial(ctx, w.transport, info); err != nil {
+			var dialErr error
+			if c, dialErr = who.dial(ctx, w.transport, info); dialErr != nil {
+				err = fmt.Errorf("dial: %w", dialErr)
 				continue
 			}
 			if w.conns[info.ID] == nil {
@@ -147,21 +163,28 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay
 			}
 			w.conns[info.ID] = c
 		}
-		resp, err := c.ask(ctx, req)
-		if err != nil {
+		resp, askErr := c.ask(ctx, req)
+		if askErr == nil {
+			askErr = each(c, resp)
+		}
+		if askErr != nil {
+			err = fmt.Errorf("%v: %w", req.Type, askErr)
 			continue
 		}
-		each(c, resp)
 		for _, p := range resp.CloserPeers {
 			next = append(next, kadpb.PBPeerToPeerInfo(p))
 		}
 	}
+	return err
 }
 
 // publish stores the walker's record wherever a walk to the key arrives.
-func (w *walker) publish(ctx context.Context, alive []testRelay) {
+func (w *walker) publish(ctx context.Context, alive []testRelay) error {
 	put := putMessage(w.key, w.id)
-	w.walk(ctx, findMessage(w.key), alive, func(c *lightClient, _ *kadpb.Message) { c.ask(ctx, put) })
+	return w.walk(ctx, findMessage(w.key), alive, func(c *lightClient, _ *kadpb.Message) error {
+		_, err := c.ask(ctx, put)
+		return err
+	})
 }
 
 // sight is a peer that an answer names.
@@ -173,19 +196,20 @@ type sight struct {
 
 // look returns the peers that the answers of a walk to the key name. It returns none if
 // there is no record, without which the deployed clients do not know their mates.
-func (w *walker) look(ctx context.Context, alive []testRelay) (sights []sight) {
+func (w *walker) look(ctx context.Context, alive []testRelay) (sights []sight, err error) {
 	record := false
-	w.walk(ctx, getMessage(w.key), alive, func(c *lightClient, answer *kadpb.Message) {
+	err = w.walk(ctx, getMessage(w.key), alive, func(c *lightClient, answer *kadpb.Message) error {
 		extras, err := readExtras(answer.GetRecord())
 		record = record || err == nil && extras.publisher != ""
 		for _, p := range answer.CloserPeers {
 			sights = append(sights, sight{peer.ID(p.Id), c, p.Addresses()})
 		}
+		return nil
 	})
 	if !record {
-		return nil
+		return nil, err
 	}
-	return sights
+	return sights, err
 }
 
 // finds reports whether sights has mate, with the address of its socket.
@@ -200,10 +224,7 @@ func finds(sights []sight, mate *walker) bool {
 func TestRelaysFindOneAnotherAgain(t *testing.T) {
 	key := newTestKey(t)
 	cfg := defaultConfig(t)
-	var err error
-	if cfg.port, err = freePort(); err != nil {
-		t.Fatal(err)
-	}
+	cfg.port = freeUDPPort(t)
 	id := peerIDOf(t, key)
 	here := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", cfg.port, id)))
 	seeker := newCrowd(t, 1).join(t, here, newLightIdentity(t))

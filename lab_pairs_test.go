@@ -11,6 +11,7 @@ package main
 // Who meets is asserted. How long it takes is printed, and never asserted.
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 )
@@ -47,6 +49,7 @@ type site struct {
 	relay  *process
 	launch func() *process // starts the relay, again if it was killed
 	v4, v6 string          // where clients reach it
+	all    []*site         // with the other relays that know this one; nil: it is alone
 }
 
 // labRelayArgsEnv has more arguments for the relay, such as --verbose.
@@ -277,7 +280,9 @@ func (d *device) way(mate *device, s *site) string {
 	}
 	var direct, bridged bool
 	for _, addr := range addrs {
-		if strings.HasPrefix(addr, s.v4) || strings.HasPrefix(addr, s.v6) {
+		if slices.ContainsFunc(append([]*site{s}, s.all...), func(r *site) bool {
+			return strings.HasPrefix(addr, r.v4+"/") || strings.HasPrefix(addr, r.v6+"/") || addr == r.v4 || addr == r.v6
+		}) {
 			bridged = true
 		} else {
 			direct = true
@@ -387,6 +392,128 @@ func TestRustPairsMeet(t *testing.T) {
 		}
 	})
 	logTable(t, "first\t| second\t| stored\t| found\t| connected\t| message\t| 16 MiB\t| and back\t| way", rows)
+}
+
+// publicSites makes a lab with n relays that know each other: the first names all, and
+// the others name the first.
+func publicSites(t testing.TB, n int) []*site {
+	t.Helper()
+	l := newLab(t)
+	sites, files, names := make([]*site, n), make([]string, n), make([]string, n)
+	for i := range sites {
+		files[i] = filepath.Join(t.TempDir(), "key")
+		key := newTestKey(t)
+		if err := createIdentity(files[i], key); err != nil {
+			t.Fatal(err)
+		}
+		names[i] = fmt.Sprintf("--bootstrap=/ip4/11.0.0.%d/udp/4001/quic-v1/p2p/%s", i+1, peerIDOf(t, key))
+	}
+	for i := range sites {
+		named := names[:1]
+		if i == 0 {
+			named = names[1:]
+		}
+		ns := l.public(fmt.Sprint("relay", i), fmt.Sprintf("11.0.0.%d/8", i+1), fmt.Sprintf("2a00:1::%d/64", i+1))
+		sites[i] = l.site(ns, append([]string{"--identity=" + files[i]}, named...)...)
+		sites[i].v4 = fmt.Sprintf("/ip4/11.0.0.%d/udp/4001/quic-v1", i+1)
+		sites[i].v6 = fmt.Sprintf("/ip6/2a00:1::%d/udp/4001/quic-v1", i+1)
+	}
+	for _, s := range sites {
+		s.all = sites
+		s.waitMesh()
+	}
+	return sites
+}
+
+// waitMesh waits until the relay is connected to all others.
+func (s *site) waitMesh() {
+	s.t.Helper()
+	deadline := time.Now().Add(2*maxRetry + testTimeout)
+	for strings.Count(s.relay.stderr.String(), `msg="other relay connected"`) < len(s.all)-1 {
+		if time.Now().After(deadline) {
+			s.t.Fatalf("a relay is not connected to the others\n%s", s.relay.stderr)
+		}
+		time.Sleep(10 * time.Millisecond) // between two looks at the log
+	}
+}
+
+// keepers returns the sites whose relays keep the record of that code.
+func (s *site) keepers(code string) (keepers []*site) {
+	hash := sha256.Sum256([]byte(code))
+	at := kb.ConvertKey("/privstack/syncgroup/" + string(hash[:]))
+	var ids []peer.ID
+	for _, other := range s.all {
+		ids = append(ids, other.relay.bootstrap.ID)
+	}
+	ids = kb.SortClosestPeers(ids, at)[:min(groupRelays, len(ids))]
+	return slices.DeleteFunc(slices.Clone(s.all), func(r *site) bool { return !slices.Contains(ids, r.relay.bootstrap.ID) })
+}
+
+// relays returns those of its relays that d has been connected to.
+func (d *device) relays(s *site) (met []*site) {
+	for _, r := range s.all {
+		if d.has("connected", "peer", r.relay.peerID) {
+			met = append(met, r)
+		}
+	}
+	return met
+}
+
+// wrongDials counts the dials that ended at somebody else.
+func (d *device) wrongDials() (n int) {
+	for _, e := range d.seen(0) {
+		if e.is("dial_failed") && strings.Contains(strings.ToLower(e.str("error")), "unexpected peer") {
+			n++
+		}
+	}
+	return n
+}
+
+// Users who know different relays of a federation meet as fast as those of one relay, but
+// for the round trips to the relays that keep their record. And their devices are
+// connected to those alone, and to the relays that the two know.
+func TestRustPairsOfFourRelays(t *testing.T) {
+	kinds := [][2]place{{atPublic, atPublic}, {atRestricted, atRestricted}, {atRestricted, atSymmetric}, {atSymmetric, atSymmetric}, {atIPv6, atRestricted}}
+	const each = 4 // pairs of each kind
+	var rows []string
+	for _, relays := range []int{1, 4} {
+		sites := publicSites(t, relays)
+		took := make([][]met, len(kinds))
+		var mu sync.Mutex
+		wrong := 0 // dials that ended at somebody else
+		concurrently(t, len(kinds)*each, 2, func(i int) string {
+			return fmt.Sprintf("%d relays, %s then %s %d", relays, kinds[i%len(kinds)][0], kinds[i%len(kinds)][1], i/len(kinds))
+		}, func(t *testing.T, i int) {
+			kind, code := i%len(kinds), fmt.Sprint("pair ", i)
+			here, there := sites[i%relays].sub(t), sites[(i+1+i%3)%relays].sub(t) // of four: two that differ
+			first, second := here.place(kinds[kind][0], 2*i), here.place(kinds[kind][1], 2*i+1)
+			here.join(first, code)
+			m := there.meet(first, second, code)
+			mu.Lock()
+			defer mu.Unlock()
+			took[kind] = append(took[kind], m)
+			for _, d := range []*device{first, second} {
+				for _, r := range d.relays(here) {
+					if r.relay != here.relay && r.relay != there.relay && !slices.Contains(here.keepers(code), r) {
+						t.Error("a device is connected to a relay that neither keeps its record nor is known to its mate")
+					}
+				}
+				wrong += d.wrongDials()
+			}
+		})
+		t.Logf("%d relays: %d dials ended at somebody else", relays, wrong)
+		for kind, all := range took {
+			var found, connected, message []time.Duration
+			ways := map[string]int{}
+			for _, m := range all {
+				found, connected, message = append(found, m.found), append(connected, m.connected), append(message, m.message)
+				ways[m.way]++
+			}
+			rows = append(rows, fmt.Sprintf("%d\t| %s\t| %s\t| %s\t| %s\t| %s\t| %v", relays, kinds[kind][0], kinds[kind][1],
+				seconds(percentile(found, 0.5)), seconds(percentile(connected, 0.5)), seconds(percentile(message, 0.5)), ways))
+		}
+	}
+	logTable(t, "relays\t| first\t| second\t| found, median\t| connected\t| message\t| ways", rows)
 }
 
 // A family's devices: each comes to exchange messages with each other one, though the

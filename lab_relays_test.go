@@ -15,6 +15,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -68,12 +69,18 @@ func (p *party) stranded(w *walker) bool {
 func (p *party) tick(t testing.TB, when string) (apart int) {
 	t.Helper()
 	var pairs, unfound, lost, stranded atomic.Int64
+	began := time.Now()
 	inParallel(t, len(p.groups), 8, func(ctx context.Context, i int) error {
 		group := slices.DeleteFunc(slices.Clone(p.groups[i]), p.stranded)
 		stranded.Add(int64(len(p.groups[i]) - len(group)))
 		for j, w := range group {
-			w.publish(ctx, p.alive)
-			sights := w.look(ctx, p.alive)
+			if err := w.publish(ctx, p.alive); err != nil {
+				return err
+			}
+			sights, err := w.look(ctx, p.alive)
+			if err != nil {
+				return err
+			}
 			for k, mate := range group {
 				switch found := finds(sights, mate); {
 				case k > j:
@@ -88,8 +95,8 @@ func (p *party) tick(t testing.TB, when string) (apart int) {
 		}
 		return nil
 	})
-	t.Logf("%-34s %d pairs: %d lost each other for a moment (%.2f %%), %d do not meet; %d devices know no relay that is left",
-		when+":", pairs.Load(), lost.Load(), 100*float64(lost.Load())/float64(pairs.Load()), unfound.Load(), stranded.Load())
+	t.Logf("%-34s %d pairs: %d lost each other for a moment (%.2f %%), %d do not meet; %d devices know no relay that is left (%v)",
+		when+":", pairs.Load(), lost.Load(), 100*float64(lost.Load())/float64(pairs.Load()), unfound.Load(), stranded.Load(), time.Since(began).Round(time.Second))
 	return int(unfound.Load())
 }
 
@@ -109,7 +116,11 @@ func (p *party) bridge(t testing.TB) {
 	inParallel(t, len(p.groups), 8, func(ctx context.Context, i int) error {
 		last := p.groups[i][len(p.groups[i])-1]
 		for ctx.Err() == nil {
-			offers := slices.DeleteFunc(last.look(ctx, p.alive), func(s sight) bool { return !s.addrs[len(s.addrs)-1].Equal(s.via.sees) })
+			sights, err := last.look(ctx, p.alive)
+			if err != nil {
+				return err
+			}
+			offers := slices.DeleteFunc(sights, func(s sight) bool { return !s.addrs[len(s.addrs)-1].Equal(s.via.sees) })
 			if len(offers) == 0 {
 				continue
 			}
@@ -132,6 +143,20 @@ func (p *party) bridge(t testing.TB) {
 		return fmt.Errorf("nobody is offered: %w", ctx.Err())
 	})
 	t.Logf("%d groups bridged, %d of them between devices that know different relays", len(p.groups), apart.Load())
+}
+
+// gossip lets the devices of each group tell each other of the relays that they have met,
+// as the deployed clients do: they answer each other's requests.
+func (p *party) gossip() {
+	for _, group := range p.groups {
+		var all []peer.AddrInfo
+		for _, w := range group {
+			all = append(all, w.met...)
+		}
+		for _, w := range group {
+			w.met = all
+		}
+	}
 }
 
 // clients returns the devices that r holds.
@@ -179,7 +204,9 @@ func TestManyRelaysShareTheDevices(t *testing.T) {
 	p.join(t, devices)
 	inParallel(t, len(p.groups), 8, func(ctx context.Context, i int) error {
 		for _, w := range p.groups[i] {
-			w.publish(ctx, p.alive)
+			if err := w.publish(ctx, p.alive); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
@@ -197,6 +224,9 @@ func TestManyRelaysShareTheDevices(t *testing.T) {
 			}
 		}
 	}
+	p.gossip()
+	p.mustMeet(t, "all have asked each other")
+	p.held(t, "eight relays, each also told of by mates")
 
 	for _, gone := range [][]int{{1, 2}, {0}} { // two first, since then each device knows three relays at most
 		before := slices.Clone(p.alive)
