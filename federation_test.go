@@ -152,7 +152,7 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay
 		c := w.conns[info.ID]
 		if c == nil || c.Context().Err() != nil {
 			who := w.lightIdentity
-			who.sees = info.Addrs[0]
+			who.sees, who.patient = info.Addrs[0], true
 			var dialErr error
 			if c, dialErr = who.dial(ctx, w.transport, info); dialErr != nil {
 				err = fmt.Errorf("dial: %w", dialErr)

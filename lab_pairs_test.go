@@ -395,8 +395,8 @@ func TestRustPairsMeet(t *testing.T) {
 }
 
 // publicSites makes a lab with n relays that know each other: the first names all, and
-// the others name the first.
-func publicSites(t testing.TB, n int) []*site {
+// the others name the first. rtt is added to each round trip to a relay.
+func publicSites(t testing.TB, n int, rtt time.Duration) []*site {
 	t.Helper()
 	l := newLab(t)
 	sites, files, names := make([]*site, n), make([]string, n), make([]string, n)
@@ -413,7 +413,7 @@ func publicSites(t testing.TB, n int) []*site {
 		if i == 0 {
 			named = names[1:]
 		}
-		ns := l.public(fmt.Sprint("relay", i), fmt.Sprintf("11.0.0.%d/8", i+1), fmt.Sprintf("2a00:1::%d/64", i+1))
+		ns := l.far(fmt.Sprint("relay", i), rtt, 0, fmt.Sprintf("11.0.0.%d/8", i+1), fmt.Sprintf("2a00:1::%d/64", i+1))
 		sites[i] = l.site(ns, append([]string{"--identity=" + files[i]}, named...)...)
 		sites[i].v4 = fmt.Sprintf("/ip4/11.0.0.%d/udp/4001/quic-v1", i+1)
 		sites[i].v6 = fmt.Sprintf("/ip6/2a00:1::%d/udp/4001/quic-v1", i+1)
@@ -474,10 +474,13 @@ func (d *device) wrongDials() (n int) {
 // connected to those alone, and to the relays that the two know.
 func TestRustPairsOfFourRelays(t *testing.T) {
 	kinds := [][2]place{{atPublic, atPublic}, {atRestricted, atRestricted}, {atRestricted, atSymmetric}, {atSymmetric, atSymmetric}, {atIPv6, atRestricted}}
-	const each = 4 // pairs of each kind
+	const (
+		each = 4 // pairs of each kind
+		rtt  = 100 * time.Millisecond
+	)
 	var rows []string
 	for _, relays := range []int{1, 4} {
-		sites := publicSites(t, relays)
+		sites := publicSites(t, relays, rtt)
 		took := make([][]met, len(kinds))
 		var mu sync.Mutex
 		wrong := 0 // dials that ended at somebody else
@@ -513,7 +516,55 @@ func TestRustPairsOfFourRelays(t *testing.T) {
 				seconds(percentile(found, 0.5)), seconds(percentile(connected, 0.5)), seconds(percentile(message, 0.5)), ways))
 		}
 	}
+	t.Logf("a round trip to a relay takes %v", rtt)
 	logTable(t, "relays\t| first\t| second\t| found, median\t| connected\t| message\t| ways", rows)
+}
+
+// A family whose devices know four different relays go on when a relay is gone that keeps
+// its record, and when it is back; so does a device that comes meanwhile.
+func TestRustGroupOutlivesARelay(t *testing.T) {
+	const code = "family"
+	sites := publicSites(t, 4, 0)
+	var devices []*device
+	join := func(home *site, at place) {
+		t.Helper()
+		d := home.place(at, len(devices))
+		home.join(d, code)
+		home.settle(d)
+		devices = append(devices, d)
+	}
+	// talk waits until each pair has exchanged messages, over new connections where the
+	// old ones ran through a relay that is gone.
+	talk := func(when string) {
+		t.Helper()
+		began := time.Now()
+		var talking sync.WaitGroup
+		for n, d := range devices {
+			for _, mate := range devices[:n] {
+				talking.Go(func() { sites[0].talk([2]*device{d, mate}, began) })
+			}
+		}
+		talking.Wait()
+		wrong := 0
+		for _, d := range devices {
+			wrong += d.wrongDials()
+		}
+		t.Logf("%s: %d devices talk after %v; %d dials so far ended at somebody else", when, len(devices), time.Since(began).Round(time.Second/10), wrong)
+	}
+	for i, at := range []place{atPublic, atRestricted, atSymmetric, atFirewall} {
+		join(sites[i], at)
+	}
+	talk("all are there")
+	keeper := sites[0].keepers(code)[0]
+	alive := slices.DeleteFunc(slices.Clone(sites), func(s *site) bool { return s == keeper })
+	keeper.relay.kill()
+	talk("a relay is killed that keeps the record")
+	join(alive[0], atSymmetric)
+	talk("a device comes")
+	keeper.relay = keeper.launch()
+	keeper.waitMesh()
+	join(keeper, atRestricted)
+	talk("the relay is back, and a device comes that knows it")
 }
 
 // A family's devices: each comes to exchange messages with each other one, though the
