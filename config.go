@@ -35,7 +35,8 @@ Usage: privstack-relay [flags]
       --announce ADDR           address under which clients reach this relay: an IP
                                 address, a DNS name or a multiaddr; repeatable
                                 (default: the addresses of this machine)
-      --bootstrap MULTIADDR     another relay to join, with its /p2p ID; repeatable
+      --bootstrap MULTIADDR     another relay to join, with its /p2p ID, and through it
+                                all that it knows; repeatable
       --circuit-duration TIME   longest life of one relayed connection, such as 30m;
                                 0 = unlimited (default 1h)
       --circuit-bytes SIZE      most bytes one relayed connection carries each way,

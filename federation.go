@@ -131,6 +131,7 @@ func parseRelays(addrs []string) (relays []peer.AddrInfo, err error) {
 func (f *federation) gather() {
 	before, others := *f.others.Load(), make(map[peer.ID]*otherRelay)
 	var order []peer.ID
+	surplus := 0
 	add := func(info peer.AddrInfo, voucher peer.ID) {
 		place := sha256.Sum256([]byte(info.ID))
 		o := others[info.ID]
@@ -140,7 +141,7 @@ func (f *federation) gather() {
 			o.addrs = fitAddrs(o.addrs, info.Addrs)
 		case o != nil: // the operator knows best
 		case len(others) == maxRelays:
-			f.log.Warn("too many other relays, one is left out", "peer", info.ID, "vouched_for_by", voucher, "max", maxRelays)
+			surplus++
 		default:
 			o = &otherRelay{addrs: info.Addrs, voucher: voucher, place: place, left: make(chan struct{}, 1)}
 			if b := before[info.ID]; b != nil {
@@ -160,6 +161,9 @@ func (f *federation) gather() {
 	f.others.Store(&others)
 	if f.ctx == nil {
 		return
+	}
+	if surplus > 0 {
+		f.log.Warn("too many other relays, the furthest are left out", "known", len(others), "left_out", surplus)
 	}
 	for _, id := range order {
 		o := others[id]

@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -407,4 +408,18 @@ func TestSilentAddressDoesNotKeepARelayAway(t *testing.T) {
 		fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", silent.LocalAddr().(*net.UDPAddr).Port, there.info.ID),
 		there.bootstrapFlag()))
 	here.waitConnected(t, there.info.ID)
+}
+
+// What it costs to find the relays that keep a record, among as many as there can be.
+func BenchmarkKeepers(b *testing.B) {
+	r := newTestRelay(b, defaultConfig(b))
+	others := make(map[peer.ID]*otherRelay)
+	for _, c := range joinCrowd(b, r, maxRelays) { // which are connected
+		others[c.id] = &otherRelay{place: sha256.Sum256([]byte(c.id))}
+	}
+	r.federation.others.Store(&others)
+	key := newGroupKey()
+	for b.Loop() {
+		r.federation.keepers(key)
+	}
 }
