@@ -483,8 +483,8 @@ func TestRustPairsOfFourRelays(t *testing.T) {
 		sites := publicSites(t, relays, rtt)
 		took := make([][]met, len(kinds))
 		var mu sync.Mutex
-		wrong := 0 // dials that ended at somebody else
-		concurrently(t, len(kinds)*each, 2, func(i int) string {
+		wrong, twice := 0, 0 // dials that ended at somebody else; pairs that connected twice
+		concurrently(t, len(kinds)*each, 3, func(i int) string {
 			return fmt.Sprintf("%d relays, %s then %s %d", relays, kinds[i%len(kinds)][0], kinds[i%len(kinds)][1], i/len(kinds))
 		}, func(t *testing.T, i int) {
 			kind, code := i%len(kinds), fmt.Sprint("pair ", i)
@@ -503,8 +503,11 @@ func TestRustPairsOfFourRelays(t *testing.T) {
 				}
 				wrong += d.wrongDials()
 			}
+			if len(slices.DeleteFunc(second.seen(0), func(e rustEvent) bool { return !e.is("connected", "peer", first.id) })) > 1 {
+				twice++
+			}
 		})
-		t.Logf("%d relays: %d dials ended at somebody else", relays, wrong)
+		t.Logf("%d relays: %d dials ended at somebody else, %d pairs of %d have connected twice", relays, wrong, twice, len(kinds)*each)
 		for kind, all := range took {
 			var found, connected, message []time.Duration
 			ways := map[string]int{}
