@@ -150,23 +150,9 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay
 			continue
 		}
 		seen[info.ID] = true
-		c := w.conns[info.ID]
-		if c == nil || c.Context().Err() != nil {
-			who := w.lightIdentity
-			who.sees, who.patient = info.Addrs[0], true
-			var dialErr error
-			if c, dialErr = who.dial(ctx, w.transport, info); dialErr != nil {
-				err = fmt.Errorf("dial: %w", dialErr)
-				continue
-			}
-			if w.conns[info.ID] == nil {
-				w.met = append(w.met, info)
-			}
-			w.conns[info.ID] = c
-		}
-		resp, askErr := c.ask(ctx, req)
-		if askErr == nil {
-			askErr = each(c, resp)
+		resp, askErr := w.ask(ctx, info, req, each)
+		if askErr != nil {
+			resp, askErr = w.ask(ctx, info, req, each) // the connection had ended unnoticed
 		}
 		if askErr != nil {
 			err = fmt.Errorf("%v: %w", req.Type, askErr)
@@ -177,6 +163,34 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay
 		}
 	}
 	return err
+}
+
+// ask sends req to a relay, to which it connects if it is not connected, and calls each
+// with the answer. After a failure the next call connects anew.
+func (w *walker) ask(ctx context.Context, relay peer.AddrInfo, req *kadpb.Message, each func(*lightClient, *kadpb.Message) error) (*kadpb.Message, error) {
+	ctx, cancel := context.WithTimeout(ctx, testTimeout/4) // so that there is time for another try
+	defer cancel()
+	c := w.conns[relay.ID]
+	if c == nil || c.Context().Err() != nil {
+		who := w.lightIdentity
+		who.sees, who.patient = relay.Addrs[0], true
+		var err error
+		if c, err = who.dial(ctx, w.transport, relay); err != nil {
+			return nil, err
+		}
+		if w.conns[relay.ID] == nil {
+			w.met = append(w.met, relay)
+		}
+		w.conns[relay.ID] = c
+	}
+	resp, err := c.ask(ctx, req)
+	if err == nil {
+		err = each(c, resp)
+	}
+	if err != nil {
+		c.CloseWithError(0, "")
+	}
+	return resp, err
 }
 
 // publish stores the walker's record wherever a walk to the key arrives.
