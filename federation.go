@@ -303,7 +303,7 @@ func (f *federation) read(ctx context.Context, id peer.ID) ([]peer.AddrInfo, err
 	return parseRelays(strings.Fields(string(text)))
 }
 
-// vouch answers vouchProtocol. It tells nothing that answers do not tell clients.
+// vouch answers vouchProtocol, whoever asks: clients are told of the same relays.
 func (f *federation) vouch(s network.Stream) {
 	defer s.Close()
 	s.SetDeadline(time.Now().Add(answerTimeout))
