@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -90,21 +89,19 @@ func newRing(t testing.TB, n int) []testRelay {
 	return ring
 }
 
+// meshTimeout is how long relays have to find each other: two that have lost each other
+// may both wait for maxRetry, and a quarter more.
+const meshTimeout = 2*maxRetry + testTimeout
+
 // waitMesh waits until each of relays is connected to all others, and knows no further
 // ones that are connected.
 func waitMesh(t testing.TB, relays []testRelay) {
 	t.Helper()
 	for i, r := range relays {
-		// Two that have lost each other may both wait for maxRetry, and a quarter more.
-		deadline := time.Now().Add(2*maxRetry + testTimeout)
-		for {
-			if _, connected := r.federation.counts(); connected == len(relays)-1 {
-				break
-			} else if time.Now().After(deadline) {
-				t.Fatalf("relay %d is connected to %d others, want %d", i, connected, len(relays)-1)
-			}
-			time.Sleep(5 * time.Millisecond) // between two looks
-		}
+		eventuallyWithin(t, meshTimeout, fmt.Sprintf("relay %d is connected to all others", i), func() bool {
+			_, connected := r.federation.counts()
+			return connected == len(relays)-1
+		})
 	}
 }
 
@@ -281,6 +278,9 @@ func TestOneNameLeadsToAllRelays(t *testing.T) {
 	outside := stranger.start(t)
 	for _, r := range relays {
 		outside.waitConnected(t, r.info.ID)
+	}
+	if c := relays[0].counters(); c.relays != 3 || c.relaysConnected != 3 {
+		t.Errorf("%d of %d other relays are counted as connected, want 3 of 3", c.relaysConnected, c.relays)
 	}
 	client := newCrowd(t, 1).join(t, relays[0], newLightIdentity(t))
 	for range 20 {

@@ -428,13 +428,9 @@ func publicSites(t testing.TB, n int, rtt time.Duration) []*site {
 // waitMesh waits until the relay is connected to all others.
 func (s *site) waitMesh() {
 	s.t.Helper()
-	deadline := time.Now().Add(2*maxRetry + testTimeout)
-	for strings.Count(s.relay.stderr.String(), `msg="other relay connected"`) < len(s.all)-1 {
-		if time.Now().After(deadline) {
-			s.t.Fatalf("a relay is not connected to the others\n%s", s.relay.stderr)
-		}
-		time.Sleep(10 * time.Millisecond) // between two looks at the log
-	}
+	eventuallyWithin(s.t, meshTimeout, "the relay is connected to all others", func() bool {
+		return strings.Count(s.relay.stderr.String(), `msg="other relay connected"`) >= len(s.all)-1
+	})
 }
 
 // keepers returns the sites whose relays keep the record of that code.
