@@ -82,7 +82,9 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 	}
 	if isRecord {
 		for _, id := range a.federation.keepers(req.Key) {
-			name(id, a.federation.told(id))
+			if id != asker {
+				name(id, a.federation.told(id))
+			}
 		}
 	}
 	return chosen
