@@ -18,6 +18,7 @@ import (
 	"time"
 
 	kb "github.com/libp2p/go-libp2p-kbucket"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -276,33 +277,32 @@ func TestManyRelaysShareTheDevices(t *testing.T) {
 	p.held(t, "nine relays, after all of this")
 }
 
-// cut parts the first n relays from the others, until heal is called. To a relay it looks
-// as if the others were no relays for a while.
+// cut parts the first n relays from the others, until heal is called: it closes each
+// connection between them at once.
 func (p *party) cut(n int) (heal func()) {
-	var whole []*map[peer.ID]*otherRelay
-	side := func(id peer.ID) bool {
-		return slices.IndexFunc(p.alive, func(r testRelay) bool { return r.info.ID == id }) < n
+	first := make(map[peer.ID]bool)
+	for _, r := range p.alive[:n] {
+		first[r.info.ID] = true
 	}
-	for _, r := range p.alive {
-		all, near := r.federation.others.Load(), make(map[peer.ID]*otherRelay)
-		for id, o := range *all {
-			if side(id) == side(r.info.ID) {
-				near[id] = o
+	var stops []func()
+	for i, r := range p.alive {
+		across := func(id peer.ID) bool { return r.federation.get(id) != nil && first[id] != (i < n) }
+		closing := &network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
+			if across(c.RemotePeer()) {
+				go c.Close() // not in a callback of its own network
 			}
-		}
-		whole = append(whole, all)
-		r.federation.others.Store(&near)
-	}
-	for _, r := range p.alive {
-		for _, other := range p.alive {
-			if side(other.info.ID) != side(r.info.ID) {
-				r.host.Network().ClosePeer(other.info.ID)
+		}}
+		r.host.Network().Notify(closing)
+		stops = append(stops, func() { r.host.Network().StopNotify(closing) })
+		for _, id := range r.host.Network().Peers() {
+			if across(id) {
+				r.host.Network().ClosePeer(id)
 			}
 		}
 	}
 	return func() {
-		for i, r := range p.alive {
-			r.federation.others.Store(whole[i])
+		for _, stop := range stops {
+			stop()
 		}
 	}
 }
