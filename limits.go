@@ -28,9 +28,16 @@ const (
 	// take about 70 each. A host of many containers has dozens.
 	maxOfferedAddrs = 16
 
-	// maxBootstrap is how many addresses of other relays --bootstrap accepts. Every
-	// answer names those relays beside the mate.
-	maxBootstrap = 8
+	// maxRelays is how many other relays a relay knows, and how many addresses of some
+	// --bootstrap accepts. maxVouched is the longest list of relays that one is told,
+	// in bytes: as long as maxRelays with as many addresses as are told of a peer.
+	maxRelays  = 64
+	maxVouched = maxRelays << 10
+
+	// groupRelays is how many relays keep a group's record: with two, nobody notices
+	// that one is gone. Each device of the group is connected to these beside the relay
+	// that it knows.
+	groupRelays = 2
 
 	// maxNamed is how many peers an answer names at most: the k of Kademlia, K_VALUE in
 	// rust-libp2p.

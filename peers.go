@@ -332,14 +332,8 @@ func known(said []protocol.ID) (used []protocol.ID) {
 	return used
 }
 
-// Put keeps that a peer is a relay like this one, which answers.elsewhere asks for, and
-// nothing else of what identify stores: agents and other versions are of any length.
-func (b addrBook) Put(id peer.ID, key string, value any) error {
-	if key == "ProtocolVersion" && value == protocolVersion {
-		return b.addrStore.Put(id, key, protocolVersion)
-	}
-	return nil
-}
+// Put keeps nothing of what identify stores: agents and versions are of any length.
+func (addrBook) Put(peer.ID, string, any) error { return nil }
 
 func (b addrBook) PeerInfo(id peer.ID) peer.AddrInfo {
 	return peer.AddrInfo{ID: id, Addrs: b.Addrs(id)}
