@@ -62,7 +62,8 @@ const (
 	scalePhones = 0.5
 	scaleReturn = 20 * time.Minute
 
-	// Groups have 2 to scaleGroup devices. Each size is as frequent.
+	// Groups have 2 to scaleGroup devices. Each size is as frequent. The devices of a
+	// group know the same relay.
 	scaleGroup = 5
 
 	// scaleBridged of all pairs need a bridge, and each device sends scaleSync bytes a day
@@ -115,7 +116,7 @@ func TestScaleTablesAreInDocs(t *testing.T) {
 
 func scaleTables() (tables []pageTable) {
 	rng := rand.New(rand.NewPCG(19, 5)) // any seed would do
-	for _, fill := range []func(*rand.Rand, *pageTable){scaleCosts, scaleAlone, scaleLoads, scaleFits, scaleEvenness, scaleMoves} {
+	for _, fill := range []func(*rand.Rand, *pageTable){scaleShares, scaleCosts, scaleAlone, scaleLoads, scaleFits, scaleEvenness, scaleMoves} {
 		var t pageTable
 		fill(rng, &t)
 		tables = append(tables, t)
@@ -238,9 +239,26 @@ func scaleCosts(rng *rand.Rand, t *pageTable) {
 	t.row("traffic, sent in 30 days", fmt.Sprintf("%s TB, %s of it by bridges", number(l.month()/1e12), percent(l.bridged()/l.sent())), "")
 }
 
-// simulate places n devices in groups, each of which knows one relay at random, and
-// returns what each relay has. A bridge is on either of the relays that keep the group's
-// record.
+// scaleShares prints which share of all devices a relay has on average. A device is
+// connected to the relays that it knows, to those that keep its group's record, and to
+// those that the other devices of its group know, since devices ask each other, too.
+func scaleShares(_ *rand.Rand, t *pageTable) {
+	t.row("relays", "the devices of a group know the same one", "the same two", "each device any one")
+	for _, k := range scaleRelays[1:] {
+		elsewhere := func(n float64) float64 { return 1 - n/float64(k) } // the chance that none of n relays is this one
+		var far, devices float64                                         // devices whose group knows other relays alone, of all
+		for size := 2.0; size <= scaleGroup; size++ {
+			far += size * math.Pow(elsewhere(1), size)
+			devices += size
+		}
+		kept := elsewhere(scaleKeepers)
+		t.row(k, percent(1-kept*elsewhere(1)), percent(1-kept*elsewhere(2)), percent(1-kept*far/devices))
+	}
+}
+
+// simulate places n devices in groups and returns what each relay has. The devices of a
+// group know the same relay, which is any. A bridge is on either of the relays that keep
+// the group's record.
 func simulate(rng *rand.Rand, relays []position, n int) []scaleLoad {
 	loads := make([]scaleLoad, len(relays))
 	for n > 0 {
@@ -254,10 +272,8 @@ func simulate(rng *rand.Rand, relays []position, n int) []scaleLoad {
 				loads[k].clients += float64(size)
 			}
 		}
-		for range size {
-			if known := rng.IntN(len(relays)); !slices.Contains(kept[:], known) {
-				loads[known].clients++
-			}
+		if known := rng.IntN(len(relays)); !slices.Contains(kept[:], known) {
+			loads[known].clients += float64(size)
 		}
 	}
 	return loads
@@ -437,8 +453,8 @@ func keptShares(relays []position) []float64 {
 	return shares
 }
 
-// clientShare returns which share of all devices is connected to one of so many relays that
-// keeps that share of all groups.
+// clientShare returns which share of all devices is connected to a relay that keeps that
+// share of all groups, and is one of so many.
 func clientShare(kept float64, relays int) float64 {
 	return 1 - (1-kept)*(1-1/float64(relays))
 }
