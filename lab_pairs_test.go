@@ -47,7 +47,6 @@ type site struct {
 	relay  *process
 	launch func() *process // starts the relay, again if it was killed
 	v4, v6 string          // where clients reach it
-	ns     string          // its namespace
 }
 
 // labRelayArgsEnv has more arguments for the relay, such as --verbose.
@@ -57,7 +56,7 @@ const labRelayArgsEnv = "PRIVSTACK_LAB_RELAY_ARGS"
 func (l *lab) site(ns string, args ...string) *site {
 	l.t.Helper()
 	args = slices.Concat([]string{"--identity=" + filepath.Join(l.t.TempDir(), "key")}, args, strings.Fields(os.Getenv(labRelayArgsEnv)))
-	s := &site{lab: l, v4: relayV4, v6: relayV6, ns: ns}
+	s := &site{lab: l, v4: relayV4, v6: relayV6}
 	s.launch = func() *process {
 		l.t.Helper()
 		p := launch(l.t, l.relayCommand(ns, args...))

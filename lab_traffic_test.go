@@ -28,13 +28,15 @@ const (
 
 // BenchmarkRustTraffic prints a table with a line for each size of group.
 func BenchmarkRustTraffic(b *testing.B) {
-	var sites []*site
+	var sites []watchedSite
 	kinds := []struct {
 		groups, size int
 		at           place
 	}{{0, 1, atPublic}, {5, 1, atRestricted}, {10, 2, atPublic}, {10, 2, atRestricted}, {4, 5, atRestricted}}
 	for _, kind := range kinds {
-		s := publicSite(b, "--metrics=127.0.0.1:4003")
+		l := newLab(b)
+		ns := l.public("relay", "11.0.0.1/8")
+		s := watchedSite{l.site(ns, "--metrics=127.0.0.1:4003"), ns}
 		for n := range kind.groups * kind.size {
 			s.join(s.place(kind.at, n), fmt.Sprint("group ", n/kind.size))
 		}
@@ -68,10 +70,16 @@ func BenchmarkRustTraffic(b *testing.B) {
 	fmt.Printf("\n%s\n", t)
 }
 
+// watchedSite is a site, and the namespace of its relay.
+type watchedSite struct {
+	*site
+	ns string
+}
+
 // metrics returns the relay's own metrics by their name, without privstack_relay_; what
 // has come in and gone out at its interface, by the kernel's names; and as cpu the seconds
 // of CPU that it has used.
-func (s *site) metrics() map[string]float64 {
+func (s watchedSite) metrics() map[string]float64 {
 	s.t.Helper()
 	read := func(command string) string {
 		out, err := exec.Command("ip", "netns", "exec", s.ns, "sh", "-c", command).Output()
