@@ -76,7 +76,6 @@ const (
 	scaleBusy = 0.5
 )
 
-
 // scaleMachine is a machine as providers sell it: memory in bytes, of which the unit lets
 // the relay use 85 %, and how many bytes it may send in 30 days.
 type scaleMachine struct {
