@@ -57,6 +57,9 @@ type rawConn struct {
 type mutedSocket struct {
 	net.PacketConn
 	muted atomic.Bool
+	delay time.Duration // of what it writes; 0: none
+	loses atomic.Int64  // one of so many that it reads; 0: none
+	reads int64
 
 	mu  sync.Mutex
 	id  []byte // of the last packet with a short header
@@ -74,13 +77,27 @@ func (s *mutedSocket) WriteTo(p []byte, to net.Addr) (int, error) {
 		s.id = bytes.Clone(p[1 : 1+s.len])
 	}
 	s.mu.Unlock()
+	if s.delay > 0 {
+		p = bytes.Clone(p)
+		time.AfterFunc(s.delay, func() {
+			if !s.muted.Load() {
+				s.PacketConn.WriteTo(p, to)
+			}
+		})
+		return len(p), nil
+	}
 	return s.PacketConn.WriteTo(p, to)
 }
+
+func (*mutedSocket) SetReadBuffer(int) error  { return nil } // or quic-go complains
+func (*mutedSocket) SetWriteBuffer(int) error { return nil }
 
 func (s *mutedSocket) ReadFrom(p []byte) (int, net.Addr, error) {
 	for {
 		n, from, err := s.PacketConn.ReadFrom(p)
-		if err != nil || !s.muted.Load() {
+		s.reads++
+		lost := s.loses.Load() > 0 && s.reads%s.loses.Load() == 0
+		if err != nil || !s.muted.Load() && !lost {
 			return n, from, err
 		}
 	}
@@ -245,6 +262,92 @@ var pieceAttacks = []struct {
 	}},
 }
 
+// dialGreedy connects a client that lets the relay send as much as it likes, and that is
+// far enough away for much to be in flight. Once its socket is muted it acknowledges
+// nothing more.
+func dialGreedy(ctx context.Context, t *testing.T, relay peer.AddrInfo) (*lightClient, *mutedSocket, error) {
+	conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return nil, nil, err
+	}
+	conn.SetReadBuffer(wantedBuffer) // so that little is lost
+	socket := &mutedSocket{PacketConn: conn, delay: 50 * time.Millisecond}
+	tr := &quicgo.Transport{Conn: socket}
+	t.Cleanup(func() {
+		socket.Close()
+		tr.Close()
+	})
+	conf := lightConfig()
+	conf.MaxIdleTimeout = time.Minute
+	conf.InitialStreamReceiveWindow, conf.InitialConnectionReceiveWindow = 64<<20, 64<<20
+	conf.MaxStreamReceiveWindow, conf.MaxConnectionReceiveWindow = 64<<20, 64<<20
+	who, err := makeLightIdentity()
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := (&crowd{transports: []*quicgo.Transport{tr}}).dialAs(ctx, who, relay, conf)
+	return c, socket, err
+}
+
+// Whoever acknowledges fast, and then nothing, keeps the relay from forgetting what it has
+// sent. That takes no more memory than is promised.
+func TestAttackUnacknowledged(t *testing.T) {
+	for _, attack := range []struct {
+		name  string
+		chunk int           // bytes in a message
+		every time.Duration // between messages; 0: as many as it takes
+	}{
+		{"bulk", 64 << 10, 0},
+		{"small messages", 20, 50 * time.Microsecond},
+	} {
+		t.Run(attack.name, func(t *testing.T) {
+			s, g, c := besieged(t, 8)
+			chat := newChat(t, s)
+			var circuits, delivered atomic.Int64
+			var feeding sync.WaitGroup
+			feed := func(from *quicgo.Stream) {
+				chunk := make([]byte, attack.chunk)
+				for {
+					if _, err := from.Write(chunk); err != nil {
+						return
+					}
+					time.Sleep(attack.every)
+				}
+			}
+			inParallel(t, sized(40, 250), 8, func(ctx context.Context, i int) error {
+				to, socket, err := dialGreedy(ctx, t, s.bootstrap)
+				if err != nil {
+					return err
+				}
+				a, err := c.newcomer(ctx, s.bootstrap)
+				if err != nil {
+					return err
+				}
+				from, end, err := a.circuitTo(ctx, to)
+				if err != nil {
+					return nil // the relay has no more memory for circuits
+				}
+				circuits.Add(1)
+				unlimited(from)
+				feeding.Go(func() { feed(from) })
+				end.SetDeadline(time.Now().Add(sized(time.Second, 3*time.Second)))
+				n, _ := io.Copy(io.Discard, end)
+				delivered.Add(n)
+				socket.muted.Store(true)
+				return nil
+			})
+			g.goesOn() // while the relay waits for acknowledgements
+			t.Logf("%d circuits carried %d MiB; the relay has %d MiB", circuits.Load(), delivered.Load()>>20, s.rss(t)>>20)
+			if circuits.Load() == 0 {
+				t.Error("no circuit was opened")
+			}
+			chat.end()
+			s.end(g)
+			feeding.Wait()
+		})
+	}
+}
+
 // What is sent in pieces of one byte takes no more memory than is promised, and who sends
 // so pays with his connection, not others with theirs.
 func TestAttackSmallPieces(t *testing.T) {
@@ -283,7 +386,7 @@ type chat struct {
 	t    *testing.T
 	stop func()
 	sent atomic.Int64
-	err  atomic.Value
+	err  atomic.Pointer[error] // the first
 }
 
 func newChat(t *testing.T, s *siege) *chat {
@@ -300,7 +403,7 @@ func newChat(t *testing.T, s *siege) *chat {
 	var chatting sync.WaitGroup
 	fail := func(err error) {
 		if err != nil && ctx.Err() == nil {
-			ch.err.CompareAndSwap(nil, err)
+			ch.err.CompareAndSwap(nil, &err)
 		}
 	}
 	chatting.Go(func() {
@@ -348,7 +451,7 @@ func (c *chat) end() {
 	before := c.sent.Load()
 	eventually(c.t, "the honest circuit goes on", func() bool { return c.sent.Load() > before+20 || c.err.Load() != nil })
 	if err := c.err.Load(); err != nil {
-		c.t.Errorf("an honest circuit of small messages: %v", err)
+		c.t.Errorf("an honest circuit of small messages: %v", *err)
 	}
 	c.stop()
 	c.t.Logf("honest circuit: %d small messages sent", c.sent.Load())

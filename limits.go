@@ -114,6 +114,16 @@ const (
 	// 15 MiB a few clients would take what all share.
 	maxWindow = 1 << 20
 
+	// maxFlight caps what is booked for what a connection has not acknowledged, in bytes:
+	// 830 packets, so 10 MB/s to a client that is 100 ms away, as maxWindow gives it the
+	// other way.
+	maxFlight = 3 << 19
+
+	// freeFlight is what the relay may send to a client before it has acknowledged any of
+	// it, whatever others do, in bytes as flight.go counts them: four packets. Most
+	// answers need one.
+	freeFlight = 8 << 10
+
 	// shareMemory is each client's own part of what comes and goes, in bytes: the
 	// streams that it can count on, and what it says in identify. Nothing that others
 	// do takes it away: see fairStreams.
@@ -177,8 +187,9 @@ const (
 	maxDials = 8
 
 	// peerMemory is how much of the shared memory one peer can take, in bytes: the
-	// windows of its connections, its streams and circuits.
-	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
+	// windows of its connections and what it has not acknowledged, its streams and
+	// circuits.
+	peerMemory = connsPerPeer*(maxWindow*3/2+maxFlight) + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
 	// groupMembers is how many devices of one group are remembered, and for how many
 	// other devices we know whether a device has met them. groupsPerClient is how many
@@ -279,13 +290,13 @@ func clientsFor(memory uint64) int {
 		memory = 512 << 20
 	}
 	usable := int64(min(memory, 1<<40)) - (baseMemory + sharedBase)
-	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+shareMemory+sharedMemory), 64), maxMaxClients))
+	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+freeFlight+shareMemory+sharedMemory), 64), maxMaxClients))
 }
 
 // memory returns the most that the relay takes, in bytes, while all of its clients
 // do their worst. A thousand well-behaved ones take 60 % of it.
 func (l limits) memory() int64 {
-	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow+shareMemory) + l.shared()
+	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow+freeFlight+shareMemory) + l.shared()
 }
 
 // goMemory returns the part of memory() that the Go runtime should stay within, in
