@@ -81,8 +81,7 @@ const (
 	// counts seconds in 32 bits.
 	maxCircuitDuration = math.MaxUint32 * time.Second
 
-	// maxHTTPConns is the most connections to the identity endpoint at once. An
-	// idle one costs 12 KiB: measured with 10 000.
+	// maxHTTPConns is the most connections to the identity endpoint at once.
 	maxHTTPConns = 1024
 
 	// minBandwidth is the least for --max-bandwidth, in bytes per second: with it
@@ -99,9 +98,19 @@ const (
 	// of RSS each at 10 000 clients, 74 at 5 000.
 	clientMemory = 68 << 10
 
-	// baseMemory is what the relay takes with nobody connected, in bytes: 20 MiB of
-	// RSS, garbage, and some for a burst.
-	baseMemory = 48 << 20
+	// baseMemory is what the relay takes whoever is connected, in bytes: 20 MiB of RSS
+	// with nobody there, garbage, HTTP connections, and the tables and buffers of two
+	// sockets.
+	baseMemory = 20<<20 + minGarbage + maxHTTPConns*httpConnMemory + 2*socketMemory
+
+	// httpConnMemory is what an HTTP connection costs, in bytes: measured with 10 000
+	// idle ones.
+	httpConnMemory = 12 << 10
+
+	// socketMemory is what belongs to each UDP socket, in bytes: the gate, the path
+	// guard, what it reads into, and the bridge's newcomers. TestSocketMemory adds it up.
+	// The kernel's own buffers come on top, and are not in the sum.
+	socketMemory = 1344 << 10
 
 	// initialWindow is what a client may send before the relay has read any of it,
 	// in bytes, on one stream and on all. quic-go has 512 and 768 KiB, which a few
