@@ -24,6 +24,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -118,12 +119,12 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 	c := &connPieces{
 		ConnManagementScope: scope,
 		all:                 p,
-		budget:              p.budgets.of(addrPort(from).Addr()),
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
 		flight:              flight{scope: scope, short: func() { p.makeRoom(nil) }},
 	}
+	c.budget.Store(p.budgets.of(addrPort(from).Addr()))
 	p.mu.Lock()
 	p.conns[c] = struct{}{}
 	p.mu.Unlock()
@@ -147,7 +148,7 @@ func (p *pieces) trace(ctx context.Context, _ bool, _ quic.ConnectionID) qlogwri
 type connPieces struct {
 	network.ConnManagementScope
 	all    *pieces
-	budget *budget // nil: none
+	budget atomic.Pointer[budget] // of the network where the client is now; nil: none
 
 	// last points to the stream of the last frame, so that the next frame of the same
 	// stream needs no look at the map. Only quic-go's goroutine uses it.
@@ -174,6 +175,7 @@ type connPieces struct {
 	booked   int        // bytes booked beyond free
 	doomed   bool       // to be closed
 	ended    bool       // has ended, or is being closed
+	gone     bool       // has ended
 	streams  map[quic.StreamID]*streamPieces
 	accepted quic.StreamID // the next stream that libp2p will accept
 }
@@ -304,7 +306,8 @@ func (c *connPieces) heard(progress bool) {
 // sends many more than any client does.
 func (c *connPieces) spend(extra int) {
 	own := c.frames.ReserveN(time.Now(), min(extra, framesPerSecond)).Delay() > 0
-	all := c.budget != nil && c.budget.spend(c.budget.frames, extra) > 0
+	budget := c.budget.Load()
+	all := budget != nil && budget.spend(budget.frames, extra) > 0
 	if own || all && c.frames.Tokens() < framesPerSecond-sharedFrames {
 		c.close(refusedBudget)
 	}
@@ -316,7 +319,7 @@ func (*connPieces) Close() error { return nil }
 // memory, or is about to.
 func (c *connPieces) end() {
 	c.mu.Lock()
-	c.ended = true
+	c.ended, c.gone = true, true
 	c.mu.Unlock()
 	c.all.mu.Lock()
 	delete(c.all.conns, c)
@@ -324,7 +327,16 @@ func (c *connPieces) end() {
 		c.all.closing = nil
 	}
 	c.all.mu.Unlock()
-	c.budget.release()
+	c.budget.Swap(nil).release()
+}
+
+// moved makes the network that addr is in pay for the client from now on.
+func (c *connPieces) moved(addr netip.Addr) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.gone {
+		c.budget.Swap(c.all.budgets.of(addr)).release()
+	}
 }
 
 // stream returns the account of a stream, or nil if the stream is over.
@@ -582,8 +594,13 @@ func piecesOf(c interface{ As(any) bool }) *connPieces {
 	if !c.As(&conn) {
 		return nil
 	}
-	pieces, _ := conn.QlogTrace().(*connPieces)
-	return pieces
+	return accountOf(conn)
+}
+
+// accountOf returns the account of a connection, or nil if it has none.
+func accountOf(c *quic.Conn) *connPieces {
+	account, _ := c.QlogTrace().(*connPieces)
+	return account
 }
 
 type watchedConn struct {
@@ -628,10 +645,14 @@ func (c watchedConn) watch(s network.MuxedStream) network.MuxedStream {
 
 // wait waits until the client's network may make another request, or ctx is done.
 func (c *connPieces) wait(ctx context.Context) {
-	if c == nil || c.budget == nil {
+	if c == nil {
 		return
 	}
-	pace, wait := c.budget.spend(c.budget.pace, 1), c.budget.spend(c.budget.requests, 1)
+	budget := c.budget.Load()
+	if budget == nil {
+		return
+	}
+	pace, wait := budget.spend(budget.pace, 1), budget.spend(budget.requests, 1)
 	if wait > 0 {
 		c.all.tally.refuse(refusedBudget)
 	}
