@@ -575,6 +575,24 @@ func (l *lab) counted(s *siege, name string) int64 {
 // sockets returns n UDP sockets of this process that are bound to ip in ns.
 func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 	l.t.Helper()
+	err := within(ns, func() error {
+		for range n {
+			conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
+			if err != nil {
+				return err
+			}
+			conns = append(conns, conn)
+		}
+		return nil
+	})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return conns
+}
+
+// within calls do on a thread that is in the namespace ns. What do opens is there.
+func within(ns string, do func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		// If the thread cannot return to its namespace, it ends with this goroutine.
@@ -593,12 +611,8 @@ func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 			if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
 				return err
 			}
-			for range n {
-				conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
-				if err != nil {
-					return err
-				}
-				conns = append(conns, conn)
+			if err := do(); err != nil {
+				return err
 			}
 			if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
 				return err
@@ -607,10 +621,59 @@ func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 			return nil
 		}()
 	}()
-	if err := <-done; err != nil {
-		l.t.Fatal(err)
+	return <-done
+}
+
+// Connections to the identity endpoint that come by the thousands from one address take
+// none of the answers of a client that is far away.
+func TestAttackHTTP(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	g := newGroup(t, newCrowdFrom(t, l.sockets(l.public("group", "11.0.0.2/8"), "11.0.0.2", 1)), s.bootstrap)
+	attackers := l.public("attacker", "11.0.0.3/8")
+	honest := l.labClient(l.far("honest", 150*time.Millisecond, 0, "11.0.0.4/8"))
+	const endpoint = "11.0.0.1:4002"
+	ctx, cancel := context.WithCancel(context.Background())
+	var opened atomic.Int64
+	var attacking sync.WaitGroup
+	for range 8 {
+		attacking.Go(func() {
+			err := within(attackers, func() error {
+				held := make([]*net.TCPConn, 400) // together more than the relay keeps
+				for i := 0; ctx.Err() == nil; i = (i + 1) % len(held) {
+					if held[i] != nil {
+						held[i].SetLinger(0) // its port is free again at once
+						held[i].Close()
+					}
+					var err error
+					if held[i], err = net.DialTCP("tcp4", nil, net.TCPAddrFromAddrPort(netip.MustParseAddrPort(endpoint))); err != nil {
+						return err
+					}
+					opened.Add(1)
+				}
+				for _, c := range held {
+					if c != nil {
+						c.Close()
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
 	}
-	return conns
+	eventually(t, "the endpoint is full", func() bool { return opened.Load() > 2*maxHTTPConns })
+	before, began := opened.Load(), time.Now()
+	for i := range sized(10, 100) {
+		if _, err := honest.try(labRequest{Do: "identity", URL: "http://" + endpoint + identityRoute}); err != nil {
+			t.Errorf("question %d of an honest client: %v", i, err)
+		}
+	}
+	t.Logf("%.0f connections a second", float64(opened.Load()-before)/time.Since(began).Seconds())
+	cancel()
+	attacking.Wait()
+	s.end(g)
 }
 
 // capturedInitials returns the first packets of n handshakes.
