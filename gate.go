@@ -11,7 +11,7 @@ package main
 import (
 	"hash/maphash"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -27,11 +27,13 @@ const (
 	// twice as long as quic-go keeps a connection whose handshake is not done.
 	handshakeAge = 20
 
-	// gateSlots sets how many connection IDs the gate tells apart. It is a power of
-	// two. IDs that share a slot share its datagrams. To fill all slots takes 40 000
-	// datagrams a second, and quic-go drops most of those anyway. The slots take 512
-	// KiB.
-	gateSlots = 1 << 16
+	// gateSets and gateWays set how many connection IDs the gate remembers: a set, which
+	// a hash chooses, has room for gateWays. They take 512 KiB. In a full set, a new ID
+	// takes the place of the one that has had the fewest datagrams. So IDs that have had
+	// all of theirs stay, unless 40 000 datagrams a second come; and even then no other
+	// ID is kept out.
+	gateSets = 1 << 14
+	gateWays = 4
 )
 
 // gate lets a few datagrams of each handshake through. It takes the same memory
@@ -40,9 +42,15 @@ type gate struct {
 	seed  maphash.Seed
 	start time.Time
 
-	// slots hold two numbers each. The upper half is when the slot's first datagram
-	// came, in seconds since start; the lower half is how many have come since.
-	slots [gateSlots]atomic.Uint64
+	mu   sync.Mutex
+	sets [gateSets][gateWays]gateCount
+}
+
+// gateCount says how many datagrams had a connection ID.
+type gateCount struct {
+	id    uint32 // a part of the hash
+	since uint16 // when the first one came, in seconds since the gate's start, modulo 2^16
+	n     uint16 // 0: the place is free
 }
 
 func newGate() *gate { return &gate{seed: maphash.MakeSeed(), start: time.Now()} }
@@ -78,20 +86,32 @@ func (g *gate) admit(datagram []byte) bool {
 // count counts a datagram with that connection ID, and reports whether it is within
 // handshakeDatagrams. now is in seconds since start.
 func (g *gate) count(id []byte, now uint64) bool {
-	slot := &g.slots[maphash.Bytes(g.seed, id)%gateSlots]
-	for {
-		was := slot.Load()
-		since, n := was>>32, was&(1<<32-1)
-		if n == 0 || now-since >= handshakeAge {
-			since, n = now, 0
+	hash := maphash.Bytes(g.seed, id)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	set := &g.sets[hash%gateSets]
+	place := &set[0] // of the ID, or the one to give up
+	for i := range set {
+		c := &set[i]
+		if uint16(now)-c.since >= handshakeAge {
+			c.n = 0
 		}
-		if n >= handshakeDatagrams {
-			return false
+		if c.n > 0 && c.id == uint32(hash>>32) {
+			place = c
+			break
 		}
-		if slot.CompareAndSwap(was, since<<32|(n+1)) {
-			return true
+		if c.n < place.n {
+			place = c
 		}
 	}
+	if place.n == 0 || place.id != uint32(hash>>32) {
+		*place = gateCount{uint32(hash >> 32), uint16(now), 0}
+	}
+	if place.n == handshakeDatagrams {
+		return false
+	}
+	place.n++
+	return true
 }
 
 // handshakeID returns the destination connection ID of a datagram that begins with a

@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"net"
 	"slices"
 	"sync"
@@ -41,6 +42,42 @@ func TestGateBoundsEachHandshake(t *testing.T) {
 	for _, broken := range [][]byte{nil, {0xc0}, {0xc0, 0, 0, 0, 1, 8, 1}} {
 		if !g.admit(broken) {
 			t.Errorf("the gate dropped %x, want it to reach quic-go", broken)
+		}
+	}
+}
+
+// However many handshakes a flood pretends to begin, others' handshakes get through, and
+// those that have had all of their datagrams get no more.
+func TestGateKeepsNobodyOut(t *testing.T) {
+	g := newGate()
+	id := func(kind byte, n int) []byte { return binary.BigEndian.AppendUint64([]byte{kind}, uint64(n)) }
+	for n := range 1000 {
+		for range handshakeDatagrams {
+			g.count(id('a', n), 1)
+		}
+	}
+	for n := range 4 * gateSets * gateWays { // tiny datagrams, say
+		g.count(id('f', n), 1)
+	}
+	again := 0
+	for n := range 1000 {
+		if g.count(id('a', n), 1) {
+			again++
+		}
+	}
+	if again > 10 {
+		t.Errorf("%d of 1000 connection IDs got more than their datagrams", again)
+	}
+	for n := range 4 * gateSets * gateWays { // whole floods
+		for range handshakeDatagrams {
+			g.count(id('g', n), 2)
+		}
+	}
+	for n := range 1000 {
+		for i := range handshakeDatagrams {
+			if !g.count(id('h', n), 3) {
+				t.Fatalf("datagram %d of honest handshake %d was dropped", i, n)
+			}
 		}
 	}
 }

@@ -13,6 +13,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -537,6 +538,55 @@ func TestAttackSpoofedSources(t *testing.T) {
 	}
 	if !retried {
 		t.Error("no Retry although connections begin at a high rate")
+	}
+	s.end(g)
+}
+
+// Handshakes that forged addresses begin and never end, in as many small pieces as fit into
+// their packets, take no more memory than is promised, and newcomers get in meanwhile.
+func TestAttackInitials(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	honestNS, attackerNS := l.public("honest", "11.0.0.2/8"), l.public("attacker", "11.0.0.3/8")
+	l.in(attackerNS, "ip route add local 11.77.0.0/16 dev lo")
+	honest := newCrowdFrom(t, l.sockets(honestNS, "11.0.0.2", 2))
+	g := newGroup(t, honest, s.bootstrap)
+	target := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("11.0.0.1:4001"))
+	newcomers, in, sent, highest := 0, 0, 0, int64(0)
+	for i := range sized(300, 5000) {
+		conn := l.sockets(attackerNS, fmt.Sprintf("11.77.%d.%d", i/250, 1+i%250), 1)[0]
+		id := make([]byte, 16)
+		rand.Read(id)
+		offset := uint64(1) // the first byte never comes; a handshake has 16 KiB at most
+		for n := range uint32(5 * handshakeDatagrams) {
+			var frames []byte
+			for ; len(frames) < 1150 && offset < 16<<10; offset++ {
+				frames = append(frames, cryptoFrame(offset, []byte{1})...)
+			}
+			packet, err := initialPacket(id, n, frames)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.WriteTo(packet, target)
+			sent++
+		}
+		conn.Close()
+		if i%20 == 0 {
+			highest = max(highest, s.rss(t))
+			newcomers++
+			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+			if client, err := honest.newcomer(ctx, s.bootstrap); err == nil {
+				in++
+				client.CloseWithError(0, "")
+			} else {
+				t.Logf("newcomer: %v", err)
+			}
+			cancel()
+		}
+	}
+	t.Logf("%d Initials from forged addresses; the relay had %d MiB; %d of %d newcomers got in", sent, highest>>20, in, newcomers)
+	if in < newcomers {
+		t.Errorf("%d of %d newcomers got in", in, newcomers)
 	}
 	s.end(g)
 }

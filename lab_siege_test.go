@@ -47,9 +47,80 @@ type rawConn struct {
 	relay  net.Addr
 	id     []byte // the relay's connection ID
 	number uint32 // of the last packet
+	keys   packetKeys
+}
+
+// packetKeys protect the packets of one direction (RFC 9001, 5), with AES-128-GCM.
+type packetKeys struct {
 	aead   cipher.AEAD
 	iv     []byte
 	header cipher.Block
+}
+
+// expandLabel is HKDF-Expand-Label of TLS 1.3 (RFC 8446, 7.1).
+func expandLabel(secret []byte, label string, length int) []byte {
+	info := binary.BigEndian.AppendUint16(nil, uint16(length))
+	info = append(info, byte(len("tls13 "+label)))
+	info = append(info, "tls13 "+label+"\x00"...)
+	key, _ := hkdf.Expand(sha256.New, secret, string(info), length)
+	return key
+}
+
+func newPacketKeys(secret []byte) (k packetKeys, err error) {
+	block, err := aes.NewCipher(expandLabel(secret, "quic key", 16))
+	if err != nil {
+		return k, err
+	}
+	if k.aead, err = cipher.NewGCM(block); err != nil {
+		return k, err
+	}
+	k.iv = expandLabel(secret, "quic iv", 12)
+	k.header, err = aes.NewCipher(expandLabel(secret, "quic hp", 16))
+	return k, err
+}
+
+// seal returns a packet that begins with header, which lacks only the packet number. That
+// has four bytes.
+func (k packetKeys) seal(header []byte, number uint32, frames []byte) []byte {
+	p, at := slices.Clone(header), len(header)
+	p = binary.BigEndian.AppendUint32(p, number)
+	nonce := slices.Clone(k.iv)
+	for i, b := range binary.BigEndian.AppendUint64(nil, uint64(number)) {
+		nonce[4+i] ^= b
+	}
+	p = k.aead.Seal(p, nonce, frames, p)
+	var mask [16]byte
+	k.header.Encrypt(mask[:], p[at+4:at+20])
+	if p[0]&0x80 != 0 {
+		p[0] ^= mask[0] & 0x0f
+	} else {
+		p[0] ^= mask[0] & 0x1f
+	}
+	for i := range 4 {
+		p[at+i] ^= mask[1+i]
+	}
+	return p
+}
+
+// initialPacket returns an Initial packet of 1200 bytes and more, as whoever has chosen the
+// connection ID can make it (RFC 9001, 5.2, and RFC 9000, 17.2.2).
+func initialPacket(id []byte, number uint32, frames []byte) ([]byte, error) {
+	salt, _ := hex.DecodeString("38762cf7f55934b34d179ae6a4c80cadccbb7f0a")
+	initial, err := hkdf.Extract(sha256.New, id, salt)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := newPacketKeys(expandLabel(initial, "client in", sha256.Size))
+	if err != nil {
+		return nil, err
+	}
+	frames = append(slices.Clone(frames), make([]byte, max(0, 1200-len(frames)))...) // PADDING
+	header := append([]byte{0xc3, 0, 0, 0, 1, byte(len(id))}, id...)
+	header = append(header, 8)
+	header = append(header, id[:8]...) // the client's own
+	header = append(header, 0)         // no token
+	header = quicvarint.AppendWithLen(header, uint64(4+len(frames)+keys.aead.Overhead()), 2)
+	return keys.seal(header, number, frames), nil
 }
 
 // mutedSocket is a client's socket, until it is muted. It has only the methods of a
@@ -156,42 +227,14 @@ func (c *rawConn) derive(logged string) error {
 	if err != nil || len(secret) != sha256.Size {
 		return fmt.Errorf("a secret of %d bytes, %v", len(secret), err)
 	}
-	expand := func(label string, length int) []byte {
-		info := binary.BigEndian.AppendUint16(nil, uint16(length))
-		info = append(info, byte(len("tls13 "+label)))
-		info = append(info, "tls13 "+label+"\x00"...)
-		key, _ := hkdf.Expand(sha256.New, secret, string(info), length)
-		return key
-	}
-	block, err := aes.NewCipher(expand("quic key", 16))
-	if err != nil {
-		return err
-	}
-	if c.aead, err = cipher.NewGCM(block); err != nil {
-		return err
-	}
-	c.iv = expand("quic iv", 12)
-	c.header, err = aes.NewCipher(expand("quic hp", 16))
+	c.keys, err = newPacketKeys(secret)
 	return err
 }
 
 // send sends frames in one packet (RFC 9000, 17.3.1).
 func (c *rawConn) send(frames []byte) error {
 	c.number++
-	p := append([]byte{0x43}, c.id...)
-	at := len(p)
-	p = binary.BigEndian.AppendUint32(p, c.number)
-	nonce := slices.Clone(c.iv)
-	for i, b := range binary.BigEndian.AppendUint64(nil, uint64(c.number)) {
-		nonce[4+i] ^= b
-	}
-	p = c.aead.Seal(p, nonce, frames, p)
-	var mask [16]byte
-	c.header.Encrypt(mask[:], p[at+4:at+20])
-	p[0] ^= mask[0] & 0x1f
-	for i := range 4 {
-		p[at+i] ^= mask[1+i]
-	}
+	p := c.keys.seal(append([]byte{0x43}, c.id...), c.number, frames)
 	_, err := c.socket.PacketConn.WriteTo(p, c.relay)
 	return err
 }
