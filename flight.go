@@ -30,7 +30,8 @@ import (
 const (
 	// flownFrame is what quic-go keeps for a STREAM frame with data that it has sent, in
 	// bytes: a buffer for a whole packet, whatever is in it, and what belongs to the
-	// packet. TestFlightCosts measures 1 870. emptyFrame is the same without data.
+	// packet. TestFlightCosts measures 1 750 to 1 910, with a little that is its own.
+	// emptyFrame is the same without data.
 	flownFrame = 1900
 	emptyFrame = 288
 
@@ -252,7 +253,8 @@ func (f *flight) reserve(n int, priority uint8) int {
 	return n
 }
 
-// wrote ends what claim began: the bytes are in flight by now, or never will be.
+// wrote ends what claim began: the bytes are in flight by now, or will be in a moment, or
+// never.
 func (f *flight) wrote(cost int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -275,6 +277,9 @@ func newFlyingStream(s network.MuxedStream, f *flight) *flyingStream {
 }
 
 func (s *flyingStream) Write(p []byte) (written int, err error) {
+	if len(p) == 0 {
+		return s.MuxedStream.Write(p)
+	}
 	for {
 		n, cost, again, denied := s.flight.claim(len(p))
 		if denied {
@@ -295,7 +300,8 @@ func (s *flyingStream) Write(p []byte) (written int, err error) {
 	}
 }
 
-// wait waits until there may be room. It returns an error if there is none in time.
+// wait waits until there may be room. It returns an error if there is none before the
+// deadline, which it looks at once.
 func (s *flyingStream) wait(again <-chan struct{}) error {
 	var late <-chan time.Time
 	if at := s.deadline.Load(); at != 0 {
