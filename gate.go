@@ -20,8 +20,12 @@ const (
 	// with one connection ID. A client sends one to three with the ID that it chose,
 	// as many with the ID that the relay chose, and repeats what is lost after 1, 2
 	// and 4 s (RFC 9002, 6.2). So the limit suffices for the 10 s that quic-go allows
-	// for a handshake.
+	// for a handshake. handshakeBurst of them may come in the first second, and
+	// handshakePace more in each second after that, so that the tracer sees what is in
+	// them before all have passed: see spend.
 	handshakeDatagrams = 12
+	handshakeBurst     = 6
+	handshakePace      = 2
 
 	// handshakeAge sets how long the gate remembers a connection ID, in seconds:
 	// twice as long as quic-go keeps a connection whose handshake is not done.
@@ -107,11 +111,25 @@ func (g *gate) count(id []byte, now uint64) bool {
 	if place.n == 0 || place.id != uint32(hash>>32) {
 		*place = gateCount{uint32(hash >> 32), uint16(now), 0}
 	}
-	if place.n == handshakeDatagrams {
+	if age := uint16(now) - place.since; place.n >= min(handshakeDatagrams, handshakeBurst+handshakePace*age) {
 		return false
 	}
 	place.n++
 	return true
+}
+
+// spend lets no more datagrams with that connection ID pass.
+func (g *gate) spend(id []byte) {
+	now := time.Since(g.start) / time.Second
+	g.count(id, uint64(now)) // so that it has a place
+	hash := maphash.Bytes(g.seed, id)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for i := range g.sets[hash%gateSets] {
+		if c := &g.sets[hash%gateSets][i]; c.n > 0 && c.id == uint32(hash>>32) {
+			c.n = handshakeDatagrams
+		}
+	}
 }
 
 // handshakeID returns the destination connection ID of a datagram that begins with a

@@ -35,6 +35,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/multiformats/go-multistream"
 	quicgo "github.com/quic-go/quic-go"
 	"golang.org/x/sys/unix"
@@ -555,18 +556,7 @@ func TestAttackInitials(t *testing.T) {
 	newcomers, in, sent, highest := 0, 0, 0, int64(0)
 	for i := range sized(300, 5000) {
 		conn := l.sockets(attackerNS, fmt.Sprintf("11.77.%d.%d", i/250, 1+i%250), 1)[0]
-		id := make([]byte, 16)
-		rand.Read(id)
-		offset := uint64(1) // the first byte never comes; a handshake has 16 KiB at most
-		for n := range uint32(5 * handshakeDatagrams) {
-			var frames []byte
-			for ; len(frames) < 1150 && offset < 16<<10; offset++ {
-				frames = append(frames, cryptoFrame(offset, []byte{1})...)
-			}
-			packet, err := initialPacket(id, n, frames)
-			if err != nil {
-				t.Fatal(err)
-			}
+		for packet := range halfHandshake(newConnID(), nil) {
 			conn.WriteTo(packet, target)
 			sent++
 		}
@@ -588,6 +578,73 @@ func TestAttackInitials(t *testing.T) {
 	if in < newcomers {
 		t.Errorf("%d of %d newcomers got in", in, newcomers)
 	}
+	s.end(g)
+}
+
+// newConnID returns the connection ID with which a client begins.
+func newConnID() []byte {
+	id := make([]byte, 16)
+	rand.Read(id)
+	return id
+}
+
+// halfHandshake yields Initials of one connection in pieces of a byte, a few more than
+// pass the gate. The first byte never comes, so QUIC keeps all others.
+func halfHandshake(id, token []byte) func(yield func([]byte) bool) {
+	return func(yield func([]byte) bool) {
+		offset := uint64(1)
+		for n := range uint32(handshakeDatagrams + 2) {
+			var frames []byte
+			for ; len(frames) < 1050 && offset < 16<<10; offset++ { // a handshake has 16 KiB at most
+				frames = append(frames, cryptoFrame(offset, []byte{1})...)
+			}
+			packet, err := initialPacket(id, token, n, frames)
+			if err != nil {
+				panic(err) // of a cipher that we have
+			}
+			if !yield(packet) {
+				return
+			}
+		}
+	}
+}
+
+// The same from addresses that are proven, so that as many are let in as clients.
+func TestAttackHandshakes(t *testing.T) {
+	s, g, _ := besieged(t, 1)
+	target, err := manet.ToNetAddr(s.bootstrap.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var begun, retried atomic.Int64
+	inParallel(t, sized(300, siegeClients-20), 128, func(ctx context.Context, i int) error {
+		conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		id, token := newConnID(), []byte(nil)
+		buf := make([]byte, 2048)
+		for packet := range halfHandshake(id, nil) {
+			// The first byte of the answer tells a Retry (RFC 9000, 17.2.5).
+			conn.WriteTo(packet, target)
+			conn.SetReadDeadline(time.Now().Add(time.Second))
+			if n, err := conn.Read(buf); err == nil && buf[0]&0xf0 == 0xf0 {
+				own := 6 + int(buf[5])
+				id = slices.Clone(buf[own+1:][:buf[own]])
+				token = slices.Clone(buf[own+1+int(buf[own]) : n-16])
+				retried.Add(1)
+			}
+			break
+		}
+		for packet := range halfHandshake(id, token) {
+			conn.WriteTo(packet, target)
+		}
+		begun.Add(1)
+		return nil
+	})
+	g.goesOn()
+	t.Logf("%d handshakes begun, %d with a Retry; the relay has %d MiB", begun.Load(), retried.Load(), s.rss(t)>>20)
 	s.end(g)
 }
 

@@ -102,9 +102,10 @@ func (k packetKeys) seal(header []byte, number uint32, frames []byte) []byte {
 	return p
 }
 
-// initialPacket returns an Initial packet of 1200 bytes and more, as whoever has chosen the
-// connection ID can make it (RFC 9001, 5.2, and RFC 9000, 17.2.2).
-func initialPacket(id []byte, number uint32, frames []byte) ([]byte, error) {
+// initialPacket returns an Initial packet of 1200 bytes and more, as whoever knows the
+// connection ID and the token of a Retry, if there was one, can make it (RFC 9001, 5.2,
+// and RFC 9000, 17.2.2).
+func initialPacket(id, token []byte, number uint32, frames []byte) ([]byte, error) {
 	salt, _ := hex.DecodeString("38762cf7f55934b34d179ae6a4c80cadccbb7f0a")
 	initial, err := hkdf.Extract(sha256.New, id, salt)
 	if err != nil {
@@ -118,7 +119,7 @@ func initialPacket(id []byte, number uint32, frames []byte) ([]byte, error) {
 	header := append([]byte{0xc3, 0, 0, 0, 1, byte(len(id))}, id...)
 	header = append(header, 8)
 	header = append(header, id[:8]...) // the client's own
-	header = append(header, 0)         // no token
+	header = append(quicvarint.Append(header, uint64(len(token))), token...)
 	header = quicvarint.AppendWithLen(header, uint64(4+len(frames)+keys.aead.Overhead()), 2)
 	return keys.seal(header, number, frames), nil
 }

@@ -99,18 +99,19 @@ const (
 	clientMemory = 68 << 10
 
 	// baseMemory is what the relay takes whoever is connected, in bytes: 20 MiB of RSS
-	// with nobody there, garbage, HTTP connections, and the tables and buffers of two
+	// with nobody there, garbage, HTTP connections, and the tables and buffers of the
 	// sockets.
-	baseMemory = 20<<20 + minGarbage + maxHTTPConns*httpConnMemory + 2*socketMemory
+	baseMemory = 20<<20 + minGarbage + maxHTTPConns*httpConnMemory + gateMemory + 2*socketMemory
 
 	// httpConnMemory is what an HTTP connection costs, in bytes: measured with 10 000
 	// idle ones.
 	httpConnMemory = 12 << 10
 
-	// socketMemory is what belongs to each UDP socket, in bytes: the gate, the path
-	// guard, what it reads into, and the bridge's newcomers. TestSocketMemory adds it up.
-	// The kernel's own buffers come on top, and are not in the sum.
-	socketMemory = 1344 << 10
+	// socketMemory is what belongs to each UDP socket, in bytes: the path guard, what it
+	// reads into, and the bridge's newcomers. gateMemory is the gate. TestSocketMemory
+	// adds them up. The kernel's own buffers come on top, and are not in the sum.
+	socketMemory = 832 << 10
+	gateMemory   = 512 << 10
 
 	// initialWindow is what a client may send before the relay has read any of it,
 	// in bytes, on one stream and on all. quic-go has 512 and 768 KiB, which a few

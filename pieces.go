@@ -66,6 +66,10 @@ const (
 	// for memory. Looking at 10 000 connections takes 0.5 ms.
 	lookInterval = 100 * time.Millisecond
 
+	// usualCrypto sets how many CRYPTO frames a handshake may have. Those of the clients
+	// have fewer than ten, and attacks 200 in each packet.
+	usualCrypto = 64
+
 	// ackTimeout limits how long a client may go on sending without acknowledging
 	// anything. The clients' own connections end after 10 s.
 	ackTimeout = 20 * time.Second
@@ -97,6 +101,11 @@ func pieceCost(length int64) int {
 type pieces struct {
 	tally   *tally
 	budgets *budgets
+
+	// flooded, if it is not nil, is called with the connection ID of a handshake in too
+	// many pieces. It cannot be closed before libp2p has accepted it, so nothing more
+	// may reach it.
+	flooded func(id []byte)
 
 	mu      sync.Mutex
 	conns   map[*connPieces]struct{}
@@ -162,6 +171,7 @@ type connPieces struct {
 	sent, acked int64
 	stalled     time.Time
 	owed        int
+	crypto      int // CRYPTO frames so far
 	frames      *rate.Limiter
 
 	// flight is what was sent and not acknowledged.
@@ -226,9 +236,9 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 				}
 			case *qlog.CryptoFrame:
 				// quic-go reads CRYPTO frames itself, and keeps those that come out
-				// of order for as long as the connection lasts. A handshake has fewer
-				// than ten.
+				// of order for as long as the connection lasts.
 				if f.Length > 0 {
+					c.crypto++
 					c.hold(smallPiece)
 				}
 			case *qlog.ResetStreamFrame:
@@ -239,6 +249,9 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 			case *qlog.NewConnectionIDFrame, *qlog.RetireConnectionIDFrame, *qlog.StopSendingFrame, *qlog.PathChallengeFrame:
 				c.owe()
 			}
+		}
+		if c.crypto > usualCrypto && packet.Header.PacketType != qlog.PacketType1RTT && c.all.flooded != nil {
+			c.all.flooded(packet.Header.DestConnectionID.Bytes())
 		}
 		c.heard(progress)
 		if extra := len(packet.Frames) - usualFrames; extra > 0 {

@@ -250,7 +250,10 @@ func TestDeviceThatCannotSplitIsTold(t *testing.T) {
 
 // The tables and buffers of a socket are in the memory that the start log promises.
 func TestSocketMemory(t *testing.T) {
-	sum := unsafe.Sizeof(gate{}) + unsafe.Sizeof(pathGuard{}) + groMessages*groMessage + newcomers*unsafe.Sizeof(newcomer{})
+	if size := unsafe.Sizeof(gate{}); size > gateMemory+64 || size < gateMemory {
+		t.Errorf("the gate has %d bytes, but gateMemory is %d", size, gateMemory)
+	}
+	sum := unsafe.Sizeof(pathGuard{}) + groMessages*groMessage + newcomers*unsafe.Sizeof(newcomer{})
 	if sum > socketMemory || sum < socketMemory-16<<10 {
 		t.Errorf("a socket has %d bytes, but socketMemory is %d", sum, socketMemory)
 	}
