@@ -11,10 +11,9 @@ package main
 // share. When that memory runs out, the connection that has booked most is closed.
 //
 // The tracer also sees what clients have not acknowledged (flight.go), and what honest
-// clients never do: send packets of hundreds of
-// frames, each of which may take quic-go as long as a whole packet, and send packet
-// after packet without any acknowledgement, so that quic-go has to keep all that it
-// has sent.
+// clients never do: send packets of hundreds of frames, each of which may take quic-go
+// as long as a whole packet, and send packet after packet without any acknowledgement,
+// so that quic-go has to keep all that it has sent.
 //
 // This file relies on nothing inside quic-go except what a frame costs: see
 // pieceCost.
@@ -63,7 +62,7 @@ const (
 	sharedFrames = 64
 
 	// lookInterval limits how often it is looked who has stalled, because a circuit waits
-	// for memory. Looking at 10 000 connections takes 0.5 ms.
+	// for memory. Looking at 10 000 connections takes 0.2 to 5 ms.
 	lookInterval = 100 * time.Millisecond
 
 	// usualCrypto sets how many CRYPTO frames a handshake may have. Those of the clients
