@@ -349,6 +349,8 @@ func TestAttackUnacknowledged(t *testing.T) {
 			chat := newChat(t, s)
 			var circuits, delivered atomic.Int64
 			var feeding sync.WaitGroup
+			over, stop := context.WithCancel(context.Background())
+			defer stop()
 			feed := func(from *quicgo.Stream) {
 				chunk := make([]byte, attack.chunk)
 				for {
@@ -358,7 +360,7 @@ func TestAttackUnacknowledged(t *testing.T) {
 					time.Sleep(attack.every)
 				}
 			}
-			inParallel(t, sized(40, 250), 8, func(ctx context.Context, i int) error {
+			inParallel(t, sized(24, 250), 8, func(ctx context.Context, i int) error {
 				to, socket, err := dialGreedy(ctx, t, s.bootstrap)
 				if err != nil {
 					return err
@@ -374,6 +376,7 @@ func TestAttackUnacknowledged(t *testing.T) {
 				circuits.Add(1)
 				unlimited(from)
 				feeding.Go(func() { feed(from) })
+				context.AfterFunc(over, func() { from.CancelWrite(0) })
 				end.SetDeadline(time.Now().Add(sized(time.Second, 3*time.Second)))
 				n, _ := io.Copy(io.Discard, end)
 				delivered.Add(n)
@@ -387,6 +390,7 @@ func TestAttackUnacknowledged(t *testing.T) {
 			}
 			chat.end()
 			s.end(g)
+			stop()
 			feeding.Wait()
 		})
 	}
