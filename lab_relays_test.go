@@ -3,7 +3,8 @@ package main
 // Many relays: whether each device holds connections to few of them, whether all devices
 // meet, and what happens when relays go and come.
 //
-// With go test there are 400 devices. RELAYS=full is for 4 000:
+// With go test there are 400 devices. RELAYS=full is for 4 000, which keep two cores busy
+// for three minutes; beside other work their requests time out:
 //
 //	RELAYS=full go test -run ManyRelays -v -timeout 30m .
 

@@ -214,10 +214,10 @@ func (n *networks) close() {
 	}
 }
 
-// move gives each connection a place where its client is now, and closes those for
-// which there is none.
+// move gives each connection a place where its client is now, and a budget of the
+// network there. It closes those for which there is no place.
 func (n *networks) move() {
-	var full []*quic.Conn
+	var moved, full []*quic.Conn
 	n.mu.Lock()
 	for p := range n.here {
 		to := n.counted(whereIs(p.conn).Addr())
@@ -228,9 +228,16 @@ func (n *networks) move() {
 		if !n.enter(p, to) {
 			delete(n.here, p)
 			full = append(full, p.conn)
+		} else {
+			moved = append(moved, p.conn)
 		}
 	}
 	n.mu.Unlock()
+	for _, c := range moved {
+		if account := accountOf(c); account != nil {
+			account.moved(whereIs(c).Addr())
+		}
+	}
 	for _, c := range full {
 		n.tally.refuse(refusedNetwork)
 		c.CloseWithError(quic.ApplicationErrorCode(network.ConnResourceLimitExceeded), "")

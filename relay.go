@@ -117,7 +117,9 @@ func newRelay(lim limits, cfg config, key crypto.PrivKey, port int, log *slog.Lo
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
 	r.sockets.networks.most, r.sockets.networks.free, r.sockets.networks.unproven = lim.perNetwork, lim.freeNetworks(), lim.unprovenRate()
-	r.sockets.tap = func(s udpSocket) tapped { return newGate().behind(r.bridge.tap(s)) }
+	gate := newGate()
+	r.sockets.pieces.flooded = gate.spend
+	r.sockets.tap = func(s udpSocket) tapped { return gate.behind(r.bridge.tap(s)) }
 	r.sockets.ids = r.bridge // by which the bridge tells packets that are quic-go's
 	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
 	if cfg.metrics != "" {
