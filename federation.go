@@ -1,16 +1,16 @@
 package main
 
-// The other relays, which are the only hosts that this one dials: those that the
-// operator named (--bootstrap), and those that relays vouch for. The relay stays
-// connected to each, and answers name to a client those that keep its group's record.
+// The other relays: those that the operator named (--bootstrap), and those that other
+// relays vouch for. This relay dials them and no other host, and stays connected to each.
+// Its answers tell a client which of them keep the record of the client's group.
 //
 // A relay vouches for the relays that its own operator named, and for no others. Each
-// asks those that it knows, and then those that they vouch for, and so on. So whoever
-// names one relay learns of all, and whoever is named by the operator of one becomes
-// known to all. Nobody gets in by asking. Each operator thereby trusts the operators of
-// the relays that he named to choose further ones. The log says who vouches for whom. If
-// an operator takes a name back and restarts his relay, all others drop it, too, unless
-// somebody else vouches for it.
+// relay asks those that it knows, then those that they vouch for, and so on. So a relay
+// that names one other learns of all, and a relay that one other names becomes known to
+// all. Nobody gets in by asking. But each operator trusts the operators of the relays that
+// he named to choose further ones. The log says who vouches for whom. If an operator takes
+// a name back and restarts his relay, all others drop that relay, too, unless somebody
+// else vouches for it.
 
 import (
 	"bytes"
@@ -41,53 +41,54 @@ import (
 
 const (
 	// dialTimeout bounds one attempt to connect to a relay. The next attempt follows
-	// after minRetry, each later one after twice as long, up to maxRetry: the clients
-	// look every 30 s, so that is how long a relay that is back may stay unnoticed. It
-	// starts over once a connection has lasted for settleTime: some are accepted and
-	// closed at once.
+	// after minRetry, and the wait doubles each time, up to maxRetry. So a relay that is
+	// back may stay unnoticed for 30 s, which is how often clients look. The wait is
+	// minRetry again once a connection has lasted for settleTime. A shorter one does not
+	// count, because some are accepted and closed at once.
 	dialTimeout = 15 * time.Second
 	settleTime  = 5 * time.Second
 	minRetry    = time.Second
 	maxRetry    = 30 * time.Second
 
-	// vouchTimeout bounds one question for whom a relay vouches, which is asked when it
-	// connects and every vouchAge: as often as names are looked up, since the addresses
-	// in the answer may come from a name.
+	// vouchTimeout bounds the question which relays another one vouches for. It is asked
+	// when that relay connects, and then every vouchAge. This is as often as names are
+	// looked up, because the addresses in the answer may come from a name.
 	vouchTimeout = 10 * time.Second
 	vouchAge     = nameRefresh
 )
 
-// federation is the other relays. Make it with newFederation, then call follow, and
-// connect when the host listens; close ends it.
+// federation keeps the other relays. Make it with newFederation, call follow before the
+// host listens and connect after that. close ends it.
 type federation struct {
 	log   *slog.Logger
 	peers *peers
-	names *names // those in named among them
+	names *names // looks up the DNS names in named
 
-	self  otherRelay      // this one, for its place
-	named []peer.AddrInfo // by the operator, each relay once, as he wrote them
+	self  otherRelay      // this relay; only its place is set
+	named []peer.AddrInfo // by the operator: each relay once, with the addresses as he wrote them
 
 	host    host.Host
-	ctx     context.Context // of the goroutines that keep connections; nil: not yet
+	ctx     context.Context // of the goroutines that run keep; nil before connect
 	cancel  context.CancelFunc
 	keeping sync.WaitGroup
 
 	mu      sync.Mutex
-	vouched map[peer.ID][]peer.AddrInfo // what each relay said last
+	vouched map[peer.ID][]peer.AddrInfo // for whom each relay vouched when it was last asked
 	others  atomic.Pointer[map[peer.ID]*otherRelay]
 }
 
 // otherRelay describes a relay that this one knows. It is replaced, never changed.
 type otherRelay struct {
-	addrs   []ma.Multiaddr // as the operator wrote them, or as relays say
-	voucher peer.ID        // of the nearest relay that vouches for it; "": the operator does
-	place   [sha256.Size]byte
+	addrs   []ma.Multiaddr     // as the operator wrote them, or as relays say
+	voucher peer.ID            // the nearest relay that vouches for it; "" if the operator named it
+	place   [sha256.Size]byte  // the hash of its ID, for its distance to a key
 	left    chan struct{}      // gets a value when the relay may have left
-	stop    context.CancelFunc // ends keep; nil: it does not run yet
+	stop    context.CancelFunc // ends keep; nil while keep does not run
 }
 
-// newFederation takes addresses that parseBootstrap accepts; several of one relay
-// are several ways to it. It fails if one of them is self.
+// newFederation makes a federation of the relays at addrs, each of which parseBootstrap
+// accepts. Several addresses of one relay are several ways to it. It fails if one of them
+// is an address of this relay, self.
 func newFederation(self peer.ID, addrs []string, peers *peers, names *names, log *slog.Logger) (*federation, error) {
 	named, err := parseRelays(addrs)
 	if err != nil {
@@ -126,8 +127,9 @@ func parseRelays(addrs []string) (relays []peer.AddrInfo, err error) {
 
 // gather works out which relays there are: those that the operator named, those that
 // they vouch for, and so on, up to maxRelays. The nearest come first, so those that are
-// further away cannot take their places. After connect it also begins to keep
-// connections to new ones. The caller holds f.mu, unless nobody else has f yet.
+// further away cannot take their places. After connect, it also starts keep for new
+// relays, and ends it for those that are gone. The caller holds f.mu, unless nobody else
+// has f yet.
 func (f *federation) gather() {
 	before, others := *f.others.Load(), make(map[peer.ID]*otherRelay)
 	var order []peer.ID
@@ -139,7 +141,7 @@ func (f *federation) gather() {
 		case place == f.self.place:
 		case o != nil && o.voucher != "":
 			o.addrs = fitAddrs(o.addrs, info.Addrs)
-		case o != nil: // the operator knows best
+		case o != nil: // the operator's own addresses stand
 		case len(others) == maxRelays:
 			surplus++
 		default:
@@ -185,8 +187,8 @@ func (f *federation) gather() {
 	}
 }
 
-// follow prepares f to dial from h, before h listens. A relay that names no other says
-// nothing of others, so its clients see no more protocols than the old relay had.
+// follow prepares f to dial from h, before h listens. If the operator named no relay, it
+// registers no protocol, so clients see the same ones as at the old relay.
 func (f *federation) follow(h host.Host) {
 	f.host = h
 	if len(f.named) > 0 {
@@ -217,11 +219,12 @@ func (f *federation) close() {
 	}
 }
 
-// keep connects to a relay, again whenever it has left, and asks it for whom it vouches.
+// keep stays connected to a relay until ctx ends: it connects again whenever the relay
+// has left. It also asks the relay for whom it vouches.
 func (f *federation) keep(ctx context.Context, id peer.ID, left <-chan struct{}) {
 	retry, missed := minRetry, false
 	for {
-		// We wait between attempts ourselves, so libp2p shall not.
+		// We wait between attempts ourselves, so libp2p must not.
 		f.host.Network().(*swarm.Swarm).Backoff().Clear(id)
 		dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 		err := f.host.Connect(dialCtx, peer.AddrInfo{ID: id})
@@ -248,7 +251,7 @@ func (f *federation) keep(ctx context.Context, id peer.ID, left <-chan struct{})
 		if ctx.Err() != nil {
 			return
 		}
-		// Warn once, until it is there again. Of a name that does not resolve, names warns.
+		// Warn once, until it is there again. If its name does not resolve, names warns.
 		if !missed && slices.ContainsFunc(f.addrs(id), func(a ma.Multiaddr) bool { return !isDNS(a) }) {
 			missed = true
 			f.log.Warn("other relay not connected, trying again", "peer", id, "err", err)
@@ -264,8 +267,8 @@ func (f *federation) keep(ctx context.Context, id peer.ID, left <-chan struct{})
 	}
 }
 
-// ask asks a relay for whom it vouches, and takes those in. If the answer is no good, what
-// the relay said before stands.
+// ask asks a relay for whom it vouches, and has gather take the answer in. If there is no
+// answer, or none that makes sense, the last one stands.
 func (f *federation) ask(ctx context.Context, id peer.ID) error {
 	ctx, cancel := context.WithTimeout(ctx, vouchTimeout)
 	defer cancel()
@@ -285,7 +288,7 @@ func (f *federation) ask(ctx context.Context, id peer.ID) error {
 	return nil
 }
 
-// read reads the answer to vouchProtocol.
+// read asks a relay by vouchProtocol and returns its answer, which may be empty.
 func (f *federation) read(ctx context.Context, id peer.ID) ([]peer.AddrInfo, error) {
 	s, err := f.host.NewStream(network.WithNoDial(ctx, ""), id, vouchProtocol)
 	if err != nil {
@@ -303,7 +306,7 @@ func (f *federation) read(ctx context.Context, id peer.ID) ([]peer.AddrInfo, err
 	return parseRelays(strings.Fields(string(text)))
 }
 
-// vouch answers vouchProtocol, whoever asks: clients are told of the same relays.
+// vouch answers vouchProtocol. Anyone may ask, since clients are told of the same relays.
 func (f *federation) vouch(s network.Stream) {
 	defer s.Close()
 	s.SetDeadline(time.Now().Add(answerTimeout))
@@ -316,11 +319,11 @@ func (f *federation) vouch(s network.Stream) {
 	s.Write(text.Bytes()) // if it fails, the other asks again
 }
 
-// keepers returns the other relays that keep the record with that key: of the groupRelays
-// that are closest to it, by XOR distance as in Kademlia, those that are not this one. A
-// relay that is not connected is passed over. All relays that are connected with each
-// other so come to the same ones, and devices of a group share them, whichever relays
-// they know.
+// keepers returns the relays that keep the record with that key, without this one. The
+// record is kept by the groupRelays relays that are closest to the key, by XOR distance as
+// in Kademlia. Relays that are not connected are passed over. So all relays that are
+// connected to each other choose the same keepers, and the devices of a group meet there,
+// whichever relays they know.
 func (f *federation) keepers(key []byte) []peer.ID {
 	type keeper struct {
 		id peer.ID // "": this relay
@@ -363,17 +366,17 @@ func (f *federation) counts() (known, connected int) {
 	return len(others), connected
 }
 
-// told returns the addresses that others are told of another relay: those from which it
-// is connected, then addrs, then the public ones that it reports, since somebody may have
-// IPv6 alone where the operator wrote an IPv4 address.
+// told returns the addresses of another relay that clients and relays are told: first
+// those from which it is connected, then addrs, then the public ones that it reports. The
+// last help those who have IPv6 alone if the operator wrote an IPv4 address.
 func (f *federation) told(id peer.ID) []ma.Multiaddr {
 	at := f.peers.observed(id)
 	public := slices.DeleteFunc(f.peers.listening(id, at), func(a ma.Multiaddr) bool { return !isQUICAddr(a) || !manet.IsPublicAddr(a) })
 	return fitAddrs(at, f.addrs(id), public)
 }
 
-// addrs returns the addresses of another relay: IP addresses first, which clients can
-// dial, then names. There are none of a peer that is no relay.
+// addrs returns the addresses of another relay: first IP addresses, which clients can
+// dial, then names. It returns none for a peer that is no relay.
 func (f *federation) addrs(id peer.ID) []ma.Multiaddr {
 	if o := f.get(id); o != nil {
 		return f.names.withIPs(o.addrs)
@@ -384,9 +387,8 @@ func (f *federation) addrs(id peer.ID) []ma.Multiaddr {
 // get returns what is known of another relay, or nil if that peer is no relay.
 func (f *federation) get(id peer.ID) *otherRelay { return (*f.others.Load())[id] }
 
-// federation is the connection gater too: every dial fails but those to other
-// relays. Addresses come from clients, and a relay that dialled those would scan
-// ports for anyone.
+// federation is the connection gater, too: every dial fails, except to other relays.
+// Addresses come from clients, and a relay that dialled them would scan ports for anyone.
 func (f *federation) InterceptPeerDial(id peer.ID) bool                 { return f.get(id) != nil }
 func (f *federation) InterceptAddrDial(id peer.ID, _ ma.Multiaddr) bool { return f.get(id) != nil }
 func (*federation) InterceptAccept(network.ConnMultiaddrs) bool         { return true }
