@@ -71,13 +71,18 @@ func newCrowdFrom(t testing.TB, conns []*net.UDPConn) *crowd {
 	c := &crowd{}
 	for _, conn := range conns {
 		tr := &quicgo.Transport{Conn: conn}
-		t.Cleanup(func() {
-			tr.Close()
-			conn.Close()
-		})
 		c.transports = append(c.transports, tr)
 	}
+	t.Cleanup(c.close)
 	return c
+}
+
+// close ends all connections.
+func (c *crowd) close() {
+	for _, tr := range c.transports {
+		tr.Close()
+		tr.Conn.Close()
+	}
 }
 
 func (c *crowd) transport() *quicgo.Transport {

@@ -32,9 +32,12 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// buildRust compiles the program once. Its target directory is outside of the
-// checkout, so that the next run is quick.
-var buildRust = sync.OnceValues(func() (string, error) {
+// buildRust compiles the client once.
+var buildRust = sync.OnceValues(func() (string, error) { return cargoBuild("release", "interop") })
+
+// cargoBuild compiles a program of interop/ and returns its path. Its target directory is
+// outside of the checkout, so that the next run is quick.
+func cargoBuild(profile, name string) (string, error) {
 	target := os.Getenv("CARGO_TARGET_DIR")
 	if target == "" {
 		cache, err := os.UserCacheDir()
@@ -43,13 +46,13 @@ var buildRust = sync.OnceValues(func() (string, error) {
 		}
 		target = filepath.Join(cache, "privstack-relay-interop")
 	}
-	cmd := exec.Command("cargo", "build", "--release", "--locked", "--target-dir", target)
+	cmd := exec.Command("cargo", "build", "--profile", profile, "--bin", name, "--locked", "--target-dir", target)
 	cmd.Dir = "interop"
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("cargo build: %w\n%s", err, out)
 	}
-	return filepath.Join(target, "release", "interop"), nil
-})
+	return filepath.Join(target, profile, name), nil
+}
 
 // rustClient is a running client.
 type rustClient struct {

@@ -10,6 +10,7 @@ package main
 import (
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -113,6 +114,7 @@ type networkPlace struct {
 	networks *networks
 	network  netip.Prefix // zero: one that has room for all
 	conn     *quic.Conn   // nil: still in the handshake, where no client moves
+	at       net.Addr     // where it was counted last; nil: at the start
 	left     bool
 }
 
@@ -220,7 +222,13 @@ func (n *networks) move() {
 	var moved, full []*quic.Conn
 	n.mu.Lock()
 	for p := range n.here {
-		to := n.counted(whereIs(p.conn).Addr())
+		// quic-go keeps the same net.Addr until the client has moved.
+		at := p.conn.RemoteAddr()
+		if at == p.at {
+			continue
+		}
+		p.at = at
+		to := n.counted(addrPort(at).Addr())
 		if to == p.network {
 			continue
 		}
