@@ -29,8 +29,8 @@ const (
 	scaleConnected = 30 * time.Microsecond
 	scaleRequest   = 355 * time.Microsecond
 
-	// scaleNewcomer is the relay's CPU for a new connection: BenchmarkCapacity/clients.
-	scaleNewcomer = 1800 * time.Microsecond
+	// scaleNewcomer is the relay's CPU for a new connection: BenchmarkNewcomers.
+	scaleNewcomer = 800 * time.Microsecond
 
 	// A device makes scaleTickRequests to each of its relays in scaleTick, and
 	// scaleFirstRequests more in the first minute after it has connected:
