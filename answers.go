@@ -37,8 +37,12 @@ type answers struct {
 //     which the device authenticated here, which are known from nowhere else, and for
 //     one that the asker has not met yet the bridge's as the last. Nobody who does not
 //     belong to the group can guess its key;
-//   - the other relays, so that the asker looks and publishes there, too;
-//   - and no strangers.
+//   - for both, if they have a record's key, the other relays that keep that record, so
+//     that the asker looks and publishes there, too;
+//   - and no strangers, nor other relays. A client asks every relay that it has met
+//     about its record every 30 s, and half a second after each new one it looks for
+//     random IDs. When those answers named the relays closest to the IDs, each client
+//     of eight relays had met all after ten looks, and otherwise three.
 //
 // Strangers do harm. A query waits 5 s for each that cannot be reached, three at
 // a time. Each that can be enters the client's own table, and answers with
@@ -56,14 +60,15 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 			chosen = append(chosen, peer.AddrInfo{ID: id, Addrs: addrs})
 		}
 	}
+	isRecord := strings.HasPrefix(string(req.Key), recordPrefix)
 	switch req.GetType() {
 	case kadpb.Message_FIND_NODE:
 		// The walk before a PUT has a record's key.
-		if strings.HasPrefix(string(req.Key), recordPrefix) {
+		if isRecord {
 			break
 		}
-		if target := peer.ID(req.Key); a.federation.members[target] == nil {
-			name(target, a.peers.network.Peerstore().Addrs(target))
+		if target := peer.ID(req.Key); a.peers.connected(target) {
+			name(target, fitAddrs(a.peers.network.Peerstore().Addrs(target)))
 		}
 		for _, m := range a.bridge.choose(conn, a.groups.allMates(asker, time.Now())) {
 			if m.bridge != nil {
@@ -75,9 +80,11 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 			name(m.id, a.overBridge(m, asker))
 		}
 	}
-	for id := range a.federation.members {
-		if id != asker && a.peers.connected(id) {
-			name(id, fitAddrs(a.peers.observed(id), a.federation.addrs(id)))
+	if isRecord {
+		for _, id := range a.federation.keepers(req.Key) {
+			if id != asker {
+				name(id, a.federation.told(id))
+			}
 		}
 	}
 	return chosen

@@ -88,6 +88,35 @@ func TestNoStrangersAreNamed(t *testing.T) {
 	}
 }
 
+// A client asks every relay that it has met, every 30 s. So it must be told of those
+// alone that keep its group's record, however often it looks for other IDs, as rust-libp2p
+// does after each peer that it meets.
+func TestOnlyTheRecordsRelaysAreNamed(t *testing.T) {
+	p := &party{alive: newRing(t, 5)}
+	home := p.alive[0]
+	client := newCrowd(t, 1).join(t, home, newLightIdentity(t))
+	for range 20 {
+		key := newGroupKey()
+		want := slices.DeleteFunc(p.closest(key), func(id peer.ID) bool { return id == home.info.ID })
+		for _, req := range []*kadpb.Message{getMessage(key), findMessage(key)} {
+			named := client.mustAsk(t, req)
+			if len(named) != len(want) || slices.ContainsFunc(want, func(id peer.ID) bool { return len(named[id]) == 0 }) {
+				t.Errorf("%v: %v are named, want %v", req.Type, named, want)
+			}
+		}
+		for _, other := range []string{string(newTestPeerID(t)), string(client.id), "/pk/x"} {
+			named := client.mustAsk(t, findMessage([]byte(other)))
+			delete(named, client.id)
+			if len(named) > 0 {
+				t.Errorf("FIND_NODE of %q: %v are named, want none", other, named)
+			}
+		}
+	}
+	if named := client.mustAsk(t, findMessage([]byte(p.alive[1].info.ID))); len(named) != 1 {
+		t.Errorf("FIND_NODE of a relay: %v is named, want the relay", named)
+	}
+}
+
 // A record can claim any publisher, and a client can claim any address. Neither makes
 // others dial a third party.
 func TestNobodyIsPointedAtAThirdParty(t *testing.T) {

@@ -39,7 +39,6 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
 	"golang.org/x/time/rate"
 )
@@ -90,7 +89,7 @@ type bridge struct {
 	limits  limits
 	network network.Network // set before the relay listens
 	peers   *peers
-	relays  map[peer.ID][]ma.Multiaddr // the other relays, which the bridge leaves alone
+	isRelay func(peer.ID) bool // reports other relays, which the bridge leaves alone
 
 	// The operator's limits for circuits also bound flows. The zero value of each
 	// means unlimited.
@@ -281,9 +280,9 @@ func (c quicConnection) where() (p whereabouts, ok bool) {
 	return p, p.addr.IsValid() && p.addr.Addr().Zone() == ""
 }
 
-func newBridge(log *slog.Logger, t *tally, l limits, p *peers, relays map[peer.ID][]ma.Multiaddr) *bridge {
+func newBridge(log *slog.Logger, t *tally, l limits, p *peers, isRelay func(peer.ID) bool) *bridge {
 	b := &bridge{
-		log: log, tally: t, limits: l, peers: p, relays: relays,
+		log: log, tally: t, limits: l, peers: p, isRelay: isRelay,
 		seed: maphash.MakeSeed(), began: time.Now(), done: make(chan struct{}),
 		clients: make(map[peer.ID]*client),
 	}

@@ -54,7 +54,7 @@ func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 	asker, from := conn.RemotePeer(), connectionOf(conn)
 	self := b.peers.reachedAt(conn)
 	var here whereabouts
-	possible := self != nil && from != nil && b.relays[asker] == nil
+	possible := self != nil && from != nil && !b.isRelay(asker)
 	if possible {
 		here, possible = from.where()
 	}
@@ -62,7 +62,7 @@ func (b *bridge) choose(conn network.Conn, ids []peer.ID) (named []mate) {
 	for _, id := range ids {
 		// Two clients that punch holes would stop doing so once a bridge connected
 		// them, because they would take it for a direct connection.
-		if !possible || b.relays[id] != nil || b.peers.punch(asker, id) {
+		if !possible || b.isRelay(id) || b.peers.punch(asker, id) {
 			named = append(named, mate{id: id})
 			continue
 		}

@@ -68,7 +68,7 @@ type bridgeUnderTest struct {
 }
 
 func newBridgeUnderTest(t testing.TB, clients int) *bridgeUnderTest {
-	b := newBridge(slog.New(slog.DiscardHandler), new(tally), limits{clients: clients}, newPeers(slog.New(slog.DiscardHandler)), nil)
+	b := newBridge(slog.New(slog.DiscardHandler), new(tally), limits{clients: clients}, newPeers(slog.New(slog.DiscardHandler)), func(peer.ID) bool { return false })
 	b.network = nobody{}
 	b.testOnlyAfter = func(time.Duration, func()) {} // due calls it
 	u := &bridgeUnderTest{b, t, new(wire), time.Hour}

@@ -2,9 +2,10 @@ package main
 
 // Budgets: how much of the relay's CPU the clients of one network can take.
 //
-// A request costs about 60 µs, a stream that is opened and reset 13 µs, and a packet
-// of hundreds of frames up to a millisecond. What an honest client costs goes
-// unnoticed, but a few hostile ones can keep all cores busy. So each network may
+// A request costs 0.14 to 0.16 ms of CPU while the relay is kept busy, and 0.2 to 0.4 ms
+// at the pace of a few thousand clients (docs/performance.md). A stream that is opened
+// and reset costs 13 µs, and a packet of hundreds of frames up to a millisecond. What an
+// honest client costs goes unnoticed, but a few hostile ones can keep all cores busy. So each network may
 // make a number of requests per second, and send a number of frames beyond the usual
 // ones. Requests beyond the budget wait. A client that sends frames beyond it is
 // disconnected.

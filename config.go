@@ -35,7 +35,8 @@ Usage: privstack-relay [flags]
       --announce ADDR           address under which clients reach this relay: an IP
                                 address, a DNS name or a multiaddr; repeatable
                                 (default: the addresses of this machine)
-      --bootstrap MULTIADDR     another relay to join, with its /p2p ID; repeatable
+      --bootstrap MULTIADDR     another relay to join, with its /p2p ID, and through it
+                                all that it knows; repeatable
       --circuit-duration TIME   longest life of a connection that the relay carries
                                 between two devices, such as 30m; 0 = unlimited
                                 (default 1h)
@@ -219,8 +220,8 @@ func parseFlags(args []string) (config, error) {
 		return config{}, usageError{"--identity needs a file name"}
 	case len(cfg.announce) > maxAnnounce:
 		return config{}, usageError{fmt.Sprintf("--announce given %d times, at most %d fit into a reservation", len(cfg.announce), maxAnnounce)}
-	case len(cfg.bootstrap) > maxBootstrap:
-		return config{}, usageError{fmt.Sprintf("--bootstrap given %d times, at most %d fit into an answer", len(cfg.bootstrap), maxBootstrap)}
+	case len(cfg.bootstrap) > maxRelays:
+		return config{}, usageError{fmt.Sprintf("--bootstrap given %d times, at most %d other relays are known", len(cfg.bootstrap), maxRelays)}
 	case cfg.circuitDuration < 0:
 		return config{}, usageError{fmt.Sprintf("--circuit-duration %v is negative", cfg.circuitDuration)}
 	case cfg.circuitDuration > 0 && cfg.circuitDuration < time.Second:

@@ -167,10 +167,13 @@ type counters struct {
 	bridges      int64 // open
 	records      int
 	recordBytes  int64
+
+	relays          int // other relays that are known
+	relaysConnected int // those of relays that are connected
 }
 
 // attrs returns the attributes of one log line. It leaves out refusals that have
-// not happened.
+// not happened, and other relays where there are none.
 func (c counters) attrs() []any {
 	var refused []any
 	for why, n := range c.refused {
@@ -178,12 +181,16 @@ func (c counters) attrs() []any {
 			refused = append(refused, slog.Int64(refusal(why).String(), n))
 		}
 	}
-	return []any{
+	attrs := []any{
 		"peers_served", c.peersServed, "relayed_connections", c.relayedConnections, "bridged_connections", c.bridged,
 		"clients", c.clients, "reservations", c.reservations, "circuits", c.circuits, "bridges", c.bridges,
 		"relayed_bytes", c.relayedBytes, "bridged_bytes", c.bridgedBytes, "records", c.records, "record_bytes", c.recordBytes,
 		slog.Group("refused", refused...),
 	}
+	if c.relays > 0 {
+		attrs = append(attrs, "other_relays", c.relays, "other_relays_connected", c.relaysConnected)
+	}
+	return attrs
 }
 
 // uniqueCounter counts distinct strings in 1 MiB, however many come, by linear

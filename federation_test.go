@@ -5,169 +5,230 @@ package main
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
-	"sync"
+	"strings"
 	"testing"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
+	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
+	ma "github.com/multiformats/go-multiaddr"
+	quicgo "github.com/quic-go/quic-go"
 )
 
 func (r testRelay) bootstrapFlag() string {
 	return fmt.Sprintf("--bootstrap=%s/p2p/%s", r.info.Addrs[0], r.info.ID)
 }
 
+// plannedRelay is a relay that others can name before it starts.
+type plannedRelay struct {
+	key   ed25519.PrivateKey
+	port  int
+	named []*plannedRelay // by its operator
+}
+
+// planRelays returns n relays that name nobody yet.
+func planRelays(t testing.TB, n int) []*plannedRelay {
+	t.Helper()
+	planned := make([]*plannedRelay, n)
+	for i := range planned {
+		planned[i] = &plannedRelay{key: newTestKey(t), port: freeUDPPort(t)}
+	}
+	return planned
+}
+
+// freeUDPPort returns a port that is free, and below those that systems give to whoever
+// asks for any, as freeTCPPort does.
+func freeUDPPort(t testing.TB) int {
+	t.Helper()
+	var err error
+	for range 100 {
+		port := 10000 + rand.IntN(20000)
+		var conn net.PacketConn
+		if conn, err = net.ListenPacket("udp", fmt.Sprintf(":%d", port)); err == nil {
+			conn.Close()
+			return port
+		}
+	}
+	t.Fatal(err)
+	return 0
+}
+
+// start starts the relay, again if it was closed.
+func (p *plannedRelay) start(t testing.TB) testRelay {
+	t.Helper()
+	var flags []string
+	for _, other := range p.named {
+		flags = append(flags, fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", other.port, peerIDOf(t, other.key)))
+	}
+	cfg := defaultConfig(t, flags...)
+	cfg.port = p.port
+	return newTestRelayWithin(t, newLimits(0, 256), cfg, p.key)
+}
+
 // newRing starts n relays. Each names the next, and the last names the first.
 func newRing(t testing.TB, n int) []testRelay {
 	t.Helper()
-	first := newTestKey(t)
-	port, err := freePort()
-	if err != nil {
-		t.Fatal(err)
+	planned, ring := planRelays(t, n), make([]testRelay, n)
+	for i, p := range planned {
+		p.named = []*plannedRelay{planned[(i+1)%n]}
 	}
-	ring := make([]testRelay, n)
-	next := fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", port, peerIDOf(t, first))
-	for i := n - 1; i > 0; i-- {
-		ring[i] = newTestRelay(t, defaultConfig(t, next))
-		next = ring[i].bootstrapFlag()
+	for i, p := range planned {
+		ring[i] = p.start(t)
 	}
-	cfg := defaultConfig(t, next)
-	cfg.port = port
-	ring[0] = newTestRelayWithin(t, newLimits(0, 256), cfg, first)
-	for i, r := range ring {
-		r.waitConnected(t, ring[(i+1)%n].info.ID)
-	}
+	waitMesh(t, ring)
 	return ring
+}
+
+// meshTimeout is how long relays have to find each other: two that have lost each other
+// may both wait for maxRetry, and a quarter more.
+const meshTimeout = 2*maxRetry + testTimeout
+
+// waitMesh waits until each of relays is connected to all others, and knows no further
+// ones that are connected.
+func waitMesh(t testing.TB, relays []testRelay) {
+	t.Helper()
+	for i, r := range relays {
+		eventuallyWithin(t, meshTimeout, fmt.Sprintf("relay %d is connected to all others", i), func() bool {
+			_, connected := r.federation.counts()
+			return connected == len(relays)-1
+		})
+	}
 }
 
 func (r testRelay) waitConnected(t testing.TB, id peer.ID) {
 	t.Helper()
-	eventually(t, "the other relay is connected and identified", func() bool {
-		said, err := r.host.Peerstore().GetProtocols(id)
-		return r.host.Network().Connectedness(id) == network.Connected && err == nil && slices.Contains(said, kadProtocol)
+	eventually(t, "the other relay is connected", func() bool {
+		return r.federation.get(id) != nil && r.host.Network().Connectedness(id) == network.Connected
 	})
 }
 
-// walker is a client that also asks the peers that answers name, as the deployed
-// clients do.
+// walker is a client that also asks the relays that answers name, and again those that it
+// has met, as the deployed clients do. It has a socket of its own.
 type walker struct {
 	lightIdentity
-	crowd *crowd
-	home  peer.AddrInfo // the relay that it knows
+	transport *quicgo.Transport
+	at        ma.Multiaddr  // the address of its socket
+	home      peer.AddrInfo // the relay that it knows from the start
+	key       []byte        // its group's
 
-	mu    sync.Mutex
+	met   []peer.AddrInfo // the relays that it has been connected to
 	conns map[peer.ID]*lightClient
 }
 
-// walk sends req to the walker's relay and to every relay that an answer names, and
-// returns the answers.
-func (w *walker) walk(ctx context.Context, req *kadpb.Message, relays []testRelay) (answers []*kadpb.Message) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	next, seen := []peer.AddrInfo{w.home}, map[peer.ID]bool{}
+func (c *crowd) walker(t testing.TB, home testRelay, key []byte) *walker {
+	t.Helper()
+	tr := c.transport()
+	at, err := quicreuse.ToQuicMultiaddr(tr.Conn.LocalAddr(), quicgo.Version1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &walker{newLightIdentity(t), tr, at, home.info, key, nil, make(map[peer.ID]*lightClient)}
+}
+
+// walk sends req to the relays that the walker knows and to every one that an answer
+// names, and calls each with the answers. Relays that are not in alive are not dialled,
+// which would only take its time, nor are other clients. It fails if any of alive that it
+// comes to does not answer.
+func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay, each func(*lightClient, *kadpb.Message) error) (err error) {
+	next, seen := append([]peer.AddrInfo{w.home}, w.met...), make(map[peer.ID]bool)
 	for ; len(next) > 0; next = next[1:] {
 		info := next[0]
-		// Other clients share their sockets, so they cannot be dialled.
-		if seen[info.ID] || !slices.ContainsFunc(relays, func(r testRelay) bool { return r.info.ID == info.ID }) {
+		if seen[info.ID] || !slices.ContainsFunc(alive, func(r testRelay) bool { return r.info.ID == info.ID }) {
 			continue
 		}
 		seen[info.ID] = true
-		c := w.conns[info.ID]
-		if c == nil || c.Context().Err() != nil {
-			var err error
-			if c, err = w.crowd.dial(ctx, w.lightIdentity, info); err != nil {
-				continue
-			}
-			w.conns[info.ID] = c
+		resp, askErr := w.ask(ctx, info, req, each)
+		if askErr != nil {
+			resp, askErr = w.ask(ctx, info, req, each) // the connection had ended unnoticed
 		}
-		resp, err := c.ask(ctx, req)
-		if err != nil {
+		if askErr != nil {
+			err = fmt.Errorf("%v: %w", req.Type, askErr)
 			continue
 		}
-		answers = append(answers, resp)
 		for _, p := range resp.CloserPeers {
 			next = append(next, kadpb.PBPeerToPeerInfo(p))
 		}
 	}
-	return answers
+	return err
 }
 
-// publish stores a record wherever a walk to the key arrives.
-func (w *walker) publish(ctx context.Context, key []byte, relays []testRelay) {
-	w.walk(ctx, findMessage(key), relays)
-	put := putMessage(key, w.id)
-	for _, c := range w.conns {
-		c.ask(ctx, put)
-	}
-}
-
-// finds reports whether a walk finds mate's record, and an address at which a relay
-// sees mate.
-func (w *walker) finds(ctx context.Context, key []byte, mate *walker, relays []testRelay) bool {
-	answers := w.walk(ctx, getMessage(key), relays)
-	record := slices.ContainsFunc(answers, func(m *kadpb.Message) bool {
-		extras, err := readExtras(m.GetRecord())
-		return err == nil && extras.publisher == mate.id
-	})
-	return record && slices.ContainsFunc(answers, func(m *kadpb.Message) bool {
-		return slices.ContainsFunc(m.CloserPeers, func(p *kadpb.Message_Peer) bool {
-			return peer.ID(p.Id) == mate.id && slices.ContainsFunc(relays, func(r testRelay) bool {
-				return slices.ContainsFunc(r.host.Network().ConnsToPeer(mate.id), func(c network.Conn) bool {
-					return slices.ContainsFunc(p.Addresses(), c.RemoteMultiaddr().Equal)
-				})
-			})
-		})
-	})
-}
-
-// Users who list different relays meet, and still do when one relay is gone for good.
-func TestClientsOfDifferentRelaysMeet(t *testing.T) {
-	ring := newRing(t, 3)
-	const clients = 300
-	c := newCrowd(t, clients)
-	all := make([]*walker, clients)
-	keys := make([][]byte, clients/2)
-	for i := range all {
-		all[i] = &walker{lightIdentity: newLightIdentity(t), crowd: c, home: ring[i%3].info, conns: map[peer.ID]*lightClient{}}
-	}
-	ctx := testContext(t)
-	var publishing sync.WaitGroup
-	for i := range keys {
-		keys[i] = newGroupKey()
-		publishing.Go(func() { all[i].publish(ctx, keys[i], ring) })
-	}
-	publishing.Wait()
-	// missing counts the groups whose second member does not find the first. The
-	// members are clients of different relays, in every combination.
-	missing := func(relays []testRelay) (n int) {
-		for i, key := range keys {
-			mate := all[clients-1-i] // a client of relay (2-i)%3, where the first is one of i%3
-			if !mate.finds(testContext(t), key, all[i], relays) {
-				n++
-			}
+// ask sends req to a relay, to which it connects if it is not connected, and calls each
+// with the answer. After a failure the next call connects anew.
+func (w *walker) ask(ctx context.Context, relay peer.AddrInfo, req *kadpb.Message, each func(*lightClient, *kadpb.Message) error) (*kadpb.Message, error) {
+	ctx, cancel := context.WithTimeout(ctx, testTimeout/4) // so that there is time for another try
+	defer cancel()
+	c := w.conns[relay.ID]
+	if c == nil || c.Context().Err() != nil {
+		who := w.lightIdentity
+		who.sees, who.patient = relay.Addrs[0], true
+		var err error
+		if c, err = who.dial(ctx, w.transport, relay); err != nil {
+			return nil, err
 		}
-		return n
-	}
-	if n := missing(ring); n > 0 {
-		t.Errorf("%d of %d groups do not meet", n, len(keys))
-	}
-
-	gone := ring[2]
-	if err := gone.close(); err != nil {
-		t.Fatal(err)
-	}
-	for _, w := range all {
-		if w.home.ID == gone.info.ID { // these clients list a second relay
-			w.home = ring[0].info
+		if w.conns[relay.ID] == nil {
+			w.met = append(w.met, relay)
 		}
+		w.conns[relay.ID] = c
 	}
-	if n := missing(ring[:2]); n > 0 {
-		t.Errorf("one relay is gone: %d of %d groups do not meet", n, len(keys))
+	resp, err := c.ask(ctx, req)
+	if err == nil {
+		err = each(c, resp)
 	}
+	if err != nil {
+		c.CloseWithError(0, "")
+	}
+	return resp, err
+}
+
+// publish stores the walker's record wherever a walk to the key arrives.
+func (w *walker) publish(ctx context.Context, alive []testRelay) error {
+	put := putMessage(w.key, w.id)
+	return w.walk(ctx, findMessage(w.key), alive, func(c *lightClient, _ *kadpb.Message) error {
+		_, err := c.ask(ctx, put)
+		return err
+	})
+}
+
+// sight is a peer that an answer names.
+type sight struct {
+	id    peer.ID
+	via   *lightClient // the connection over which the walker was told
+	addrs []ma.Multiaddr
+}
+
+// look returns the peers that the answers of a walk to the key name. It returns none if
+// there is no record, without which the deployed clients do not know their mates.
+func (w *walker) look(ctx context.Context, alive []testRelay) (sights []sight, err error) {
+	record := false
+	err = w.walk(ctx, getMessage(w.key), alive, func(c *lightClient, answer *kadpb.Message) error {
+		extras, err := readExtras(answer.GetRecord())
+		record = record || err == nil && extras.publisher != ""
+		for _, p := range answer.CloserPeers {
+			sights = append(sights, sight{peer.ID(p.Id), c, p.Addresses()})
+		}
+		return nil
+	})
+	if !record {
+		return nil, err
+	}
+	return sights, err
+}
+
+// finds reports whether sights has mate, with the address of its socket.
+func finds(sights []sight, mate *walker) bool {
+	return slices.ContainsFunc(sights, func(s sight) bool {
+		return s.id == mate.id && slices.ContainsFunc(s.addrs, mate.at.Equal)
+	})
 }
 
 // Relays find each other whichever starts first, and again after they have lost each
@@ -175,10 +236,7 @@ func TestClientsOfDifferentRelaysMeet(t *testing.T) {
 func TestRelaysFindOneAnotherAgain(t *testing.T) {
 	key := newTestKey(t)
 	cfg := defaultConfig(t)
-	var err error
-	if cfg.port, err = freePort(); err != nil {
-		t.Fatal(err)
-	}
+	cfg.port = freeUDPPort(t)
 	id := peerIDOf(t, key)
 	here := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", cfg.port, id)))
 	seeker := newCrowd(t, 1).join(t, here, newLightIdentity(t))
@@ -204,6 +262,118 @@ func TestRelaysFindOneAnotherAgain(t *testing.T) {
 	}
 }
 
+// An operator who adds a relay changes two lines: its own, and one of any other relay. Then
+// all know it. And nobody else gets in: not by asking, nor by naming others.
+func TestOneNameLeadsToAllRelays(t *testing.T) {
+	planned := planRelays(t, 5)
+	planned[0].named, planned[1].named = planned[1:2], planned[2:3] // a chain: each is named by the one before
+	planned[2].named, planned[3].named = planned[3:4], planned[0:1] // and the last knows the first
+	stranger := planned[4]
+	stranger.named = planned[0:1]
+	var relays []testRelay
+	for _, p := range planned[:4] {
+		relays = append(relays, p.start(t))
+	}
+	waitMesh(t, relays)
+	outside := stranger.start(t)
+	for _, r := range relays {
+		outside.waitConnected(t, r.info.ID)
+	}
+	if c := relays[0].counters(); c.relays != 3 || c.relaysConnected != 3 {
+		t.Errorf("%d of %d other relays are counted as connected, want 3 of 3", c.relaysConnected, c.relays)
+	}
+	client := newCrowd(t, 1).join(t, relays[0], newLightIdentity(t))
+	for range 20 {
+		if named := client.mustAsk(t, getMessage(newGroupKey())); named[outside.info.ID] != nil {
+			t.Error("a client is told of a relay that no operator named")
+		}
+	}
+	for i, r := range relays {
+		if r.federation.get(outside.info.ID) != nil {
+			t.Errorf("relay %d takes a stranger for a relay", i)
+		}
+	}
+
+	// An operator takes a name back.
+	relays[1].close()
+	planned[1].named = planned[0:1]
+	relays[1] = planned[1].start(t)
+	eventually(t, "the first two relays know none but each other", func() bool {
+		return relays[0].federation.get(relays[2].info.ID) == nil && relays[0].federation.get(relays[3].info.ID) == nil &&
+			relays[1].federation.get(relays[0].info.ID) != nil && relays[1].federation.get(relays[2].info.ID) == nil
+	})
+}
+
+// vouching is a peer that poses as a relay, and vouches for others as it likes.
+type vouching struct {
+	host.Host
+	text chan string // what it says to the next one that asks
+}
+
+func newVouching(t testing.TB) *vouching {
+	t.Helper()
+	v := &vouching{newClient(t), make(chan string)}
+	done := make(chan struct{})
+	t.Cleanup(func() { close(done) })
+	v.SetStreamHandler(vouchProtocol, func(s network.Stream) {
+		defer s.Close()
+		select {
+		case text := <-v.text:
+			io.WriteString(s, text)
+		case <-done:
+		}
+	})
+	return v
+}
+
+// What a named relay says is bounded, and nonsense changes nothing.
+func TestRelayBoundsWhomOthersVouchFor(t *testing.T) {
+	v := newVouching(t)
+	r := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=%s/p2p/%s", v.Addrs()[0], v.ID())))
+	r.waitConnected(t, v.ID())
+	line := func() string { return fmt.Sprintf("/ip4/127.0.0.1/udp/9/quic-v1/p2p/%s\n", newTestPeerID(t)) }
+	say := func(text string) error {
+		go func() { v.text <- text }()
+		return r.federation.ask(testContext(t), v.ID())
+	}
+	v.text <- "" // to the question that came with the connection
+
+	good := line()
+	if err := say(good + good + fmt.Sprintf("/ip4/127.0.0.1/udp/9/quic-v1/p2p/%s\n", r.info.ID)); err != nil {
+		t.Fatal(err)
+	}
+	if known, _ := r.federation.counts(); known != 2 || r.federation.get(r.info.ID) != nil {
+		t.Errorf("the relay knows %d others, want the one that is named, the one that this vouches for, and not itself", known)
+	}
+	for _, bad := range []string{
+		"nonsense", line() + "/ip4/127.0.0.1/udp/9/quic-v1", line() + "/ip4/0.0.0.0/udp/9/quic-v1/p2p/" + v.ID().String(),
+		line() + "/ip4/127.0.0.1/tcp/9/p2p/" + v.ID().String(), strings.Repeat(good, maxVouched/len(good)+1),
+	} {
+		if err := say(bad); err == nil {
+			t.Errorf("an answer of %d bytes that begins with %.60q was taken", len(bad), bad)
+		}
+	}
+	if known, _ := r.federation.counts(); known != 2 {
+		t.Errorf("after bad answers the relay knows %d others, want 2 as before", known)
+	}
+	var many strings.Builder
+	for range 2 * maxRelays {
+		many.WriteString(line())
+	}
+	if err := say(many.String()); err != nil {
+		t.Fatal(err)
+	}
+	if known, _ := r.federation.counts(); known != maxRelays || r.federation.get(v.ID()) == nil {
+		t.Errorf("the relay knows %d others, want %d with the one that the operator named", known, maxRelays)
+	}
+	if err := say(""); err != nil {
+		t.Fatal(err)
+	}
+	if known, _ := r.federation.counts(); known != 1 {
+		t.Errorf("the relay knows %d others, want the one that the operator named", known)
+	}
+}
+
 // The relay dials what the operator wrote: a name has to be looked up each time, but
 // the swarm replaces it in the list that it is given.
 func TestBootstrapAddressesStayAsWritten(t *testing.T) {
@@ -215,7 +385,7 @@ func TestBootstrapAddressesStayAsWritten(t *testing.T) {
 	}
 	here := newTestRelay(t, defaultConfig(t, flags...))
 	here.waitConnected(t, there.info.ID)
-	for i, addr := range strs(here.federation.members[there.info.ID]) {
+	for i, addr := range strs(here.federation.get(there.info.ID).addrs) {
 		if got := fmt.Sprintf("--bootstrap=%s/p2p/%s", addr, there.info.ID); got != flags[i] {
 			t.Errorf("the operator wrote %s, the relay keeps %s", flags[i], got)
 		}
@@ -252,4 +422,18 @@ func TestSilentAddressDoesNotKeepARelayAway(t *testing.T) {
 		fmt.Sprintf("--bootstrap=/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s", silent.LocalAddr().(*net.UDPAddr).Port, there.info.ID),
 		there.bootstrapFlag()))
 	here.waitConnected(t, there.info.ID)
+}
+
+// What it costs to find the relays that keep a record, among as many as there can be.
+func BenchmarkKeepers(b *testing.B) {
+	r := newTestRelay(b, defaultConfig(b))
+	others := make(map[peer.ID]*otherRelay)
+	for _, c := range joinCrowd(b, r, maxRelays) { // which are connected
+		others[c.id] = &otherRelay{place: sha256.Sum256([]byte(c.id))}
+	}
+	r.federation.others.Store(&others)
+	key := newGroupKey()
+	for b.Loop() {
+		r.federation.keepers(key)
+	}
 }

@@ -11,7 +11,7 @@ package main
 import (
 	"hash/maphash"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 )
 
@@ -20,18 +20,24 @@ const (
 	// with one connection ID. A client sends one to three with the ID that it chose,
 	// as many with the ID that the relay chose, and repeats what is lost after 1, 2
 	// and 4 s (RFC 9002, 6.2). So the limit suffices for the 10 s that quic-go allows
-	// for a handshake.
+	// for a handshake. handshakeBurst of them may come in the first second, and
+	// handshakePace more in each second after that, so that the tracer sees what is in
+	// them before all have passed: see spend.
 	handshakeDatagrams = 12
+	handshakeBurst     = 6
+	handshakePace      = 2
 
 	// handshakeAge sets how long the gate remembers a connection ID, in seconds:
 	// twice as long as quic-go keeps a connection whose handshake is not done.
 	handshakeAge = 20
 
-	// gateSlots sets how many connection IDs the gate tells apart. It is a power of
-	// two. IDs that share a slot share its datagrams. To fill all slots takes 40 000
-	// datagrams a second, and quic-go drops most of those anyway. The slots take 512
-	// KiB.
-	gateSlots = 1 << 16
+	// gateSets and gateWays set how many connection IDs the gate remembers: a set, which
+	// a hash chooses, has room for gateWays. They take 512 KiB. In a full set, a new ID
+	// takes the place of the one that has had the fewest datagrams. So IDs that have had
+	// all of theirs stay, unless 40 000 datagrams a second come; and even then no other
+	// ID is kept out.
+	gateSets = 1 << 14
+	gateWays = 4
 )
 
 // gate lets a few datagrams of each handshake through. It takes the same memory
@@ -40,9 +46,15 @@ type gate struct {
 	seed  maphash.Seed
 	start time.Time
 
-	// slots hold two numbers each. The upper half is when the slot's first datagram
-	// came, in seconds since start; the lower half is how many have come since.
-	slots [gateSlots]atomic.Uint64
+	mu   sync.Mutex
+	sets [gateSets][gateWays]gateCount
+}
+
+// gateCount says how many datagrams had a connection ID.
+type gateCount struct {
+	id    uint32 // a part of the hash
+	since uint16 // when the first one came, in seconds since the gate's start, modulo 2^16
+	n     uint16 // 0: the place is free
 }
 
 func newGate() *gate { return &gate{seed: maphash.MakeSeed(), start: time.Now()} }
@@ -78,18 +90,44 @@ func (g *gate) admit(datagram []byte) bool {
 // count counts a datagram with that connection ID, and reports whether it is within
 // handshakeDatagrams. now is in seconds since start.
 func (g *gate) count(id []byte, now uint64) bool {
-	slot := &g.slots[maphash.Bytes(g.seed, id)%gateSlots]
-	for {
-		was := slot.Load()
-		since, n := was>>32, was&(1<<32-1)
-		if n == 0 || now-since >= handshakeAge {
-			since, n = now, 0
+	hash := maphash.Bytes(g.seed, id)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	set := &g.sets[hash%gateSets]
+	place := &set[0] // of the ID, or the one to give up
+	for i := range set {
+		c := &set[i]
+		if uint16(now)-c.since >= handshakeAge {
+			c.n = 0
 		}
-		if n >= handshakeDatagrams {
-			return false
+		if c.n > 0 && c.id == uint32(hash>>32) {
+			place = c
+			break
 		}
-		if slot.CompareAndSwap(was, since<<32|(n+1)) {
-			return true
+		if c.n < place.n {
+			place = c
+		}
+	}
+	if place.n == 0 || place.id != uint32(hash>>32) {
+		*place = gateCount{uint32(hash >> 32), uint16(now), 0}
+	}
+	if age := uint16(now) - place.since; place.n >= min(handshakeDatagrams, handshakeBurst+handshakePace*age) {
+		return false
+	}
+	place.n++
+	return true
+}
+
+// spend lets no more datagrams with that connection ID pass.
+func (g *gate) spend(id []byte) {
+	now := time.Since(g.start) / time.Second
+	g.count(id, uint64(now)) // so that it has a place
+	hash := maphash.Bytes(g.seed, id)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for i := range g.sets[hash%gateSets] {
+		if c := &g.sets[hash%gateSets][i]; c.n > 0 && c.id == uint32(hash>>32) {
+			c.n = handshakeDatagrams
 		}
 	}
 }

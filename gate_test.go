@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"net"
 	"slices"
 	"sync"
@@ -24,8 +25,8 @@ func TestGateBoundsEachHandshake(t *testing.T) {
 			passed++
 		}
 	}
-	if passed != handshakeDatagrams {
-		t.Errorf("%d datagrams of one handshake passed, want %d", passed, handshakeDatagrams)
+	if passed != handshakeBurst {
+		t.Errorf("%d datagrams of one handshake passed, want %d", passed, handshakeBurst)
 	}
 	if !g.admit(initial("honest")) {
 		t.Error("the first datagram of another handshake was dropped")
@@ -41,6 +42,70 @@ func TestGateBoundsEachHandshake(t *testing.T) {
 	for _, broken := range [][]byte{nil, {0xc0}, {0xc0, 0, 0, 0, 1, 8, 1}} {
 		if !g.admit(broken) {
 			t.Errorf("the gate dropped %x, want it to reach quic-go", broken)
+		}
+	}
+}
+
+// However many handshakes a flood pretends to begin, others' handshakes get through, and
+// those that have had all of their datagrams get no more.
+func TestGateKeepsNobodyOut(t *testing.T) {
+	g := newGate()
+	id := func(kind byte, n int) []byte { return binary.BigEndian.AppendUint64([]byte{kind}, uint64(n)) }
+	for n := range 1000 {
+		for range handshakeBurst {
+			g.count(id('a', n), 1)
+		}
+	}
+	for n := range 4 * gateSets * gateWays { // tiny datagrams, say
+		g.count(id('f', n), 1)
+	}
+	again := 0
+	for n := range 1000 {
+		if g.count(id('a', n), 1) {
+			again++
+		}
+	}
+	if again > 10 {
+		t.Errorf("%d of 1000 connection IDs got more than their datagrams", again)
+	}
+	for n := range 4 * gateSets * gateWays { // whole floods
+		for range handshakeBurst {
+			g.count(id('g', n), 2)
+		}
+	}
+	for n := range 1000 {
+		for i := range handshakeBurst {
+			if !g.count(id('h', n), 3) {
+				t.Fatalf("datagram %d of honest handshake %d was dropped", i, n)
+			}
+		}
+	}
+}
+
+// A handshake that takes long gets more datagrams through, but no more than one may have,
+// and one that turns out to be hostile gets none.
+func TestGateLetsRepetitionsThrough(t *testing.T) {
+	g := newGate()
+	passed := 0
+	for now := range uint64(handshakeAge) {
+		for range 4 {
+			if g.count([]byte("slow"), now) {
+				passed++
+			}
+		}
+		if now == 1 && passed < handshakeBurst+handshakePace {
+			t.Errorf("%d datagrams passed within two seconds, want at least %d", passed, handshakeBurst+handshakePace)
+		}
+	}
+	if passed != handshakeDatagrams {
+		t.Errorf("%d datagrams passed, want %d", passed, handshakeDatagrams)
+	}
+	for _, id := range [][]byte{[]byte("hostile"), []byte("known already")} {
+		if len(id) > 8 {
+			g.count(id, 0)
+		}
+		if g.spend(id); g.count(id, 1) {
+			t.Errorf("a datagram of %q passed although its handshake is hostile", id)
 		}
 	}
 }
@@ -64,8 +129,8 @@ func TestGateCountsForSeveralGoroutines(t *testing.T) {
 	for _, n := range passed {
 		sum += n
 	}
-	if sum != handshakeDatagrams {
-		t.Errorf("%d datagrams passed, want %d", sum, handshakeDatagrams)
+	if sum != handshakeBurst {
+		t.Errorf("%d datagrams passed, want %d", sum, handshakeBurst)
 	}
 }
 
@@ -102,8 +167,8 @@ func TestHandshakesFitThroughTheGate(t *testing.T) {
 	for _, n := range counts {
 		most = max(most, n)
 	}
-	if t.Logf("at most %d datagrams with one connection ID", most); most > handshakeDatagrams/2 || most == 0 {
-		t.Errorf("a handshake sent %d datagrams with one connection ID, want at most half of %d", most, handshakeDatagrams)
+	if t.Logf("at most %d datagrams with one connection ID", most); most > handshakeBurst || most == 0 {
+		t.Errorf("a handshake sent %d datagrams with one connection ID, want at most %d", most, handshakeBurst)
 	}
 }
 
@@ -129,11 +194,11 @@ func TestGateTakesOutWhatIsTooMuch(t *testing.T) {
 	short := make([]byte, 1200)
 	short[0] = 0x40
 	tap := newGate().behind(func([]arrival) {})
-	for n := range 2 * handshakeDatagrams {
+	for n := range 2 * handshakeBurst {
 		a := []arrival{{size: 1200, data: slices.Concat(short, initial, short)}}
 		tap(a)
 		want := slices.Concat(short, initial, short)
-		if n >= handshakeDatagrams {
+		if n >= handshakeBurst {
 			want = slices.Concat(short, short)
 		}
 		if !bytes.Equal(a[0].data, want) {

@@ -60,14 +60,19 @@ func testContext(t testing.TB) context.Context {
 // testTimeout.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(testTimeout)
+	eventuallyWithin(t, testTimeout, what, ok)
+}
+
+func eventuallyWithin(t testing.TB, timeout time.Duration, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(timeout)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			t.Fatalf("not within %v: %s", testTimeout, what)
+			t.Fatalf("not within %v: %s", timeout, what)
 		}
 	}
 }

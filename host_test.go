@@ -3,8 +3,14 @@ package main
 // Whether a libp2p host leaves anything behind, and what its TLS says to whom.
 
 import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"runtime"
 	"testing"
@@ -15,6 +21,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/transport"
+	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	manet "github.com/multiformats/go-multiaddr/net"
 	quicgo "github.com/quic-go/quic-go"
 )
@@ -76,6 +83,89 @@ func TestWrongALPNGetsItsAlert(t *testing.T) {
 	}
 	if conn, err := dialTLS(t, r, []string{"h3", alpn}, nil); err != nil || conn.ConnectionState().TLS.NegotiatedProtocol != alpn {
 		t.Errorf("offering ours among others: %v", err)
+	}
+}
+
+// Nobody gets in under another device's ID: a certificate has to be signed with the key
+// of the ID that it names, although the handshake itself does not look at that.
+func TestCertificateHasToProveItsID(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	victim := newLightIdentity(t)
+	own, other := ecdsaKey(t), ecdsaKey(t)
+	signed := func(key *ecdsa.PrivateKey) []pkix.Extension {
+		ext, err := p2ptls.GenerateSignedExtension(victim.key, key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []pkix.Extension{ext}
+	}
+	forged := signed(own)
+	forged[0].Value = bytes.Clone(forged[0].Value)
+	forged[0].Value[len(forged[0].Value)-1] ^= 1
+	for _, c := range []struct {
+		name string
+		ext  []pkix.Extension
+		end  time.Time
+		ok   bool
+	}{
+		{"no ID", nil, time.Now().Add(time.Hour), false},
+		{"another certificate's proof", signed(other), time.Now().Add(time.Hour), false},
+		{"a forged signature", forged, time.Now().Add(time.Hour), false},
+		{"an expired certificate", signed(own), time.Now().Add(-time.Hour), false},
+		{"a good one", signed(own), time.Now().Add(time.Hour), true},
+	} {
+		template, err := certificateTemplate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		template.NotAfter, template.ExtraExtensions = c.end, c.ext
+		der, err := x509.CreateCertificate(rand.Reader, template, template, own.Public(), own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conf := &tls.Config{
+			InsecureSkipVerify: true,
+			NextProtos:         []string{alpn},
+			Certificates:       []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: own}},
+		}
+		addr, err := manet.ToNetAddr(r.info.Addrs[0][:2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := quicgo.DialAddr(testContext(t), addr.String(), conf, lightConfig())
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		connected := func() bool { return r.host.Network().Connectedness(victim.id) == network.Connected }
+		if c.ok {
+			eventually(t, c.name+" gets in", connected)
+			conn.CloseWithError(0, "")
+			continue
+		}
+		eventually(t, c.name+" is refused", func() bool { return conn.Context().Err() != nil })
+		var refused *quicgo.ApplicationError
+		if err := context.Cause(conn.Context()); !errors.As(err, &refused) || !refused.Remote {
+			t.Errorf("%s: %v, want that the relay closes the connection", c.name, err)
+		}
+		if connected() {
+			t.Errorf("%s got in under another device's ID", c.name)
+		}
+	}
+}
+
+func ecdsaKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// No certificate stops the relay, whatever the standard library makes of it.
+func TestPanicAtACertificateIsAnError(t *testing.T) {
+	if survives([]*x509.Certificate{nil}) == nil { // at which x509 panics
+		t.Error("no error, want one")
 	}
 }
 

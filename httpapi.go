@@ -12,14 +12,15 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"path"
+	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
-
-	lru "github.com/hashicorp/golang-lru/v2"
 )
 
 // apiHandler answers every HTTP request.
@@ -81,13 +82,7 @@ func (h *apiHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // A request is one short line and a few headers, so seconds and kilobytes are
 // generous.
 func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
-	// Beyond maxHTTPConns the oldest connection is closed. An honest request takes
-	// one round trip, so someone who opens many connections to keep others out
-	// closes his own.
-	conns, err := lru.NewWithEvict(maxHTTPConns, func(c net.Conn, _ struct{}) { c.Close() })
-	if err != nil {
-		panic(err) // only for a size below one
-	}
+	conns := httpConns{by: make(map[netip.Prefix][]net.Conn)}
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -98,9 +93,9 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 		ConnState: func(c net.Conn, state http.ConnState) {
 			switch state {
 			case http.StateNew:
-				conns.Add(c, struct{}{})
+				conns.add(c)
 			case http.StateClosed:
-				conns.Remove(c)
+				conns.remove(c)
 			}
 		},
 		// net/http's complaints are about one connection each: debug.
@@ -123,6 +118,60 @@ func stopHTTP(ctx context.Context, srv *http.Server) error {
 		return srv.Close()
 	}
 	return err
+}
+
+// httpConns are the open connections, oldest first, of each network. Beyond maxHTTPConns
+// the oldest connection of a network that has more than others is closed, so someone who
+// opens many to keep others out closes his own.
+type httpConns struct {
+	mu  sync.Mutex
+	all int
+	by  map[netip.Prefix][]net.Conn
+}
+
+func (h *httpConns) add(c net.Conn) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	network := whoseConn(c)
+	h.by[network] = append(h.by[network], c)
+	h.all++
+	if h.all <= maxHTTPConns {
+		return
+	}
+	if len(h.by[network]) <= maxHTTPConns/len(h.by) {
+		for other, conns := range h.by {
+			if len(conns) > len(h.by[network]) {
+				network = other
+			}
+		}
+	}
+	oldest := h.by[network][0]
+	h.drop(network, 0)
+	oldest.Close()
+}
+
+// remove forgets a connection, unless add has.
+func (h *httpConns) remove(c net.Conn) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	network := whoseConn(c)
+	if i := slices.Index(h.by[network], c); i >= 0 {
+		h.drop(network, i)
+	}
+}
+
+// whoseConn returns the network from which c comes. All that are not TCP are in one.
+func whoseConn(c net.Conn) netip.Prefix {
+	addr, _ := c.RemoteAddr().(*net.TCPAddr) // nil is no address
+	return networkOf(addr.AddrPort().Addr().Unmap())
+}
+
+func (h *httpConns) drop(network netip.Prefix, i int) {
+	h.all--
+	h.by[network] = slices.Delete(h.by[network], i, i+1)
+	if len(h.by[network]) == 0 {
+		delete(h.by, network)
+	}
 }
 
 // healthTimeout bounds one request to healthRoute, over each address family.

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"runtime"
 	"strings"
@@ -154,6 +155,10 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 	p := start(t)
 	addr := strings.TrimPrefix(p.http, "http://")
 	const request = "GET " + identityRoute + " HTTP/1.1\r\nHost: relay\r\n"
+	var elsewhere net.IP
+	if runtime.GOOS == "linux" { // where all of 127.0.0.0/8 is loopback
+		elsewhere = net.IPv4(127, 0, 0, 2)
+	}
 
 	for _, hostile := range []struct {
 		name  string
@@ -179,7 +184,7 @@ func TestHostileHTTPClientsHoldNobodyUp(t *testing.T) {
 		t.Run(hostile.name, func(t *testing.T) {
 			over, cancel := context.WithCancel(context.Background())
 			honest := make(chan []time.Duration)
-			go func() { honest <- askUntil(t, over, p.http) }()
+			go func() { honest <- askUntil(t, over, p.http, elsewhere) }()
 
 			var conns sync.WaitGroup
 			for range hostile.conns {
@@ -246,9 +251,13 @@ func keepSending(c net.Conn, first, again string, every time.Duration) error {
 }
 
 // askUntil asks for the identity until over is done, each time as a new client and at
-// least once. It returns how long each answer took.
-func askUntil(t *testing.T, over context.Context, base string) (took []time.Duration) {
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testTimeout}
+// least once, from that address unless it is nil. It returns how long each answer took.
+func askUntil(t *testing.T, over context.Context, base string, from net.IP) (took []time.Duration) {
+	dialer := &net.Dialer{}
+	if from != nil {
+		dialer.LocalAddr = &net.TCPAddr{IP: from}
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: dialer.DialContext}, Timeout: testTimeout}
 	for {
 		began := time.Now()
 		resp, err := client.Get(base + identityRoute)
@@ -267,6 +276,45 @@ func askUntil(t *testing.T, over context.Context, base string) (took []time.Dura
 		}
 	}
 }
+
+// Whoever opens many connections loses his own, however old and slow those of others are.
+func TestHTTPConnectionsOfOthersStay(t *testing.T) {
+	h := httpConns{by: make(map[netip.Prefix][]net.Conn)}
+	open := func(a, b byte) *fakeConn {
+		c := &fakeConn{from: &net.TCPAddr{IP: net.IPv4(11, 0, a, b)}}
+		h.add(c)
+		return c
+	}
+	honest := open(0, 1)
+	var hostile []*fakeConn
+	for range 3 * maxHTTPConns {
+		hostile = append(hostile, open(0, 2))
+	}
+	second := open(0, 1)
+	for i, c := range hostile {
+		if want := i < 2*maxHTTPConns+2; c.closed != want {
+			t.Fatalf("connection %d of one address: closed %v, want %v", i, c.closed, want)
+		}
+	}
+	for i := range 3 * maxHTTPConns { // one each of many addresses
+		h.remove(open(byte(1+i/250), byte(i%250)))
+	}
+	if honest.closed || second.closed {
+		t.Error("an honest connection was closed for others")
+	}
+	if h.all > maxHTTPConns || len(h.by) > 2 {
+		t.Errorf("%d connections of %d networks are left", h.all, len(h.by))
+	}
+}
+
+type fakeConn struct {
+	net.Conn
+	from   net.Addr
+	closed bool
+}
+
+func (c *fakeConn) RemoteAddr() net.Addr { return c.from }
+func (c *fakeConn) Close() error         { c.closed = true; return nil }
 
 // A client that opens connections to keep others out loses its own.
 func TestOldestHTTPConnectionGivesWay(t *testing.T) {

@@ -13,6 +13,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/proto"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/multiformats/go-multistream"
 	quicgo "github.com/quic-go/quic-go"
 	"golang.org/x/sys/unix"
@@ -541,6 +543,111 @@ func TestAttackSpoofedSources(t *testing.T) {
 	s.end(g)
 }
 
+// Handshakes that forged addresses begin and never end, in as many small pieces as fit into
+// their packets, take no more memory than is promised, and newcomers get in meanwhile.
+func TestAttackInitials(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	honestNS, attackerNS := l.public("honest", "11.0.0.2/8"), l.public("attacker", "11.0.0.3/8")
+	l.in(attackerNS, "ip route add local 11.77.0.0/16 dev lo")
+	honest := newCrowdFrom(t, l.sockets(honestNS, "11.0.0.2", 2))
+	g := newGroup(t, honest, s.bootstrap)
+	target := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("11.0.0.1:4001"))
+	newcomers, in, sent, highest := 0, 0, 0, int64(0)
+	for i := range sized(300, 5000) {
+		conn := l.sockets(attackerNS, fmt.Sprintf("11.77.%d.%d", i/250, 1+i%250), 1)[0]
+		for packet := range halfHandshake(newConnID(), nil) {
+			conn.WriteTo(packet, target)
+			sent++
+		}
+		conn.Close()
+		if i%20 == 0 {
+			highest = max(highest, s.rss(t))
+			newcomers++
+			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+			if client, err := honest.newcomer(ctx, s.bootstrap); err == nil {
+				in++
+				client.CloseWithError(0, "")
+			} else {
+				t.Logf("newcomer: %v", err)
+			}
+			cancel()
+		}
+	}
+	t.Logf("%d Initials from forged addresses; the relay had %d MiB; %d of %d newcomers got in", sent, highest>>20, in, newcomers)
+	if in < newcomers {
+		t.Errorf("%d of %d newcomers got in", in, newcomers)
+	}
+	s.end(g)
+}
+
+// newConnID returns the connection ID with which a client begins.
+func newConnID() []byte {
+	id := make([]byte, 16)
+	rand.Read(id)
+	return id
+}
+
+// halfHandshake yields Initials of one connection in pieces of a byte, a few more than
+// pass the gate. The first byte never comes, so QUIC keeps all others.
+func halfHandshake(id, token []byte) func(yield func([]byte) bool) {
+	return func(yield func([]byte) bool) {
+		offset := uint64(1)
+		for n := range uint32(handshakeDatagrams + 2) {
+			var frames []byte
+			for ; len(frames) < 1050 && offset < 16<<10; offset++ { // a handshake has 16 KiB at most
+				frames = append(frames, cryptoFrame(offset, []byte{1})...)
+			}
+			packet, err := initialPacket(id, token, n, frames)
+			if err != nil {
+				panic(err) // of a cipher that we have
+			}
+			if !yield(packet) {
+				return
+			}
+		}
+	}
+}
+
+// The same from addresses that are proven, so that as many are let in as clients.
+func TestAttackHandshakes(t *testing.T) {
+	s, g, _ := besieged(t, 1)
+	target, err := manet.ToNetAddr(s.bootstrap.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var begun, retried atomic.Int64
+	inParallel(t, sized(300, siegeClients-20), 128, func(ctx context.Context, i int) error {
+		conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		id, token := newConnID(), []byte(nil)
+		buf := make([]byte, 2048)
+		for packet := range halfHandshake(id, nil) {
+			// The first byte of the answer tells a Retry (RFC 9000, 17.2.5).
+			conn.WriteTo(packet, target)
+			conn.SetReadDeadline(time.Now().Add(time.Second))
+			if n, err := conn.Read(buf); err == nil && buf[0]&0xf0 == 0xf0 {
+				own := 6 + int(buf[5])
+				id = slices.Clone(buf[own+1:][:buf[own]])
+				token = slices.Clone(buf[own+1+int(buf[own]) : n-16])
+				retried.Add(1)
+			}
+			break
+		}
+		for packet := range halfHandshake(id, token) {
+			conn.WriteTo(packet, target)
+		}
+		begun.Add(1)
+		return nil
+	})
+	g.goesOn()
+	t.Logf("%d handshakes begun, %d with a Retry; the relay has %d MiB", begun.Load(), retried.Load(), s.rss(t)>>20)
+	s.end(g)
+}
+
 // siege starts the relay in a namespace of the lab, at 11.0.0.1.
 func (l *lab) siege(t *testing.T) *siege {
 	t.Helper()
@@ -575,6 +682,24 @@ func (l *lab) counted(s *siege, name string) int64 {
 // sockets returns n UDP sockets of this process that are bound to ip in ns.
 func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 	l.t.Helper()
+	err := within(ns, func() error {
+		for range n {
+			conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
+			if err != nil {
+				return err
+			}
+			conns = append(conns, conn)
+		}
+		return nil
+	})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return conns
+}
+
+// within calls do on a thread that is in the namespace ns. What do opens is there.
+func within(ns string, do func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		// If the thread cannot return to its namespace, it ends with this goroutine.
@@ -593,12 +718,8 @@ func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 			if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
 				return err
 			}
-			for range n {
-				conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(ip), 0)))
-				if err != nil {
-					return err
-				}
-				conns = append(conns, conn)
+			if err := do(); err != nil {
+				return err
 			}
 			if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
 				return err
@@ -607,10 +728,59 @@ func (l *lab) sockets(ns, ip string, n int) (conns []*net.UDPConn) {
 			return nil
 		}()
 	}()
-	if err := <-done; err != nil {
-		l.t.Fatal(err)
+	return <-done
+}
+
+// Connections to the identity endpoint that come by the thousands from one address take
+// none of the answers of a client that is far away.
+func TestAttackHTTP(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	g := newGroup(t, newCrowdFrom(t, l.sockets(l.public("group", "11.0.0.2/8"), "11.0.0.2", 1)), s.bootstrap)
+	attackers := l.public("attacker", "11.0.0.3/8")
+	honest := l.labClient(l.far("honest", 150*time.Millisecond, 0, "11.0.0.4/8"))
+	const endpoint = "11.0.0.1:4002"
+	ctx, cancel := context.WithCancel(context.Background())
+	var opened atomic.Int64
+	var attacking sync.WaitGroup
+	for range 8 {
+		attacking.Go(func() {
+			err := within(attackers, func() error {
+				held := make([]*net.TCPConn, 400) // together more than the relay keeps
+				for i := 0; ctx.Err() == nil; i = (i + 1) % len(held) {
+					if held[i] != nil {
+						held[i].SetLinger(0) // its port is free again at once
+						held[i].Close()
+					}
+					var err error
+					if held[i], err = net.DialTCP("tcp4", nil, net.TCPAddrFromAddrPort(netip.MustParseAddrPort(endpoint))); err != nil {
+						return err
+					}
+					opened.Add(1)
+				}
+				for _, c := range held {
+					if c != nil {
+						c.Close()
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
 	}
-	return conns
+	eventually(t, "the endpoint is full", func() bool { return opened.Load() > 2*maxHTTPConns })
+	before, began := opened.Load(), time.Now()
+	for i := range sized(10, 100) {
+		if _, err := honest.try(labRequest{Do: "identity", URL: "http://" + endpoint + identityRoute}); err != nil {
+			t.Errorf("question %d of an honest client: %v", i, err)
+		}
+	}
+	t.Logf("%.0f connections a second", float64(opened.Load()-before)/time.Since(began).Seconds())
+	cancel()
+	attacking.Wait()
+	s.end(g)
 }
 
 // capturedInitials returns the first packets of n handshakes.

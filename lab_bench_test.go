@@ -180,6 +180,7 @@ func BenchmarkCapacity(b *testing.B) {
 		{"latency", benchLatency},
 		{"bandwidth", benchBandwidth},
 		{"clients", benchClients},
+		{"steady", benchSteady},
 	} {
 		b.Run(part.name, func(b *testing.B) { part.run(b, t) })
 	}
@@ -593,6 +594,67 @@ func settle(t testing.TB, p *process) {
 			return
 		}
 	}
+}
+
+// benchSteady measures what clients cost once they are connected: first if they only keep
+// their connections, then if each looks for its group every 30 s, as the deployed ones do.
+// Their looks are spread over the 30 s, so requests hardly ever share a packet, a system
+// call or a turn of the scheduler, as they do in benchKad.
+func benchSteady(b *testing.B, t *table) {
+	t.row("")
+	t.row("clients", "relay CPU µs a second for each: connected", "and looking", "relay CPU µs per request", "looks failed")
+	for _, n := range []int{2000, 8000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) { benchSteadyOf(b, t, n) })
+	}
+}
+
+func benchSteadyOf(b *testing.B, t *table, n int) {
+	const period, requests = 30 * time.Second, 3
+	p := benchRelay(b, "product", "--max-clients=12000")
+	defer p.kill()
+	c := newCrowd(b, n)
+	clients := make([]*lightClient, n)
+	inParallel(b, n, 32, func(ctx context.Context, i int) (err error) {
+		clients[i], err = c.newcomer(ctx, p.bootstrap)
+		return err
+	})
+	settle(b, p)
+	each := func(do func()) (share float64) { // of a core, for one client
+		began, cpu := time.Now(), p.cpu(b)
+		do()
+		return (p.cpu(b) - cpu).Seconds() / time.Since(began).Seconds() / float64(n)
+	}
+	connected := each(func() { time.Sleep(period) })
+	var failed atomic.Int64
+	looking := each(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*period)
+		defer cancel()
+		var looks sync.WaitGroup
+		began := time.Now()
+		for i, client := range clients {
+			time.Sleep(time.Until(began.Add(time.Duration(i) * period / time.Duration(n))))
+			looks.Go(func() {
+				if client.look(ctx, fmt.Sprint("group ", i/3)) != nil {
+					failed.Add(1)
+				}
+			})
+		}
+		looks.Wait()
+	})
+	t.row(n, connected*1e6, looking*1e6, (looking-connected)*1e6*period.Seconds()/requests, failed.Load())
+}
+
+// look does what a device does every 30 s: it stores its group's record, before which it
+// asks who is close to it, and looks for that record at the same moment.
+func (c *lightClient) look(ctx context.Context, group string) error {
+	key := []byte(recordPrefix + "syncgroup/" + group)
+	got := make(chan error, 1)
+	go func() {
+		_, err := c.ask(ctx, getMessage(key))
+		got <- err
+	}()
+	_, err := c.ask(ctx, findMessage(key))
+	return errors.Join(err, c.put(ctx, group), <-got)
 }
 
 // benchKad measures DHT requests, 16 at a time, each by another client.

@@ -17,6 +17,7 @@ import (
 	"runtime/pprof"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -409,5 +410,21 @@ func TestRelayEndsWhatClientsLeaveOpen(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A name that does not resolve is told once, by us: go-libp2p's swarm would warn at each
+// dial, for as long as DNS is down.
+func TestSwarmWarnsOfNoName(t *testing.T) {
+	l := newLab(t)
+	cmd := command(t, "--port=0", "--http-port=0", "--bootstrap=/dns4/relay.invalid/udp/4001/quic-v1/p2p/"+newLightIdentity(t).id.String())
+	cmd.Args = append([]string{"ip", "netns", "exec", l.namespace("alone")}, cmd.Args...)
+	cmd.Path, _ = exec.LookPath("ip")
+	p := launch(t, cmd)
+	eventually(t, "the relay says that the name does not resolve", func() bool { return strings.Contains(p.stderr.String(), "relay.invalid") })
+	p.Process.Signal(syscall.SIGTERM)
+	p.wait(t)
+	if strings.Contains(p.stderr.String(), "logger=swarm2") {
+		t.Errorf("the swarm's lines are in the log:\n%s", p.stderr)
 	}
 }

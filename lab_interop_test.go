@@ -9,6 +9,7 @@ package main
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,9 +32,12 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// buildRust compiles the program once. Its target directory is outside of the
-// checkout, so that the next run is quick.
-var buildRust = sync.OnceValues(func() (string, error) {
+// buildRust compiles the client once.
+var buildRust = sync.OnceValues(func() (string, error) { return cargoBuild("release", "interop") })
+
+// cargoBuild compiles a program of interop/ and returns its path. Its target directory is
+// outside of the checkout, so that the next run is quick.
+func cargoBuild(profile, name string) (string, error) {
 	target := os.Getenv("CARGO_TARGET_DIR")
 	if target == "" {
 		cache, err := os.UserCacheDir()
@@ -42,13 +46,13 @@ var buildRust = sync.OnceValues(func() (string, error) {
 		}
 		target = filepath.Join(cache, "privstack-relay-interop")
 	}
-	cmd := exec.Command("cargo", "build", "--release", "--locked", "--target-dir", target)
+	cmd := exec.Command("cargo", "build", "--profile", profile, "--bin", name, "--locked", "--target-dir", target)
 	cmd.Dir = "interop"
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("cargo build: %w\n%s", err, out)
 	}
-	return filepath.Join(target, "release", "interop"), nil
-})
+	return filepath.Join(target, profile, name), nil
+}
 
 // rustClient is a running client.
 type rustClient struct {
@@ -290,6 +294,41 @@ func TestRustClientsOfTwoRelaysMeet(t *testing.T) {
 	late.wait("connected", "peer", b.id)
 	late.wait("found", "peer", a.id) // which now publishes where b does
 	late.wait("connected", "peer", a.id)
+}
+
+// The clients ask every relay that they have met, for their record and for random IDs. Of
+// many relays they come to know those alone that they need.
+func TestRustClientsKnowFewRelays(t *testing.T) {
+	p := &party{alive: newRing(t, 8)}
+	home := p.alive[0].info
+	var clients []*rustClient
+	for range 3 {
+		clients = append(clients, startRust(t, home, "family"))
+	}
+	for _, c := range clients {
+		for _, mate := range clients {
+			if mate != c {
+				c.wait("found", "peer", mate.id)
+			}
+		}
+		eventually(t, "it has looked ten times", func() bool {
+			return len(slices.DeleteFunc(c.seen(0), func(e rustEvent) bool { return !e.is("searched") })) > 10
+		})
+	}
+	hash := sha256.Sum256([]byte("family"))
+	needed := append(p.closest(append([]byte(recordPrefix+"syncgroup/"), hash[:]...)), home.ID)
+	for _, c := range clients {
+		met := 0
+		for _, r := range p.alive {
+			if c.has("connected", "peer", r.info.ID.String()) {
+				met++
+				if !slices.Contains(needed, r.info.ID) {
+					t.Errorf("%s has met a relay that neither it nor its mates need", c.id)
+				}
+			}
+		}
+		t.Logf("a device has met %d relays of %d", met, len(p.alive))
+	}
 }
 
 // Users of one relay who share no sync code stay strangers.

@@ -11,6 +11,7 @@ package main
 // Who meets is asserted. How long it takes is printed, and never asserted.
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	kb "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 )
@@ -47,6 +49,7 @@ type site struct {
 	relay  *process
 	launch func() *process // starts the relay, again if it was killed
 	v4, v6 string          // where clients reach it
+	all    []*site         // with the other relays that know this one; nil: it is alone
 }
 
 // labRelayArgsEnv has more arguments for the relay, such as --verbose.
@@ -277,7 +280,9 @@ func (d *device) way(mate *device, s *site) string {
 	}
 	var direct, bridged bool
 	for _, addr := range addrs {
-		if strings.HasPrefix(addr, s.v4) || strings.HasPrefix(addr, s.v6) {
+		if slices.ContainsFunc(append([]*site{s}, s.all...), func(r *site) bool {
+			return strings.HasPrefix(addr, r.v4+"/") || strings.HasPrefix(addr, r.v6+"/") || addr == r.v4 || addr == r.v6
+		}) {
 			bridged = true
 		} else {
 			direct = true
@@ -387,6 +392,178 @@ func TestRustPairsMeet(t *testing.T) {
 		}
 	})
 	logTable(t, "first\t| second\t| stored\t| found\t| connected\t| message\t| 16 MiB\t| and back\t| way", rows)
+}
+
+// publicSites makes a lab with n relays that know each other: the first names all, and
+// the others name the first. rtt is added to each round trip to a relay.
+func publicSites(t testing.TB, n int, rtt time.Duration) []*site {
+	t.Helper()
+	l := newLab(t)
+	sites, files, names := make([]*site, n), make([]string, n), make([]string, n)
+	for i := range sites {
+		files[i] = filepath.Join(t.TempDir(), "key")
+		key := newTestKey(t)
+		if err := createIdentity(files[i], key); err != nil {
+			t.Fatal(err)
+		}
+		names[i] = fmt.Sprintf("--bootstrap=/ip4/11.0.0.%d/udp/4001/quic-v1/p2p/%s", i+1, peerIDOf(t, key))
+	}
+	for i := range sites {
+		named := names[:1]
+		if i == 0 {
+			named = names[1:]
+		}
+		ns := l.far(fmt.Sprint("relay", i), rtt, 0, fmt.Sprintf("11.0.0.%d/8", i+1), fmt.Sprintf("2a00:1::%d/64", i+1))
+		sites[i] = l.site(ns, append([]string{"--identity=" + files[i]}, named...)...)
+		sites[i].v4 = fmt.Sprintf("/ip4/11.0.0.%d/udp/4001/quic-v1", i+1)
+		sites[i].v6 = fmt.Sprintf("/ip6/2a00:1::%d/udp/4001/quic-v1", i+1)
+	}
+	for _, s := range sites {
+		s.all = sites
+		s.waitMesh()
+	}
+	return sites
+}
+
+// waitMesh waits until the relay is connected to all others.
+func (s *site) waitMesh() {
+	s.t.Helper()
+	eventuallyWithin(s.t, meshTimeout, "the relay is connected to all others", func() bool {
+		return strings.Count(s.relay.stderr.String(), `msg="other relay connected"`) >= len(s.all)-1
+	})
+}
+
+// keepers returns the sites whose relays keep the record of that code.
+func (s *site) keepers(code string) (keepers []*site) {
+	hash := sha256.Sum256([]byte(code))
+	at := kb.ConvertKey("/privstack/syncgroup/" + string(hash[:]))
+	var ids []peer.ID
+	for _, other := range s.all {
+		ids = append(ids, other.relay.bootstrap.ID)
+	}
+	ids = kb.SortClosestPeers(ids, at)[:min(groupRelays, len(ids))]
+	return slices.DeleteFunc(slices.Clone(s.all), func(r *site) bool { return !slices.Contains(ids, r.relay.bootstrap.ID) })
+}
+
+// relays returns those of its relays that d has been connected to.
+func (d *device) relays(s *site) (met []*site) {
+	for _, r := range s.all {
+		if d.has("connected", "peer", r.relay.peerID) {
+			met = append(met, r)
+		}
+	}
+	return met
+}
+
+// wrongDials counts the dials that ended at somebody else.
+func (d *device) wrongDials() (n int) {
+	for _, e := range d.seen(0) {
+		if e.is("dial_failed") && strings.Contains(strings.ToLower(e.str("error")), "unexpected peer") {
+			n++
+		}
+	}
+	return n
+}
+
+// Users who know different relays of a federation meet as fast as those of one relay, but
+// for the round trips to the relays that keep their record. And their devices are
+// connected to those alone, and to the relays that the two know.
+func TestRustPairsOfFourRelays(t *testing.T) {
+	kinds := [][2]place{{atPublic, atPublic}, {atRestricted, atRestricted}, {atRestricted, atSymmetric}, {atSymmetric, atSymmetric}, {atIPv6, atRestricted}}
+	const (
+		each = 4 // pairs of each kind
+		rtt  = 100 * time.Millisecond
+	)
+	var rows []string
+	for _, relays := range []int{1, 4} {
+		sites := publicSites(t, relays, rtt)
+		took := make([][]met, len(kinds))
+		var mu sync.Mutex
+		wrong, twice := 0, 0 // dials that ended at somebody else; pairs that connected twice
+		concurrently(t, len(kinds)*each, 3, func(i int) string {
+			return fmt.Sprintf("%d relays, %s then %s %d", relays, kinds[i%len(kinds)][0], kinds[i%len(kinds)][1], i/len(kinds))
+		}, func(t *testing.T, i int) {
+			kind, code := i%len(kinds), fmt.Sprint("pair ", i)
+			here, there := sites[i%relays].sub(t), sites[(i+1+i%3)%relays].sub(t) // of four: two that differ
+			first, second := here.place(kinds[kind][0], 2*i), here.place(kinds[kind][1], 2*i+1)
+			here.join(first, code)
+			m := there.meet(first, second, code)
+			mu.Lock()
+			defer mu.Unlock()
+			took[kind] = append(took[kind], m)
+			for _, d := range []*device{first, second} {
+				for _, r := range d.relays(here) {
+					if r.relay != here.relay && r.relay != there.relay && !slices.Contains(here.keepers(code), r) {
+						t.Error("a device is connected to a relay that neither keeps its record nor is known to its mate")
+					}
+				}
+				wrong += d.wrongDials()
+			}
+			if len(slices.DeleteFunc(second.seen(0), func(e rustEvent) bool { return !e.is("connected", "peer", first.id) })) > 1 {
+				twice++
+			}
+		})
+		t.Logf("%d relays: %d dials ended at somebody else, %d pairs of %d have connected twice", relays, wrong, twice, len(kinds)*each)
+		for kind, all := range took {
+			var found, connected, message []time.Duration
+			ways := map[string]int{}
+			for _, m := range all {
+				found, connected, message = append(found, m.found), append(connected, m.connected), append(message, m.message)
+				ways[m.way]++
+			}
+			rows = append(rows, fmt.Sprintf("%d\t| %s\t| %s\t| %s\t| %s\t| %s\t| %v", relays, kinds[kind][0], kinds[kind][1],
+				seconds(percentile(found, 0.5)), seconds(percentile(connected, 0.5)), seconds(percentile(message, 0.5)), ways))
+		}
+	}
+	t.Logf("a round trip to a relay takes %v", rtt)
+	logTable(t, "relays\t| first\t| second\t| found, median\t| connected\t| message\t| ways", rows)
+}
+
+// A family whose devices know four different relays go on when a relay is gone that keeps
+// its record, and when it is back; so does a device that comes meanwhile.
+func TestRustGroupOutlivesARelay(t *testing.T) {
+	const code = "family"
+	sites := publicSites(t, 4, 0)
+	var devices []*device
+	join := func(home *site, at place) {
+		t.Helper()
+		d := home.place(at, len(devices))
+		home.join(d, code)
+		home.settle(d)
+		devices = append(devices, d)
+	}
+	// talk waits until each pair has exchanged messages, over new connections where the
+	// old ones ran through a relay that is gone.
+	talk := func(when string) {
+		t.Helper()
+		began := time.Now()
+		var talking sync.WaitGroup
+		for n, d := range devices {
+			for _, mate := range devices[:n] {
+				talking.Go(func() { sites[0].talk([2]*device{d, mate}, began, 2*meetWithin) })
+			}
+		}
+		talking.Wait()
+		wrong := 0
+		for _, d := range devices {
+			wrong += d.wrongDials()
+		}
+		t.Logf("%s: %d devices talk after %v; %d dials so far ended at somebody else", when, len(devices), time.Since(began).Round(time.Second/10), wrong)
+	}
+	for i, at := range []place{atPublic, atRestricted, atSymmetric, atFirewall} {
+		join(sites[i], at)
+	}
+	talk("all are there")
+	keeper := sites[0].keepers(code)[0]
+	alive := slices.DeleteFunc(slices.Clone(sites), func(s *site) bool { return s == keeper })
+	keeper.relay.kill()
+	talk("a relay is killed that keeps the record")
+	join(alive[0], atSymmetric)
+	talk("a device comes")
+	keeper.relay = keeper.launch()
+	keeper.waitMesh()
+	join(keeper, atRestricted)
+	talk("the relay is back, and a device comes that knows it")
 }
 
 // A family's devices: each comes to exchange messages with each other one, though the

@@ -47,9 +47,81 @@ type rawConn struct {
 	relay  net.Addr
 	id     []byte // the relay's connection ID
 	number uint32 // of the last packet
+	keys   packetKeys
+}
+
+// packetKeys protect the packets of one direction (RFC 9001, 5), with AES-128-GCM.
+type packetKeys struct {
 	aead   cipher.AEAD
 	iv     []byte
 	header cipher.Block
+}
+
+// expandLabel is HKDF-Expand-Label of TLS 1.3 (RFC 8446, 7.1).
+func expandLabel(secret []byte, label string, length int) []byte {
+	info := binary.BigEndian.AppendUint16(nil, uint16(length))
+	info = append(info, byte(len("tls13 "+label)))
+	info = append(info, "tls13 "+label+"\x00"...)
+	key, _ := hkdf.Expand(sha256.New, secret, string(info), length)
+	return key
+}
+
+func newPacketKeys(secret []byte) (k packetKeys, err error) {
+	block, err := aes.NewCipher(expandLabel(secret, "quic key", 16))
+	if err != nil {
+		return k, err
+	}
+	if k.aead, err = cipher.NewGCM(block); err != nil {
+		return k, err
+	}
+	k.iv = expandLabel(secret, "quic iv", 12)
+	k.header, err = aes.NewCipher(expandLabel(secret, "quic hp", 16))
+	return k, err
+}
+
+// seal returns a packet that begins with header, which lacks only the packet number. That
+// has four bytes.
+func (k packetKeys) seal(header []byte, number uint32, frames []byte) []byte {
+	p, at := slices.Clone(header), len(header)
+	p = binary.BigEndian.AppendUint32(p, number)
+	nonce := slices.Clone(k.iv)
+	for i, b := range binary.BigEndian.AppendUint64(nil, uint64(number)) {
+		nonce[4+i] ^= b
+	}
+	p = k.aead.Seal(p, nonce, frames, p)
+	var mask [16]byte
+	k.header.Encrypt(mask[:], p[at+4:at+20])
+	if p[0]&0x80 != 0 {
+		p[0] ^= mask[0] & 0x0f
+	} else {
+		p[0] ^= mask[0] & 0x1f
+	}
+	for i := range 4 {
+		p[at+i] ^= mask[1+i]
+	}
+	return p
+}
+
+// initialPacket returns an Initial packet of 1200 bytes and more, as whoever knows the
+// connection ID and the token of a Retry, if there was one, can make it (RFC 9001, 5.2,
+// and RFC 9000, 17.2.2).
+func initialPacket(id, token []byte, number uint32, frames []byte) ([]byte, error) {
+	salt, _ := hex.DecodeString("38762cf7f55934b34d179ae6a4c80cadccbb7f0a")
+	initial, err := hkdf.Extract(sha256.New, id, salt)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := newPacketKeys(expandLabel(initial, "client in", sha256.Size))
+	if err != nil {
+		return nil, err
+	}
+	frames = append(slices.Clone(frames), make([]byte, max(0, 1200-len(frames)))...) // PADDING
+	header := append([]byte{0xc3, 0, 0, 0, 1, byte(len(id))}, id...)
+	header = append(header, 8)
+	header = append(header, id[:8]...) // the client's own
+	header = append(quicvarint.Append(header, uint64(len(token))), token...)
+	header = quicvarint.AppendWithLen(header, uint64(4+len(frames)+keys.aead.Overhead()), 2)
+	return keys.seal(header, number, frames), nil
 }
 
 // mutedSocket is a client's socket, until it is muted. It has only the methods of a
@@ -57,6 +129,9 @@ type rawConn struct {
 type mutedSocket struct {
 	net.PacketConn
 	muted atomic.Bool
+	delay time.Duration // of what it writes; 0: none
+	loses atomic.Int64  // one of so many that it reads; 0: none
+	reads int64
 
 	mu  sync.Mutex
 	id  []byte // of the last packet with a short header
@@ -74,13 +149,27 @@ func (s *mutedSocket) WriteTo(p []byte, to net.Addr) (int, error) {
 		s.id = bytes.Clone(p[1 : 1+s.len])
 	}
 	s.mu.Unlock()
+	if s.delay > 0 {
+		p = bytes.Clone(p)
+		time.AfterFunc(s.delay, func() {
+			if !s.muted.Load() {
+				s.PacketConn.WriteTo(p, to)
+			}
+		})
+		return len(p), nil
+	}
 	return s.PacketConn.WriteTo(p, to)
 }
+
+func (*mutedSocket) SetReadBuffer(int) error  { return nil } // or quic-go complains
+func (*mutedSocket) SetWriteBuffer(int) error { return nil }
 
 func (s *mutedSocket) ReadFrom(p []byte) (int, net.Addr, error) {
 	for {
 		n, from, err := s.PacketConn.ReadFrom(p)
-		if err != nil || !s.muted.Load() {
+		s.reads++
+		lost := s.loses.Load() > 0 && s.reads%s.loses.Load() == 0
+		if err != nil || !s.muted.Load() && !lost {
 			return n, from, err
 		}
 	}
@@ -139,42 +228,14 @@ func (c *rawConn) derive(logged string) error {
 	if err != nil || len(secret) != sha256.Size {
 		return fmt.Errorf("a secret of %d bytes, %v", len(secret), err)
 	}
-	expand := func(label string, length int) []byte {
-		info := binary.BigEndian.AppendUint16(nil, uint16(length))
-		info = append(info, byte(len("tls13 "+label)))
-		info = append(info, "tls13 "+label+"\x00"...)
-		key, _ := hkdf.Expand(sha256.New, secret, string(info), length)
-		return key
-	}
-	block, err := aes.NewCipher(expand("quic key", 16))
-	if err != nil {
-		return err
-	}
-	if c.aead, err = cipher.NewGCM(block); err != nil {
-		return err
-	}
-	c.iv = expand("quic iv", 12)
-	c.header, err = aes.NewCipher(expand("quic hp", 16))
+	c.keys, err = newPacketKeys(secret)
 	return err
 }
 
 // send sends frames in one packet (RFC 9000, 17.3.1).
 func (c *rawConn) send(frames []byte) error {
 	c.number++
-	p := append([]byte{0x43}, c.id...)
-	at := len(p)
-	p = binary.BigEndian.AppendUint32(p, c.number)
-	nonce := slices.Clone(c.iv)
-	for i, b := range binary.BigEndian.AppendUint64(nil, uint64(c.number)) {
-		nonce[4+i] ^= b
-	}
-	p = c.aead.Seal(p, nonce, frames, p)
-	var mask [16]byte
-	c.header.Encrypt(mask[:], p[at+4:at+20])
-	p[0] ^= mask[0] & 0x1f
-	for i := range 4 {
-		p[at+i] ^= mask[1+i]
-	}
+	p := c.keys.seal(append([]byte{0x43}, c.id...), c.number, frames)
 	_, err := c.socket.PacketConn.WriteTo(p, c.relay)
 	return err
 }
@@ -245,6 +306,96 @@ var pieceAttacks = []struct {
 	}},
 }
 
+// dialGreedy connects a client that lets the relay send as much as it likes, and that is
+// far enough away for much to be in flight. Once its socket is muted it acknowledges
+// nothing more.
+func dialGreedy(ctx context.Context, t *testing.T, relay peer.AddrInfo) (*lightClient, *mutedSocket, error) {
+	conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return nil, nil, err
+	}
+	conn.SetReadBuffer(wantedBuffer) // so that little is lost
+	socket := &mutedSocket{PacketConn: conn, delay: 50 * time.Millisecond}
+	tr := &quicgo.Transport{Conn: socket}
+	t.Cleanup(func() {
+		socket.Close()
+		tr.Close()
+	})
+	conf := lightConfig()
+	conf.MaxIdleTimeout = time.Minute
+	conf.InitialStreamReceiveWindow, conf.InitialConnectionReceiveWindow = 64<<20, 64<<20
+	conf.MaxStreamReceiveWindow, conf.MaxConnectionReceiveWindow = 64<<20, 64<<20
+	who, err := makeLightIdentity()
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := (&crowd{transports: []*quicgo.Transport{tr}}).dialAs(ctx, who, relay, conf)
+	return c, socket, err
+}
+
+// Whoever acknowledges fast, and then nothing, keeps the relay from forgetting what it has
+// sent. That takes no more memory than is promised.
+func TestAttackUnacknowledged(t *testing.T) {
+	for _, attack := range []struct {
+		name  string
+		chunk int           // bytes in a message
+		every time.Duration // between messages; 0: as many as it takes
+	}{
+		{"bulk", 64 << 10, 0},
+		{"small messages", 20, 50 * time.Microsecond},
+	} {
+		t.Run(attack.name, func(t *testing.T) {
+			s, g, c := besieged(t, 8)
+			chat := newChat(t, s)
+			var circuits, delivered atomic.Int64
+			var feeding sync.WaitGroup
+			over, stop := context.WithCancel(context.Background())
+			defer stop()
+			feed := func(from *quicgo.Stream) {
+				chunk := make([]byte, attack.chunk)
+				for {
+					if _, err := from.Write(chunk); err != nil {
+						return
+					}
+					time.Sleep(attack.every)
+				}
+			}
+			inParallel(t, sized(24, 250), 8, func(ctx context.Context, i int) error {
+				to, socket, err := dialGreedy(ctx, t, s.bootstrap)
+				if err != nil {
+					return err
+				}
+				a, err := c.newcomer(ctx, s.bootstrap)
+				if err != nil {
+					return err
+				}
+				from, end, err := a.circuitTo(ctx, to)
+				if err != nil {
+					return nil // the relay has no more memory for circuits
+				}
+				circuits.Add(1)
+				unlimited(from)
+				feeding.Go(func() { feed(from) })
+				context.AfterFunc(over, func() { from.CancelWrite(0) })
+				end.SetDeadline(time.Now().Add(sized(time.Second, 3*time.Second)))
+				n, _ := io.Copy(io.Discard, end)
+				delivered.Add(n)
+				socket.muted.Store(true)
+				return nil
+			})
+			g.goesOn() // while the relay waits for acknowledgements
+			t.Logf("%d circuits carried %d MiB; the relay has %d MiB", circuits.Load(), delivered.Load()>>20, s.rss(t)>>20)
+			if circuits.Load() == 0 {
+				t.Error("no circuit was opened")
+			}
+			chat.end()
+			s.end(g)
+			stop()
+			feeding.Wait()
+		})
+	}
+}
+
 // What is sent in pieces of one byte takes no more memory than is promised, and who sends
 // so pays with his connection, not others with theirs.
 func TestAttackSmallPieces(t *testing.T) {
@@ -283,7 +434,7 @@ type chat struct {
 	t    *testing.T
 	stop func()
 	sent atomic.Int64
-	err  atomic.Value
+	err  atomic.Pointer[error] // the first
 }
 
 func newChat(t *testing.T, s *siege) *chat {
@@ -300,7 +451,7 @@ func newChat(t *testing.T, s *siege) *chat {
 	var chatting sync.WaitGroup
 	fail := func(err error) {
 		if err != nil && ctx.Err() == nil {
-			ch.err.CompareAndSwap(nil, err)
+			ch.err.CompareAndSwap(nil, &err)
 		}
 	}
 	chatting.Go(func() {
@@ -348,7 +499,7 @@ func (c *chat) end() {
 	before := c.sent.Load()
 	eventually(c.t, "the honest circuit goes on", func() bool { return c.sent.Load() > before+20 || c.err.Load() != nil })
 	if err := c.err.Load(); err != nil {
-		c.t.Errorf("an honest circuit of small messages: %v", err)
+		c.t.Errorf("an honest circuit of small messages: %v", *err)
 	}
 	c.stop()
 	c.t.Logf("honest circuit: %d small messages sent", c.sent.Load())

@@ -28,9 +28,16 @@ const (
 	// take about 70 each. A host of many containers has dozens.
 	maxOfferedAddrs = 16
 
-	// maxBootstrap is how many addresses of other relays --bootstrap accepts. Every
-	// answer names those relays beside the mate.
-	maxBootstrap = 8
+	// maxRelays is how many other relays a relay knows, and how many addresses of some
+	// --bootstrap accepts. maxVouched is the longest list of relays that one is told,
+	// in bytes: as long as maxRelays with as many addresses as are told of a peer.
+	maxRelays  = 64
+	maxVouched = maxRelays << 10
+
+	// groupRelays is how many relays keep a group's record: with two, nobody notices
+	// that one is gone. Each device of the group is connected to these beside the relay
+	// that it knows.
+	groupRelays = 2
 
 	// maxNamed is how many peers an answer names at most: the k of Kademlia, K_VALUE in
 	// rust-libp2p.
@@ -81,8 +88,7 @@ const (
 	// counts seconds in 32 bits.
 	maxCircuitDuration = math.MaxUint32 * time.Second
 
-	// maxHTTPConns is the most connections to the identity endpoint at once. An
-	// idle one costs 12 KiB: measured with 10 000.
+	// maxHTTPConns is the most connections to the identity endpoint at once.
 	maxHTTPConns = 1024
 
 	// minBandwidth is the least for --max-bandwidth, in bytes per second: with it
@@ -99,9 +105,20 @@ const (
 	// of RSS each at 10 000 clients, 74 at 5 000.
 	clientMemory = 68 << 10
 
-	// baseMemory is what the relay takes with nobody connected, in bytes: 20 MiB of
-	// RSS, garbage, and some for a burst.
-	baseMemory = 48 << 20
+	// baseMemory is what the relay takes whoever is connected, in bytes: 20 MiB of RSS
+	// with nobody there, garbage, HTTP connections, and the tables and buffers of the
+	// sockets.
+	baseMemory = 20<<20 + minGarbage + maxHTTPConns*httpConnMemory + gateMemory + 2*socketMemory
+
+	// httpConnMemory is what an HTTP connection costs, in bytes: measured with 10 000
+	// idle ones.
+	httpConnMemory = 12 << 10
+
+	// socketMemory is what belongs to each UDP socket, in bytes: the path guard, what it
+	// reads into, and the bridge's newcomers. gateMemory is the gate. TestSocketMemory
+	// adds them up. The kernel's own buffers come on top, and are not in the sum.
+	socketMemory = 832 << 10
+	gateMemory   = 512 << 10
 
 	// initialWindow is what a client may send before the relay has read any of it,
 	// in bytes, on one stream and on all. quic-go has 512 and 768 KiB, which a few
@@ -113,6 +130,16 @@ const (
 	// on a connection: 10 MiB/s for a circuit over 100 ms. With go-libp2p's 10 and
 	// 15 MiB a few clients would take what all share.
 	maxWindow = 1 << 20
+
+	// maxFlight caps what is booked for what a connection has not acknowledged, in bytes:
+	// 1 650 packets, so 18 MB/s to a client that is 100 ms away. With half of it, one
+	// circuit on loopback carried 63 and 98 MiB/s, and without a cap 170 and 198.
+	maxFlight = 3 << 20
+
+	// freeFlight is what the relay may send to a client before it has acknowledged any of
+	// it, whatever others do, in bytes as flight.go counts them: four packets. Most
+	// answers need one.
+	freeFlight = 8 << 10
 
 	// shareMemory is each client's own part of what comes and goes, in bytes: the
 	// streams that it can count on, and what it says in identify. Nothing that others
@@ -177,8 +204,9 @@ const (
 	maxDials = 8
 
 	// peerMemory is how much of the shared memory one peer can take, in bytes: the
-	// windows of its connections, its streams and circuits.
-	peerMemory = connsPerPeer*maxWindow*3/2 + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
+	// windows of its connections and what it has not acknowledged, its streams and
+	// circuits.
+	peerMemory = connsPerPeer*(maxWindow*3/2+maxFlight) + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
 	// groupMembers is how many devices of one group are remembered, and for how many
 	// other devices we know whether a device has met them. groupsPerClient is how many
@@ -279,13 +307,13 @@ func clientsFor(memory uint64) int {
 		memory = 512 << 20
 	}
 	usable := int64(min(memory, 1<<40)) - (baseMemory + sharedBase)
-	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+shareMemory+sharedMemory), 64), maxMaxClients))
+	return int(min(max(usable/(clientMemory+bridgeMemory+initialWindow+freeFlight+shareMemory+sharedMemory), 64), maxMaxClients))
 }
 
 // memory returns the most that the relay takes, in bytes, while all of its clients
 // do their worst. A thousand well-behaved ones take 60 % of it.
 func (l limits) memory() int64 {
-	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow+shareMemory) + l.shared()
+	return baseMemory + int64(l.clients)*(clientMemory+bridgeMemory+initialWindow+freeFlight+shareMemory) + l.shared()
 }
 
 // goMemory returns the part of memory() that the Go runtime should stay within, in

@@ -17,7 +17,7 @@ func TestClientsForMemory(t *testing.T) {
 	}{
 		{0, 1000, 10_000},                        // unknown
 		{1 << 20, 64, 64},                        // too small for anyone, but it starts
-		{512 << 20, 2400, 6000},                  //
+		{512 << 20, 2300, 6000},                  //
 		{1 << 30, 5000, 12_000},                  // the 5-dollar machine
 		{4 << 30, 20_000, 55_000},                //
 		{1 << 50, maxMaxClients, 1 << 20},        //
@@ -86,7 +86,7 @@ func TestLimitsFollowMaxClients(t *testing.T) {
 			t.Errorf("%d clients: memory for circuits is short of %d bytes", clients, buffers)
 		}
 		// The memory that the start log promises is enough for all of it.
-		if sum := baseMemory + int64(clients)*(clientMemory+initialWindow+shareMemory) + int64(host.System.Memory); l.memory() < sum {
+		if sum := baseMemory + int64(clients)*(clientMemory+bridgeMemory+initialWindow+freeFlight+shareMemory) + int64(host.System.Memory); l.memory() < sum {
 			t.Errorf("%d clients: the start log promises %d bytes, and they could take %d", clients, l.memory(), sum)
 		}
 	}

@@ -42,6 +42,13 @@ func newLogHandler(w io.Writer, level slog.Level, journal bool) slog.Handler {
 	return h
 }
 
+// tellLost returns a function that writes to a log that some of its lines were dropped.
+func tellLost(journal bool) func(w io.Writer, lost int64) {
+	return func(w io.Writer, lost int64) {
+		slog.New(newLogHandler(w, slog.LevelWarn, journal)).Warn("log lines dropped because they were not read fast enough", "lines", lost)
+	}
+}
+
 // priorityOf returns how a line of that level begins in the journal: with syslog's
 // priority in angle brackets.
 // https://www.freedesktop.org/software/systemd/man/sd-daemon.html

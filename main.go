@@ -75,7 +75,7 @@ func main() {
 	if err == nil {
 		return
 	}
-	stderr := newOutlet(os.Stderr)
+	stderr := newOutlet(os.Stderr, nil)
 	if isJournal(os.Stderr, os.Getenv(journalEnv)) {
 		io.WriteString(stderr, priorityOf(slog.LevelError))
 	}
@@ -124,7 +124,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 
 	// A write to a pipe that nobody reads any more then fails, and does not end us.
 	signal.Ignore(syscall.SIGPIPE)
-	out, lines := newOutlet(stdout), newOutlet(stderr)
+	journal := isJournal(stderr, os.Getenv(journalEnv))
+	out, lines := newOutlet(stdout, nil), newOutlet(stderr, tellLost(journal))
 	defer lines.finish()
 	defer out.finish()
 
@@ -132,7 +133,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if cfg.verbose {
 		level = slog.LevelDebug
 	}
-	log := slog.New(newLogHandler(lines, level, isJournal(stderr, os.Getenv(journalEnv))))
+	log := slog.New(newLogHandler(lines, level, journal))
 	joinLibraryLogs(log.Handler(), cfg.verbose)
 
 	id, err := loadOrCreateIdentity(cfg.keyFile)

@@ -30,6 +30,14 @@ const (
 	garbageShare = 4
 	minGarbage   = 16 << 20
 
+	// After a second in which more than rushAllocs bytes were allocated, as when 120
+	// clients join (134 KiB each), the heap may grow to a rushShare-th of the limit before
+	// garbage is collected. What lives of five sixths of the clients takes that much. With a
+	// third of the limit joining costs 7 % less CPU, but 5 000 of 6 000 clients take up to
+	// 84 KiB each instead of 73. Without more garbage in a rush it costs 46 % more CPU.
+	rushAllocs = 16 << 20
+	rushShare  = 4
+
 	// measuring is how often we compute GOGC's percentage anew.
 	measuring = time.Second
 
@@ -43,7 +51,7 @@ const (
 // boundMemory has the runtime do all of that, with limit in bytes, until stop restores
 // the settings from before. It leaves alone what the operator chose by GOGC or GOMEMLIMIT.
 func boundMemory(limit int64) (stop func()) {
-	percent := livePercent()
+	percent := livePercent(0)
 	before := debug.SetGCPercent(percent)
 	most := debug.SetMemoryLimit(limit)
 	chosen := os.Getenv("GOGC") != ""
@@ -59,11 +67,17 @@ func boundMemory(limit int64) (stop func()) {
 		measure, giveBack := time.NewTicker(measuring), time.NewTicker(givingBack)
 		defer measure.Stop()
 		defer giveBack.Stop()
+		allocated := readMetric("/gc/heap/allocs:bytes")
 		for {
 			select {
 			case <-measure.C:
+				var room uint64
+				sofar := allocated
+				if allocated = readMetric("/gc/heap/allocs:bytes"); allocated-sofar > rushAllocs {
+					room = uint64(limit) / rushShare
+				}
 				// Setting it stops the world, so only if it makes a difference.
-				if now := livePercent(); !chosen && max(now, percent)*10 > min(now, percent)*11 {
+				if now := livePercent(room); !chosen && max(now, percent)*10 > min(now, percent)*11 {
 					percent = now
 					debug.SetGCPercent(percent)
 				}
@@ -85,16 +99,20 @@ func boundMemory(limit int64) (stop func()) {
 }
 
 // garbagePercent returns the GOGC that lets garbage grow as far as it may when live bytes
-// are in use.
-func garbagePercent(live, roots uint64) int {
+// are in use, and at least until both take room bytes.
+func garbagePercent(live, roots, room uint64) int {
+	garbage := max(live/garbageShare, minGarbage)
+	if room > live {
+		garbage = max(garbage, room-live)
+	}
 	// The runtime applies the percentage to roots, too: stacks and globals.
-	return int(100 * max(live/garbageShare, minGarbage) / max(live+roots, minGarbage/4))
+	return int(100 * garbage / max(live+roots, minGarbage/4))
 }
 
 // livePercent returns garbagePercent for what is in use now.
-func livePercent() int {
+func livePercent(room uint64) int {
 	return garbagePercent(readMetric("/gc/heap/live:bytes"),
-		readMetric("/gc/scan/stack:bytes")+readMetric("/gc/scan/globals:bytes"))
+		readMetric("/gc/scan/stack:bytes")+readMetric("/gc/scan/globals:bytes"), room)
 }
 
 // readMetric reads a number of runtime/metrics.

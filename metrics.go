@@ -97,5 +97,7 @@ func (r relayCollector) Collect(out chan<- prometheus.Metric) {
 	metric(gauge, "bridges", "Bridges open.", float64(c.bridges))
 	metric(gauge, "dht_records", "DHT records held.", float64(c.records))
 	metric(gauge, "dht_record_bytes", "Bytes that the DHT records take, including what keeping them costs.", float64(c.recordBytes))
+	metric(gauge, "other_relays", "Other relays that are known.", float64(c.relays))
+	metric(gauge, "other_relays_connected", "Other relays that are connected.", float64(c.relaysConnected))
 	metric(gauge, "build_info", "Always 1; the labels say what was built.", 1, "version", buildVersion(), "goversion", runtime.Version())
 }

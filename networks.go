@@ -10,6 +10,7 @@ package main
 import (
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -113,6 +114,7 @@ type networkPlace struct {
 	networks *networks
 	network  netip.Prefix // zero: one that has room for all
 	conn     *quic.Conn   // nil: still in the handshake, where no client moves
+	at       net.Addr     // where it was counted last; nil: at the start
 	left     bool
 }
 
@@ -214,13 +216,19 @@ func (n *networks) close() {
 	}
 }
 
-// move gives each connection a place where its client is now, and closes those for
-// which there is none.
+// move gives each connection a place where its client is now, and a budget of the
+// network there. It closes those for which there is no place.
 func (n *networks) move() {
-	var full []*quic.Conn
+	var moved, full []*quic.Conn
 	n.mu.Lock()
 	for p := range n.here {
-		to := n.counted(whereIs(p.conn).Addr())
+		// quic-go keeps the same net.Addr until the client has moved.
+		at := p.conn.RemoteAddr()
+		if at == p.at {
+			continue
+		}
+		p.at = at
+		to := n.counted(addrPort(at).Addr())
 		if to == p.network {
 			continue
 		}
@@ -228,9 +236,16 @@ func (n *networks) move() {
 		if !n.enter(p, to) {
 			delete(n.here, p)
 			full = append(full, p.conn)
+		} else {
+			moved = append(moved, p.conn)
 		}
 	}
 	n.mu.Unlock()
+	for _, c := range moved {
+		if account := accountOf(c); account != nil {
+			account.moved(whereIs(c).Addr())
+		}
+	}
 	for _, c := range full {
 		n.tally.refuse(refusedNetwork)
 		c.CloseWithError(quic.ApplicationErrorCode(network.ConnResourceLimitExceeded), "")

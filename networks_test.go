@@ -205,3 +205,35 @@ func TestConnectionsAreCountedWhereTheyAre(t *testing.T) {
 		t.Errorf("connections are counted as %v, want %v", got, want)
 	}
 }
+
+// The requests of a client that has moved are paid for by the network where it is now:
+// the one that it has left may be somebody else's.
+func TestBudgetFollowsWhereClientsGo(t *testing.T) {
+	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: 3, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
+	nat, behind := newMovingNAT(t, r, "127.0.0.2")
+	h := newClient(t)
+	connect(t, h, behind)
+	account := piecesOf(r.host.Network().ConnsToPeer(h.ID())[0])
+	if got, want := account.budget.Load().network, netip.MustParsePrefix("127.0.0.2/32"); got != want {
+		t.Errorf("at first %v pays, want %v", got, want)
+	}
+	nat.move("127.0.0.3")
+	eventually(t, "the new network pays", func() bool {
+		toldAddr(testContext(t), h, behind)
+		return account.budget.Load().network == netip.MustParsePrefix("127.0.0.3/32")
+	})
+	b := r.sockets.pieces.budgets
+	users := func(network string) int {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if one := b.by[netip.MustParsePrefix(network)]; one != nil {
+			return one.users
+		}
+		return 0
+	}
+	if left, now := users("127.0.0.2/32"), users("127.0.0.3/32"); left != 0 || now != 1 {
+		t.Errorf("the budgets have %d and %d users, want 0 and 1", left, now)
+	}
+	h.Close()
+	eventually(t, "nobody uses the budget", func() bool { return users("127.0.0.3/32") == 0 })
+}

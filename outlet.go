@@ -5,7 +5,6 @@ package main
 
 import (
 	"io"
-	"log/slog"
 	"sync/atomic"
 	"time"
 )
@@ -25,6 +24,7 @@ const (
 // the rest. When the reader has gone, it drops everything. Make it with newOutlet,
 // end it with finish.
 type outlet struct {
+	tell  func(w io.Writer, lost int64)
 	parts chan outletPart
 	bytes atomic.Int64 // in parts
 	lost  atomic.Int64 // parts dropped since the last one written
@@ -39,9 +39,10 @@ type outletPart struct {
 	reached chan<- struct{} // closed when everything before it has been written; nil: no request
 }
 
-// newOutlet returns an outlet to w, whose Write may block.
-func newOutlet(w io.Writer) *outlet {
-	o := &outlet{parts: make(chan outletPart, outletLines), end: make(chan struct{}), ended: make(chan struct{})}
+// newOutlet returns an outlet to w, whose Write may block. Once w is read again after
+// parts were dropped, tell is called with w and their number, unless it is nil.
+func newOutlet(w io.Writer, tell func(w io.Writer, lost int64)) *outlet {
+	o := &outlet{tell: tell, parts: make(chan outletPart, outletLines), end: make(chan struct{}), ended: make(chan struct{})}
 	go o.run(w) // ends with finish, or with the process if w blocks
 	return o
 }
@@ -73,8 +74,8 @@ func (o *outlet) write(w io.Writer, part outletPart) {
 	}
 	w.Write(part.text)
 	o.bytes.Add(int64(-len(part.text)))
-	if lost := o.lost.Swap(0); lost > 0 {
-		slog.New(slog.NewTextHandler(w, nil)).Warn("log lines dropped because they were not read fast enough", "lines", lost)
+	if lost := o.lost.Swap(0); lost > 0 && o.tell != nil {
+		o.tell(w, lost)
 	}
 }
 

@@ -23,7 +23,7 @@ import (
 // Lines come out whole and in order, and finish waits for them.
 func TestOutletWritesInOrder(t *testing.T) {
 	var got bytes.Buffer
-	o := newOutlet(&got)
+	o := newOutlet(&got, nil)
 	var want bytes.Buffer
 	for i := range outletLines / 2 {
 		fmt.Fprintln(io.MultiWriter(o, &want), i)
@@ -38,7 +38,7 @@ func TestOutletWritesInOrder(t *testing.T) {
 // missed.
 func TestOutletDropsWhatNobodyReads(t *testing.T) {
 	read, write := io.Pipe()
-	o := newOutlet(write)
+	o := newOutlet(write, tellLost(true))
 	line := []byte(strings.Repeat("x", 999) + "\n")
 	for range 10 * outletBytes / len(line) {
 		if n, err := o.Write(line); n != len(line) || err != nil {
@@ -58,7 +58,8 @@ func TestOutletDropsWhatNobodyReads(t *testing.T) {
 		write.Close()
 	}()
 	got, err := io.ReadAll(read)
-	if err != nil || !bytes.Contains(got, fmt.Appendf(nil, "level=WARN msg=\"log lines dropped because they were not read fast enough\" lines=%d\n", lost)) {
+	// As the other lines in the journal: a priority, and no time.
+	if err != nil || !bytes.Contains(got, fmt.Appendf(nil, "\n<4>level=WARN msg=\"log lines dropped because they were not read fast enough\" lines=%d\n", lost)) {
 		t.Errorf("the log does not say that %d lines were dropped (%v)", lost, err)
 	}
 }

@@ -68,6 +68,7 @@ paths.go           what is sent to addresses that nobody has proven
 sockets_udp.go     ... one socket, and the one that reads one datagram at a time
 networks.go        where clients are now, and how many connections each network has
 pieces.go          what clients make quic-go keep in small pieces
+flight.go          what has been sent and not acknowledged
 budgets.go         how much CPU one network can take
 shares.go          streams and memory of each client's own
 host.go            a libp2p host that speaks QUIC alone

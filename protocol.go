@@ -21,6 +21,11 @@ const (
 	// to the nodes of IPFS.
 	kadProtocol protocol.ID = "/ipfs/kad/1.0.0"
 
+	// vouchProtocol asks a relay for the other relays that its operator named. The
+	// answer is their addresses, one a line as --bootstrap takes them, and then the
+	// end of the stream. The relay reads no question.
+	vouchProtocol protocol.ID = "/privstack/relay/vouched/1.0.0"
+
 	// recordPrefix begins every key that the relay stores.
 	recordPrefix = "/privstack/"
 

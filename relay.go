@@ -103,14 +103,11 @@ func newRelay(lim limits, cfg config, key crypto.PrivKey, port int, log *slog.Lo
 	if r.reach, err = newReach(announce, r.names, log); err != nil {
 		return nil, fmt.Errorf("list interface addresses: %w", err)
 	}
-	if r.federation, err = newFederation(cfg.bootstrap, r.names, log); err != nil {
+	if r.federation, err = newFederation(self, cfg.bootstrap, r.peers, r.names, log); err != nil {
 		return nil, err
 	}
-	if r.federation.members[self] != nil {
-		return nil, fmt.Errorf("bootstrap: %s is this relay", self)
-	}
 	r.circuits = newCircuits(lim, log, &r.tally, r.peers.reserve)
-	r.bridge = newBridge(log, &r.tally, lim, r.peers, r.federation.members)
+	r.bridge = newBridge(log, &r.tally, lim, r.peers, func(id peer.ID) bool { return r.federation.get(id) != nil })
 	r.bridge.maxBytes, r.bridge.maxAge = cfg.circuitBytes, cfg.circuitDuration
 	if cfg.maxBandwidth > 0 { // circuits and bridges share it
 		r.bridge.bandwidth = newBandwidth(cfg.maxBandwidth)
@@ -120,7 +117,9 @@ func newRelay(lim limits, cfg config, key crypto.PrivKey, port int, log *slog.Lo
 	r.sockets.tally, r.sockets.maxUnproven = &r.tally, lim.unproven()
 	r.sockets.pieces = newPieces(newBudgets(lim), &r.tally)
 	r.sockets.networks.most, r.sockets.networks.free, r.sockets.networks.unproven = lim.perNetwork, lim.freeNetworks(), lim.unprovenRate()
-	r.sockets.tap = func(s udpSocket) tapped { return newGate().behind(r.bridge.tap(s)) }
+	gate := newGate()
+	r.sockets.pieces.flooded = gate.spend
+	r.sockets.tap = func(s udpSocket) tapped { return gate.behind(r.bridge.tap(s)) }
 	r.sockets.ids = r.bridge // so that the bridge knows which packets are quic-go's
 	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
 	if cfg.metrics != "" {
@@ -167,10 +166,14 @@ func (r *relay) start(cfg config, key crypto.PrivKey, port int, log *slog.Logger
 // newHost returns a host that listens on nothing yet.
 func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 	onBus, onSwarm, onResources := libp2pMetrics(r.registry, &r.tally)
+	relays := 0
+	if len(r.federation.named) > 0 {
+		relays = maxRelays // which they may vouch for
+	}
 	// At a limit it refuses newcomers. There is no connection manager, which would
 	// make room by closing connections of clients that are already in.
 	manager, err := rcmgr.NewResourceManager(
-		rcmgr.NewFixedLimiter(r.limits.resourceLimits(len(r.federation.members))),
+		rcmgr.NewFixedLimiter(r.limits.resourceLimits(relays)),
 		append(r.limits.resourceOptions(), onResources...)...)
 	if err != nil {
 		return nil, err
@@ -241,7 +244,7 @@ func (r *relay) maskedBy() (mask netip.Addr, clients int) {
 	var from []netip.Addr
 	for _, id := range r.host.Network().Peers() {
 		conns := r.host.Network().ConnsToPeer(id)
-		if r.federation.members[id] == nil && len(conns) > 0 {
+		if r.federation.get(id) == nil && len(conns) > 0 {
 			from = append(from, ipOf(conns[0].RemoteMultiaddr()))
 		}
 	}
@@ -271,6 +274,7 @@ func (r *relay) counters() counters {
 	c.relayedConnections, c.circuits = r.circuits.counts()
 	c.relayedConnections += c.bridged
 	c.records, c.recordBytes = r.records.held()
+	c.relays, c.relaysConnected = r.federation.counts()
 	for i := range c.requests {
 		c.requests[i] = r.tally.requests[i].Load()
 	}

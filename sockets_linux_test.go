@@ -9,6 +9,7 @@ import (
 	"slices"
 	"testing"
 	"time"
+	"unsafe"
 
 	xipv4 "golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
@@ -244,5 +245,16 @@ func TestDeviceThatCannotSplitIsTold(t *testing.T) {
 	}
 	if err := unlessLost(unix.EIO, true); err != unix.EIO {
 		t.Errorf("quic-go is told %v, want %v", err, unix.EIO)
+	}
+}
+
+// The tables and buffers of a socket are in the memory that the start log promises.
+func TestSocketMemory(t *testing.T) {
+	if size := unsafe.Sizeof(gate{}); size > gateMemory+64 || size < gateMemory {
+		t.Errorf("the gate has %d bytes, but gateMemory is %d", size, gateMemory)
+	}
+	sum := unsafe.Sizeof(pathGuard{}) + groMessages*groMessage + newcomers*unsafe.Sizeof(newcomer{})
+	if sum > socketMemory || sum < socketMemory-16<<10 {
+		t.Errorf("a socket has %d bytes, but socketMemory is %d", sum, socketMemory)
 	}
 }

@@ -7,9 +7,11 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -102,5 +104,40 @@ func TestUnreadableForeignKeyFileIsNamed(t *testing.T) {
 		if err == nil || !strings.HasSuffix(string(out), want) {
 			t.Errorf("output = %q (%v), want %q", out, err, want)
 		}
+	}
+}
+
+// Where too few files may be open, the operator is told to raise that limit, and not that
+// the machine lacks IPv4.
+func TestTooFewOpenFilesIsNotNoIPv4(t *testing.T) {
+	key := filepath.Join(t.TempDir(), "key") // made before the limit bites
+	told := false
+	for files := 40; files > 4 && !told; files-- {
+		cmd := command(t, "--port=0", "--http-port=0", "--identity="+key)
+		cmd.Args = append([]string{"sh", "-c", fmt.Sprintf(`ulimit -n %d && exec "$@"`, files), "sh", cmd.Path}, cmd.Args[1:]...)
+		cmd.Path, _ = exec.LookPath("sh")
+		stderr := new(logBuffer)
+		cmd.Stderr = stderr
+		startUntilCleanup(t, cmd)
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		eventually(t, "it serves or ends", func() bool {
+			select {
+			case err := <-ended:
+				ended <- err
+				return true
+			default:
+				return stderr.line("relay ready") != ""
+			}
+		})
+		cmd.Process.Signal(syscall.SIGTERM)
+		<-ended
+		if strings.Contains(stderr.String(), "no IPv4 on this machine") {
+			t.Errorf("with %d open files:\n%s", files, stderr)
+		}
+		told = strings.Contains(stderr.String(), "raise the limit of open files")
+	}
+	if !told {
+		t.Error("no start failed with a word about the limit of open files")
 	}
 }
