@@ -55,6 +55,9 @@ func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
 	if ip, err := manet.ToIP(transport); err == nil && (ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() && ip.To4() == nil) {
 		return nil, errors.New("not an address that a client can reach")
 	}
+	if transport[1].Value() == "0" {
+		return nil, errors.New("port 0 is no port that a client can reach")
+	}
 	if len(transport.Bytes()) > 260 {
 		return nil, errors.New("longer than a DNS name can be")
 	}
@@ -62,7 +65,7 @@ func parseAnnounce(s string, port int) (ma.Multiaddr, error) {
 }
 
 // addrMistake says what is wrong with s, which is neither an IP address, a DNS name nor a
-// multiaddr, if it is what people usually write then. "" if it is not.
+// multiaddr. It knows the usual mistakes, and returns "" for others.
 func addrMistake(s string) string {
 	if _, after, isURL := strings.Cut(s, "://"); isURL {
 		host, _, _ := strings.Cut(after, "/")
@@ -88,7 +91,7 @@ func addrMistake(s string) string {
 // the address must end in that relay's ID.
 func parseBootstrap(s string) (peer.AddrInfo, error) {
 	const example = "write what the other relay's banner shows after Bootstrap:, such as /ip4/203.0.113.7/udp/4001/quic-v1/p2p/12D3KooW…"
-	addr, err := parseAnnounce(s, 0)
+	addr, err := parseAnnounce(s, 1) // any port: without a multiaddr there is no ID
 	transport, id := peer.SplitAddr(addr)
 	switch {
 	case err != nil:
@@ -117,8 +120,8 @@ func announcedAddrs(announce []string, port int, self peer.ID) ([]ma.Multiaddr, 
 	return addrs, nil
 }
 
-// doubtfulAnnounced returns those of announce, which parseAnnounce accepts, at which only
-// this machine reaches itself, and those that are there more than once.
+// doubtfulAnnounced returns the likely mistakes in announce, which parseAnnounce accepts:
+// addresses at which this machine reaches only itself, and those given more than once.
 func doubtfulAnnounced(announce []string) (loopback, twice []string) {
 	seen := make(map[string]int)
 	for _, s := range announce {
@@ -131,15 +134,16 @@ func doubtfulAnnounced(announce []string) (loopback, twice []string) {
 			loopback = append(loopback, s)
 		}
 		text := strings.ToLower(addr.String())
-		if seen[text]++; seen[text] == 2 {
+		seen[text]++
+		if seen[text] == 2 {
 			twice = append(twice, s)
 		}
 	}
 	return loopback, twice
 }
 
-// maskOf returns the private address that all of from are, if there are at least two. It
-// is the zero Addr if they differ. Loopback is no mask: the operator connects from there.
+// maskOf returns the address that clients at from share if it is private, or the zero Addr.
+// One client alone shows nothing. Loopback is no mask: the operator connects from there.
 func maskOf(from []netip.Addr) (mask netip.Addr) {
 	if len(from) < 2 || !from[0].IsPrivate() || slices.ContainsFunc(from, func(a netip.Addr) bool { return a != from[0] }) {
 		return netip.Addr{}
@@ -169,11 +173,10 @@ func bestAddrs(addrs []ma.Multiaddr) []ma.Multiaddr {
 	return offered[:min(len(offered), maxOfferedAddrs)]
 }
 
-// usableAddrs picks those of the listen addresses that id reported over a
-// connection from remote which its mates may be told: a circuit through a relay
-// first, then public addresses, then private ones, which mates in the same home
-// use. It drops loopback (unless the report came over loopback), unspecified and
-// overlong addresses, and those that name another peer.
+// usableAddrs returns those of id's reported listen addresses that we may tell its mates:
+// circuits through a relay first, then public addresses, then private ones, which mates
+// in the same home use. It drops unspecified and overlong addresses, those that name
+// another peer, and loopback unless remote, from where id reported them, is loopback too.
 func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.Multiaddr {
 	rank := func(a ma.Multiaddr) int {
 		_, relayErr := a.ValueForProtocol(ma.P_CIRCUIT)
@@ -205,9 +208,9 @@ func usableAddrs(id peer.ID, reported []ma.Multiaddr, remote ma.Multiaddr) []ma.
 	return slices.Clone(usable[:min(len(usable), maxAddrsPerPeer)]) // let go of the array behind all of them
 }
 
-// fitAddrs returns the addresses of all lists in order, each once, as many as an
-// answer has room for. connsPerPeer observed addresses, of 23 bytes at most, always
-// fit.
+// fitAddrs returns the addresses of all lists in order, each once, as many as an answer
+// has room for. The observed addresses of a peer always fit: there are connsPerPeer at
+// most, of up to 23 bytes each.
 func fitAddrs(lists ...[]ma.Multiaddr) []ma.Multiaddr {
 	addrs := make([]ma.Multiaddr, 0, maxAddrsPerPeer)
 	size := 0

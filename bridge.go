@@ -44,44 +44,6 @@ import (
 )
 
 const (
-	// offerTime limits how long after an answer we take the client's dial to be for
-	// the mate that the answer named. Clients dial at once.
-	offerTime = 5 * time.Second
-
-	// notDialled limits how long we wait for a dial after an offer. A client that does
-	// not dial either has another connection with the mate, or is dialling it already
-	// at addresses that do not answer, which takes a client of rust-libp2p 5 s. So the
-	// other mates come first: for shortRest, and if it happens again for longRest, which
-	// is more than two of the clients' ticks of 30 s, and for twice as long each time
-	// after that.
-	notDialled = 2 * time.Second
-	shortRest  = 8 * time.Second
-	longRest   = 70 * time.Second
-
-	// minHold delays each Initial, together with half of both round trips to the
-	// relay, so that a direct dial made at the same moment comes first. Without the
-	// delay, the bridge beat the direct path on a busy machine. maxHold keeps the
-	// delay below the time to the first retransmission of an Initial: 200 ms in
-	// quic-go (DefaultInitialRTT), 1 s in quinn. So another packet that comes during
-	// the delay means that the client has given up.
-	minHold = 100 * time.Millisecond
-	maxHold = 190 * time.Millisecond
-
-	// firstFlight limits how long the datagrams of a first flight may take to arrive.
-	// quic-go's first flight has two datagrams, sent at once.
-	firstFlight = 20 * time.Millisecond
-
-	// busyHold limits how much longer we hold an Initial while its callee is in
-	// another handshake. We check every busyCheck. Until the callee has switched to
-	// another connection ID in the first handshake, nobody could tell to which of the
-	// two the new ID belongs.
-	busyHold  = 2 * time.Second
-	busyCheck = 20 * time.Millisecond
-
-	// busyTime limits how long we take a callee to be busy with a handshake that it
-	// has not answered: one long round trip.
-	busyTime = 500 * time.Millisecond
-
 	// unansweredTime ends a flow whose callee has not answered. A dial times out
 	// after 5 to 10 s, and its third retransmission comes after 7 s.
 	unansweredTime = 6 * time.Second
@@ -94,16 +56,6 @@ const (
 	// flowAbsent ends the flows of a client that has no connection here any more. A
 	// client whose connection broke is back sooner than that.
 	flowAbsent = 15 * time.Second
-
-	// metTime limits how long ago both sides of a flow may have sent something if we
-	// are to count them as connected. The clients send every 5 s.
-	metTime = 12 * time.Second
-
-	// reorderTime bounds how late a packet may arrive after packets that were sent
-	// later. settledTime sets how long we watch an unknown ID before we decide
-	// which flow it belongs to.
-	reorderTime = 20 * time.Millisecond
-	settledTime = 100 * time.Millisecond
 
 	// switchTime limits how long after the last handshake packet a client may first
 	// switch to another ID: it has to wait for the first ID that the other client
@@ -118,11 +70,6 @@ const (
 	// a quarter as fast.
 	newcomerTime  = 20 * time.Millisecond
 	newcomerDials = 4
-
-	// switchPackets counts the packets with one ID after which quic-go may switch to
-	// another: PacketsPerConnectionID / 2 is 5000, less the packets lost on the way
-	// here.
-	switchPackets = 4000
 
 	// minID and maxID bound the length of the IDs that the bridge learns, in bytes. A
 	// shorter ID could match by accident. quic-go's IDs have 4 bytes, quinn's 8, and
@@ -178,8 +125,6 @@ type side struct {
 	ends map[netip.AddrPort]*end
 	legs map[uint64]*leg // keyed by a packet's connection ID and the end that sent it: see key
 
-	own []*ownAddr // the addresses at which clients reach this machine
-
 	newcomers []newcomer // indexed by a hash of the address; each slot keeps the latest
 
 	runs  []stretch // runs and parts belong to the reader, which reuses them
@@ -201,14 +146,11 @@ type offer struct {
 	asker   *end       // the end over which the client was told
 	named   clock      // when the client was last told; 0: not yet
 	dialled clock      // when the client last dialled the mate; 0: never
-	rests   clock      // until when other mates come first
-	missed  int        // the offers before the last one after which the client did not dial
-	near    bool       // the mate is in the client's network
-	far     bool       // the mate is of the other IP version
-}
 
-func (o *offer) open(e *end, now clock) bool {
-	return o.named != 0 && o.asker == e && now-o.named < offerTime && o.dialled < o.named
+	restsUntil clock // until then other mates come first
+	missed     int   // offers in a row, before the last one, that the client did not take
+	near       bool  // the mate is in the client's network
+	far        bool  // the mate is of the other IP version
 }
 
 // end stands for an address from which a client is connected here.
@@ -252,20 +194,16 @@ func (e *end) doubt(now clock) *doubts {
 
 // target names where packets for an end go.
 type target struct {
-	side *side
-	addr netip.AddrPort
-	from *ownAddr
-}
-
-// ownAddr pairs an address of this machine with the control message that names it.
-type ownAddr struct {
-	addr netip.Addr
-	source
+	side   *side
+	addr   netip.AddrPort
+	local  netip.Addr // the address of this machine that they come from; may be invalid
+	source source     // the control message that names local
 }
 
 // flow carries what two ends send each other: one QUIC connection, or several when
 // both dial at the same moment or one dials again.
 type flow struct {
+	bridge      *bridge
 	legs        [2]leg // from the first caller, and from its callee
 	began       clock
 	lastLong    clock // when a handshake packet was last forwarded, either way
@@ -452,7 +390,7 @@ func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 	}
 	e := sd.ends[p.addr]
 	if e != nil && e.client.id != id { // another client has this address now
-		b.removeEnd(e)
+		e.remove()
 		e = nil
 	}
 	if e == nil {
@@ -472,20 +410,13 @@ func (b *bridge) end(id peer.ID, conn connection, now clock) *end {
 
 // aim sets where packets for e go.
 func (e *end) aim(p whereabouts) {
-	if e.target != nil && e.target.addr == p.addr && e.target.from.addr == p.local {
-		return
+	if e.target == nil || e.target.addr != p.addr || e.target.local != p.local {
+		e.target = &target{e.side, p.addr, p.local, sourceOf(p.local)}
 	}
-	sd := e.side
-	at := slices.IndexFunc(sd.own, func(o *ownAddr) bool { return o.addr == p.local })
-	if at < 0 {
-		at = len(sd.own)
-		sd.own = append(sd.own, &ownAddr{p.local, sourceOf(p.local)})
-	}
-	e.target = &target{sd, p.addr, sd.own[at]}
 }
 
 func (t *target) send(parts [][]byte, size int, ecn byte) {
-	t.side.socket.send(parts, size, ecn, t.addr, t.from.source)
+	t.side.socket.send(parts, size, ecn, t.addr, t.source)
 }
 
 // here reports whether e's connection is open and still at e's address, and returns
@@ -495,25 +426,26 @@ func (e *end) here() (whereabouts, bool) {
 	return p, ok && p.addr == e.addr()
 }
 
-// removeEnd forgets e and its flows.
-func (b *bridge) removeEnd(e *end) {
+// remove forgets e and its flows.
+func (e *end) remove() {
 	for _, f := range slices.Clone(e.flows) {
-		b.removeFlow(f, "a client left")
+		f.remove("a client left")
 	}
 	delete(e.side.ends, e.addr())
 	c := e.client
 	c.ends = slices.DeleteFunc(c.ends, func(o *end) bool { return o == e })
 	if len(c.ends) == 0 {
-		delete(b.clients, c.id)
+		delete(e.side.bridge.clients, c.id)
 	}
 }
 
 // finish ends f but keeps it, so that its late packets are dropped.
-func (b *bridge) finish(f *flow, why string) {
+func (f *flow) finish(why string) {
 	if f.over {
 		return
 	}
 	f.over = true
+	b := f.bridge
 	if f.established {
 		b.tally.bridges.Add(-1)
 	}
@@ -521,11 +453,12 @@ func (b *bridge) finish(f *flow, why string) {
 		"reason", why, "sent_bytes", f.legs[0].bytes, "received_bytes", f.legs[1].bytes, "duration", b.clock()-f.began)
 }
 
-func (b *bridge) removeFlow(f *flow, why string) {
-	b.finish(f, why)
-	b.flows--
+// remove forgets f.
+func (f *flow) remove(why string) {
+	f.finish(why)
+	f.bridge.flows--
 	for _, d := range f.dials {
-		b.letGo(d)
+		d.letGo()
 	}
 	for i := range f.legs {
 		l := &f.legs[i]
@@ -533,10 +466,10 @@ func (b *bridge) removeFlow(f *flow, why string) {
 			delete(l.end.side.legs, key)
 		}
 		e := l.end
-		if e.last = nil; len(e.flows) == 1 {
+		e.last = nil
+		e.flows = slices.DeleteFunc(e.flows, func(o *flow) bool { return o == f })
+		if len(e.flows) == 0 {
 			e.flows, e.lengths = nil, 0
-		} else {
-			e.flows = slices.DeleteFunc(e.flows, func(o *flow) bool { return o == f })
 		}
 	}
 }
@@ -586,7 +519,7 @@ func (b *bridge) sweep(now clock) {
 		case e.absent == 0:
 			e.absent = now
 		}
-		b.sweepEnd(e, now)
+		e.sweep(now)
 	}
 }
 
@@ -600,7 +533,7 @@ func (b *bridge) move(e *end, to netip.AddrPort) bool {
 		if other.client == e.client && len(other.flows) > 0 {
 			return false // the client already dials from there
 		}
-		b.removeEnd(other)
+		other.remove()
 	}
 	b.debug("bridge follows a client to its new address", "peer", e.client.id, "remote_addr", to)
 	delete(e.side.ends, e.addr())
@@ -608,42 +541,50 @@ func (b *bridge) move(e *end, to netip.AddrPort) bool {
 	return true
 }
 
-func (b *bridge) sweepEnd(e *end, now clock) {
-	if e.guesses = 0; e.doubts != nil && now-e.doubts.last > switchTime {
+// sweep sweeps the flows that e began, and forgets e if nothing needs it any more.
+func (e *end) sweep(now clock) {
+	e.guesses = 0
+	if e.doubts != nil && now-e.doubts.last > switchTime {
 		e.doubts = nil
 	}
 	for _, f := range slices.Clone(e.flows) {
-		if f.legs[0].end != e {
-			continue // handled with its other end
-		}
-		f.dials = slices.DeleteFunc(f.dials, func(d *dial) bool {
-			if now-d.began < unansweredTime {
-				return false
-			}
-			if b.letGo(d); !d.gaveUp {
-				b.tally.refuse(refusedBridgeUnanswered)
-			}
-			return true
-		})
-		silent := now - min(f.legs[0].heard, f.legs[1].heard)
-		absent := max(f.legs[0].end.absent, f.legs[1].end.absent)
-		switch {
-		case !f.answered && len(f.dials) == 0:
-			b.removeFlow(f, "not answered")
-		case f.answered && silent > flowIdle:
-			b.removeFlow(f, "idle")
-		case absent != 0 && now-absent > flowAbsent:
-			b.removeFlow(f, "a client left")
-		case f.legs[0].full || f.legs[1].full:
-			b.finish(f, "data limit reached")
-		case b.maxAge > 0 && now-f.began > b.maxAge:
-			b.finish(f, "time limit reached")
+		if f.legs[0].end == e { // else its other end sweeps it
+			f.sweep(now)
 		}
 	}
 	c := e.client
 	c.offers = slices.DeleteFunc(c.offers, func(o *offer) bool { return now-o.known > groupAge })
 	if len(e.flows) == 0 && (len(c.offers) == 0 || e.absent != 0) {
-		b.removeEnd(e)
+		e.remove()
+	}
+}
+
+// sweep drops the dials of f that nobody answered, and ends f if its time is over.
+func (f *flow) sweep(now clock) {
+	b := f.bridge
+	f.dials = slices.DeleteFunc(f.dials, func(d *dial) bool {
+		if now-d.began < unansweredTime {
+			return false
+		}
+		d.letGo()
+		if !d.gaveUp {
+			b.tally.refuse(refusedBridgeUnanswered)
+		}
+		return true
+	})
+	silent := now - min(f.legs[0].heard, f.legs[1].heard)
+	absent := max(f.legs[0].end.absent, f.legs[1].end.absent)
+	switch {
+	case !f.answered && len(f.dials) == 0:
+		f.remove("not answered")
+	case f.answered && silent > flowIdle:
+		f.remove("idle")
+	case absent != 0 && now-absent > flowAbsent:
+		f.remove("a client left")
+	case f.legs[0].full || f.legs[1].full:
+		f.finish("data limit reached")
+	case b.maxAge > 0 && now-f.began > b.maxAge:
+		f.finish("time limit reached")
 	}
 }
 
@@ -654,11 +595,11 @@ func (b *bridge) debug(msg string, args ...any) {
 	}
 }
 
-// letGo stops holding a dial.
-func (b *bridge) letGo(d *dial) {
+// letGo stops holding d.
+func (d *dial) letGo() {
 	if d.holding {
 		d.holding = false
-		b.holding--
+		d.leg.flow.bridge.holding--
 	}
 	d.held = nil
 }

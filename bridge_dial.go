@@ -6,53 +6,91 @@ package main
 import (
 	"cmp"
 	"slices"
+	"time"
+)
+
+const (
+	// minHold delays each Initial, together with half of both round trips to the
+	// relay, so that a direct dial made at the same moment comes first. Without the
+	// delay, the bridge beat the direct path on a busy machine. maxHold keeps the
+	// delay below the time to the first retransmission of an Initial: 200 ms in
+	// quic-go (DefaultInitialRTT), 1 s in quinn. So another packet that comes during
+	// the delay means that the client has given up.
+	minHold = 100 * time.Millisecond
+	maxHold = 190 * time.Millisecond
+
+	// firstFlight limits how long the datagrams of a first flight may take to arrive.
+	// quic-go's first flight has two datagrams, sent at once.
+	firstFlight = 20 * time.Millisecond
+
+	// busyHold limits how much longer we hold an Initial while its callee is in
+	// another handshake. We check every busyCheck. Until the callee has switched to
+	// another connection ID in the first handshake, nobody could tell to which of the
+	// two the new ID belongs.
+	busyHold  = 2 * time.Second
+	busyCheck = 20 * time.Millisecond
+
+	// busyTime limits how long we take a callee to be busy with a handshake that it
+	// has not answered: one long round trip.
+	busyTime = 500 * time.Millisecond
+
+	// reorderTime bounds how late a packet may arrive after packets that were sent
+	// later. settledTime sets how long we watch an unknown ID before we decide
+	// which flow it belongs to.
+	reorderTime = 20 * time.Millisecond
+	settledTime = 100 * time.Millisecond
+
+	// switchPackets counts the packets with one ID after which quic-go may switch to
+	// another: PacketsPerConnectionID / 2 is 5000, less the packets lost on the way
+	// here.
+	switchPackets = 4000
 )
 
 // decide says where a datagram from e goes. The caller holds both locks.
-func (b *bridge) decide(e *end, d []byte, now clock) hop {
+func (e *end) decide(d []byte, now clock) hop {
 	if !isLong(d) {
-		if l, _ := b.find(e, d); l != nil {
-			return b.afterHandshake(l, true)
+		if l, _ := e.find(d); l != nil {
+			return l.afterHandshake(true)
 		}
-		return b.guess(e, d, now)
+		return e.guess(d, now)
 	}
 	dest, source, ok := longIDs(d)
-	if !ok || b.isOurs(dest) && len(dest) == relayIDLength {
+	if !ok || e.side.bridge.isOurs(dest) && len(dest) == relayIDLength {
 		return hop{verdict: toRelay}
 	}
-	l := e.side.legs[b.key(e, dest)]
+	l := e.side.legs[e.key(dest)]
 	if l == nil {
 		// The mate may have issued another ID under encryption, so look for e's own
 		// ID, which stays the same.
 		for _, f := range e.flows {
-			if to := f.legTo(e); to.end.side.legs[b.key(to.end, source)] == to {
+			if to := f.legTo(e); to.end.side.legs[to.end.key(source)] == to {
 				l = to.other
-				b.learn(l, dest, true)
+				l.learn(dest, true)
 				break
 			}
 		}
 	}
 	if l != nil {
-		return b.handshake(l, d, dest, source, now)
+		return l.handshake(d, dest, source, now)
 	}
 	if isInitial(d, dest) {
-		return b.begin(e, d, dest, source, now)
+		return e.begin(d, dest, source, now)
 	}
 	return hop{verdict: toRelay}
 }
 
 // handshake says where a packet with a long header goes that came by l.
-func (b *bridge) handshake(l *leg, d, dest, source []byte, now clock) hop {
+func (l *leg) handshake(d, dest, source []byte, now clock) hop {
 	f := l.flow
 	allowed := f.answered && !f.over
 	for i, dial := range f.dials {
-		if dial.leg == l && dial.id == b.key(l.other.end, source) {
-			allowed = !f.over && b.mayGo(dial, d, now)
+		if dial.leg == l && dial.id == l.other.end.key(source) {
+			allowed = !f.over && dial.mayGo(d, now)
 			break
 		}
-		if dial.leg == l.other && dial.id == b.key(l.end, dest) && !dial.holding {
+		if dial.leg == l.other && dial.id == l.end.key(dest) && !dial.holding {
 			f.dials = slices.Delete(f.dials, i, i+1)
-			b.answer(f)
+			f.answer()
 			allowed = !f.over
 			break
 		}
@@ -61,36 +99,36 @@ func (b *bridge) handshake(l *leg, d, dest, source []byte, now clock) hop {
 		return hop{verdict: toNobody}
 	}
 	f.lastLong = now
-	b.learn(l.other, source, true)
+	l.other.learn(source, true)
 	return hop{verdict: toMate, legs: [2]*leg{l}, known: true}
 }
 
-// mayGo reports whether a packet of an unanswered dial may go on.
-func (b *bridge) mayGo(dial *dial, d []byte, now clock) bool {
-	switch waited := now - dial.began; {
-	case !dial.holding && dial.sent < unansweredDatagrams:
-		dial.sent++
+// mayGo reports whether a packet of d, which has not been answered, may go on.
+func (d *dial) mayGo(packet []byte, now clock) bool {
+	switch waited := now - d.began; {
+	case !d.holding && d.sent < unansweredDatagrams:
+		d.sent++
 		return true
-	case !dial.holding:
-		b.tally.refuse(refusedBridgeUnanswered)
+	case !d.holding:
+		d.leg.flow.bridge.tally.refuse(refusedBridgeUnanswered)
 	case waited < firstFlight:
-		if len(dial.held) < heldDatagrams {
-			dial.held = append(dial.held, slices.Clone(d))
+		if len(d.held) < heldDatagrams {
+			d.held = append(d.held, slices.Clone(packet))
 		}
-	case waited < dial.hold:
+	case waited < d.hold:
 		// This is too soon for a retransmission: the caller has another connection
 		// with the mate and closes this one. If it repeats the Initial later, it has
 		// not given up after all.
-		dial.gaveUp, dial.held = true, nil
-		if dial.told {
-			b.metDirectly(dial.leg, now)
+		d.gaveUp, d.held = true, nil
+		if d.told {
+			d.leg.metDirectly(now)
 		}
 	}
 	return false
 }
 
 // answer notes that the callee has answered a dial of f.
-func (b *bridge) answer(f *flow) {
+func (f *flow) answer() {
 	f.answered = true
 	for i := range f.legs {
 		l := &f.legs[i]
@@ -100,12 +138,13 @@ func (b *bridge) answer(f *flow) {
 }
 
 // afterHandshake says where a packet with a short header goes that came by l.
-func (b *bridge) afterHandshake(l *leg, known bool) hop {
-	f := l.flow
+func (l *leg) afterHandshake(known bool) hop {
+	f, b := l.flow, l.flow.bridge
 	if f.over || !f.answered {
 		return hop{verdict: toNobody}
 	}
-	if l.short = true; l.other.short && !f.established {
+	l.short = true
+	if l.other.short && !f.established {
 		f.established = true
 		b.tally.bridges.Add(1)
 		n := b.tally.bridged.Add(1)
@@ -118,7 +157,8 @@ func (b *bridge) afterHandshake(l *leg, known bool) hop {
 // issued it under encryption. quinn switches to such an ID once, as server, as soon
 // as it has one. quic-go does so as client and as server, and again after thousands
 // of packets. Once guess has learned an ID, find knows it.
-func (b *bridge) guess(e *end, d []byte, now clock) hop {
+func (e *end) guess(d []byte, now clock) hop {
+	b := e.side.bridge
 	if b.isOurs(d[1:]) {
 		return hop{verdict: toRelay}
 	}
@@ -136,11 +176,12 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 	if len(legs) > 1 {
 		legs = due
 	}
-	if e.guesses++; len(legs) == 0 || len(due) > 1 && e.guesses > guessesPerSecond {
+	e.guesses++
+	if len(legs) == 0 || len(due) > 1 && e.guesses > guessesPerSecond {
 		b.tally.refuse(refusedBridgePacket)
 		return hop{verdict: toNobody}
 	}
-	u := e.doubt(now).unknownID(b.key(e, d[1:1+minID]), now)
+	u := e.doubt(now).recall(e.key(d[1:1+minID]), now)
 	u.seen++
 	if len(legs) > 1 {
 		legs = u.likely(legs, now)
@@ -152,11 +193,11 @@ func (b *bridge) guess(e *end, d []byte, now clock) hop {
 		if n == 0 || len(d) <= n {
 			n = minID
 		}
-		b.learn(l, d[1:1+n], true)
+		l.learn(d[1:1+n], true)
 		l.switched, l.packets, u.key = true, 0, 0
 		legs = legs[:1]
 	}
-	way := b.afterHandshake(legs[0], false)
+	way := legs[0].afterHandshake(false)
 	if len(legs) > 1 {
 		way.legs[1] = legs[1] // the wrong mate can't decrypt it, and drops it
 	}
@@ -179,9 +220,9 @@ func (u *unknownID) likely(legs []*leg, now clock) []*leg {
 	return still[:min(len(still), 2)]
 }
 
-// unknownID returns the record of an unknown ID. For a new ID it replaces the oldest
+// recall returns the record of an unknown ID. For a new ID it replaces the oldest
 // record.
-func (s *doubts) unknownID(key uint64, now clock) *unknownID {
+func (s *doubts) recall(key uint64, now clock) *unknownID {
 	oldest := &s.unknown[0]
 	for i := range s.unknown {
 		u := &s.unknown[i]
@@ -197,17 +238,18 @@ func (s *doubts) unknownID(key uint64, now clock) *unknownID {
 }
 
 // begin says where an Initial goes that begins a connection.
-func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
+func (e *end) begin(d, dest, source []byte, now clock) hop {
+	b := e.side.bridge
 	p, here := e.here()
 	if !here {
 		return hop{verdict: toRelay} // the client is connecting to the relay again
 	}
-	o := b.meant(e, now)
+	o := e.meant(now)
 	if o == nil {
-		return b.stray(e, source, now)
+		return e.stray(source, now)
 	}
 	told := o.open(e, now)
-	o.dialled, o.rests = now, 0
+	o.dialled, o.restsUntil = now, 0
 	at, ok := o.conn.where()
 	if !ok || at.addr == e.addr() {
 		return hop{verdict: toNobody}
@@ -216,7 +258,7 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 	if callee == nil {
 		return hop{verdict: toNobody}
 	}
-	f := b.flowBetween(e, callee)
+	f := e.flowWith(callee)
 	switch {
 	case b.closed:
 		b.tally.refuse(refusedStopping)
@@ -228,50 +270,57 @@ func (b *bridge) begin(e *end, d, dest, source []byte, now clock) hop {
 		return hop{verdict: toNobody}
 	}
 	if f == nil {
-		f = b.newFlow(e, callee, now)
+		f = newFlow(e, callee, now)
 	}
 	l := f.legOf(e)
 	dial := &dial{
-		leg: l, id: b.key(callee, source), began: now, told: told, holding: true, held: [][]byte{slices.Clone(d)},
+		leg: l, id: callee.key(source), began: now, told: told, holding: true, held: [][]byte{slices.Clone(d)},
 		hold: min(minHold+(p.rtt+at.rtt)/2, maxHold),
 	}
 	f.dials = append(f.dials, dial)
 	b.holding++
-	b.learn(l, dest, false)
-	b.learn(l.other, source, true)
+	l.learn(dest, false)
+	l.other.learn(source, true)
 	b.debug("bridge dialled", "source_peer", e.client.id, "destination_peer", callee.client.id, "rtt", p.rtt+at.rtt)
-	b.after(dial.hold, func() { b.release(f, dial) })
+	b.after(dial.hold, dial.release)
 	return hop{verdict: toNobody}
 }
 
 // stray drops an Initial for which the client has no mate, once: if the client wants
 // the relay itself, it sends the Initial again.
-func (b *bridge) stray(e *end, source []byte, now clock) hop {
-	id := b.key(e, source)
-	strays := &e.doubt(now).strays
-	oldest := &strays[0]
-	for i := range strays {
-		s := &strays[i]
-		if s.id == id {
-			return hop{verdict: toRelay}
-		}
-		if s.at < oldest.at {
-			oldest = s
-		}
+func (e *end) stray(source []byte, now clock) hop {
+	if e.doubt(now).again(e.key(source), now) {
+		return hop{verdict: toRelay}
 	}
-	*oldest = stray{id, now}
-	b.tally.refuse(refusedBridgeStray)
+	e.side.bridge.tally.refuse(refusedBridgeStray)
 	return hop{verdict: toNobody}
 }
 
-// flowBetween returns the flow between two ends, or nil.
-func (b *bridge) flowBetween(a, c *end) *flow {
-	for _, f := range a.flows {
-		if f.legTo(a).end != c {
+// again reports whether the Initial with that source ID has come before, and remembers
+// it. For a new one it forgets the oldest.
+func (s *doubts) again(id uint64, now clock) bool {
+	oldest := &s.strays[0]
+	for i := range s.strays {
+		one := &s.strays[i]
+		if one.id == id {
+			return true
+		}
+		if one.at < oldest.at {
+			oldest = one
+		}
+	}
+	*oldest = stray{id, now}
+	return false
+}
+
+// flowWith returns the flow between e and other, or nil.
+func (e *end) flowWith(other *end) *flow {
+	for _, f := range e.flows {
+		if f.legTo(e).end != other {
 			continue
 		}
 		if f.over { // the client dials again, which makes a new flow
-			b.removeFlow(f, "dialled again")
+			f.remove("dialled again")
 			return nil
 		}
 		return f
@@ -279,36 +328,37 @@ func (b *bridge) flowBetween(a, c *end) *flow {
 	return nil
 }
 
-func (b *bridge) newFlow(caller, callee *end, now clock) *flow {
-	f := &flow{began: now}
+func newFlow(caller, callee *end, now clock) *flow {
+	f := &flow{bridge: caller.side.bridge, began: now}
 	for i, e := range []*end{caller, callee} {
 		l := &f.legs[i]
 		l.flow, l.end, l.other, l.heard = f, e, &f.legs[1-i], now
 		l.credit.Store(unansweredDatagrams * maxDatagram)
 		e.flows = append(e.flows, f)
 	}
-	b.flows++
+	f.bridge.flows++
 	return f
 }
 
-// release sends the datagrams held for a dial.
-func (b *bridge) release(f *flow, d *dial) {
+// release sends the datagrams held for d. The caller holds no lock.
+func (d *dial) release() {
+	f, b := d.leg.flow, d.leg.flow.bridge
 	b.lock()
 	now := b.clock()
 	if !d.holding { // the dial has ended meanwhile
 		b.unlock()
 		return
 	}
-	if !d.gaveUp && b.busy(d.leg.other.end, f, now) && now-d.began < busyHold {
+	if !d.gaveUp && d.leg.other.end.busy(f, now) && now-d.began < busyHold {
 		b.unlock()
-		b.after(busyCheck, func() { b.release(f, d) })
+		b.after(busyCheck, d.release)
 		return
 	}
 	held, to := d.held, d.leg.other.end.target
 	if f.over {
 		held = nil
 	}
-	b.letGo(d)
+	d.letGo()
 	d.sent = len(held)
 	if len(held) > 0 {
 		f.lastLong = now
@@ -323,7 +373,7 @@ func (b *bridge) release(f *flow, d *dial) {
 
 // busy reports whether a flow other than f is calling e, and e has not switched yet
 // to the ID that it will use there.
-func (b *bridge) busy(e *end, f *flow, now clock) bool {
+func (e *end) busy(f *flow, now clock) bool {
 	return slices.ContainsFunc(e.flows, func(g *flow) bool {
 		l := g.legOf(e)
 		return g != f && !g.over && l.called != 0 && !l.switched &&

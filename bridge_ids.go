@@ -47,7 +47,7 @@ func (b *bridge) isOurs(id []byte) bool {
 }
 
 // key identifies an ID in packets that come from e.
-func (b *bridge) key(e *end, id []byte) uint64 { return maphash.Bytes(b.seed, id) ^ e.salt }
+func (e *end) key(id []byte) uint64 { return maphash.Bytes(e.side.bridge.seed, id) ^ e.salt }
 
 // hop says where a datagram goes.
 type hop struct {
@@ -56,14 +56,14 @@ type hop struct {
 	known   bool    // its ID belongs to the leg
 }
 
-// find returns the leg to which a packet with a short header belongs, and the
+// find returns the leg to which a packet from e with a short header belongs, and the
 // connection ID in that header. If IDs of several lengths match, the longest wins.
-func (b *bridge) find(e *end, d []byte) (*leg, []byte) {
+func (e *end) find(d []byte) (*leg, []byte) {
 	for left := e.lengths; left != 0; {
 		n := bits.Len32(left) - 1
 		left &^= 1 << n
 		if len(d) > n {
-			if l := e.side.legs[b.key(e, d[1:1+n])]; l != nil {
+			if l := e.side.legs[e.key(d[1:1+n])]; l != nil {
 				return l, d[1 : 1+n]
 			}
 		}
@@ -101,12 +101,12 @@ func isInitial(d, dest []byte) bool {
 
 // learn notes that packets which come by l carry id. short says that id may begin a
 // short header.
-func (b *bridge) learn(l *leg, id []byte, short bool) {
+func (l *leg) learn(id []byte, short bool) {
 	n, e := len(id), l.end
-	if n < minID || n > maxID || b.isOurs(id) {
+	if n < minID || n > maxID || e.side.bridge.isOurs(id) {
 		return
 	}
-	key := b.key(e, id)
+	key := e.key(id)
 	if e.side.legs[key] != nil {
 		return // the first leg keeps it
 	}

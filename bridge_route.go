@@ -33,7 +33,7 @@ func (sd *side) take(batch []arrival) {
 	}
 	for i := range runs {
 		if r := &runs[i]; r.leg != nil {
-			b.charge(r, batch[r.message].size, now)
+			sd.charge(r, batch[r.message].size, now)
 		}
 	}
 	sd.mu.Unlock()
@@ -114,7 +114,7 @@ func (sd *side) split(runs []stretch, message int, a *arrival, e *end, now clock
 			sd.mu.Unlock()
 			sd.bridge.lock()
 			if e = sd.ends[a.from]; e != nil {
-				way = sd.bridge.decide(e, d, now)
+				way = e.decide(d, now)
 			} else {
 				way = hop{verdict: toRelay}
 			}
@@ -193,7 +193,7 @@ func (sd *side) follow(e *end, d []byte) hop {
 			return hop{verdict: toRelay}
 		}
 		var id []byte
-		if l, id = sd.bridge.find(e, d); l == nil {
+		if l, id = e.find(d); l == nil {
 			return hop{verdict: unsure}
 		}
 		e.last, e.lastID.length = l, uint8(copy(e.lastID.bytes[:], id))
@@ -208,14 +208,17 @@ func (sd *side) follow(e *end, d []byte) hop {
 }
 
 // charge counts a run, and drops it if that exceeds a limit. The caller holds the
-// lock of the run's side.
-func (b *bridge) charge(r *stretch, size int, now clock) {
-	l, n := r.leg, int64(r.to-r.from)
+// lock of sd.
+func (sd *side) charge(r *stretch, size int, now clock) {
+	b, l, n := sd.bridge, r.leg, int64(r.to-r.from)
 	if l.flow.over {
 		return
 	}
-	if l.full = l.full || b.maxBytes > 0 && l.bytes+n > b.maxBytes; l.full {
-		return // sweep will end the flow
+	if b.maxBytes > 0 && l.bytes+n > b.maxBytes {
+		l.full = true // sweep will end the flow
+	}
+	if l.full {
+		return
 	}
 	if r.known {
 		l.known = now

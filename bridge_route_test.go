@@ -98,7 +98,7 @@ func (u *bridgeUnderTest) actor(addr string) *actor {
 func (a *actor) told(mates ...*actor) peer.ID {
 	var all []candidate
 	for _, m := range mates {
-		all = append(all, candidate{m.id, m, networkOf(m.at.addr.Addr()) == networkOf(a.at.addr.Addr()), m.at.addr.Addr().Is4() != a.at.addr.Addr().Is4()})
+		all = append(all, newCandidate(m.id, m, m.at.addr.Addr(), a.at.addr.Addr()))
 	}
 	next, _ := a.u.offer(a.id, a, all, a.u.now)
 	return next
@@ -126,7 +126,7 @@ func (u *bridgeUnderTest) due() {
 			for _, f := range e.flows {
 				for _, d := range slices.Clone(f.dials) {
 					if d.holding && u.now-d.began >= d.hold {
-						u.release(f, d)
+						d.release()
 					}
 				}
 			}
@@ -179,7 +179,7 @@ func (u *bridgeUnderTest) connected(a, b *actor, idA, idB string) {
 	}
 	b.got()
 	f := u.flow(a, b)
-	u.release(f, f.dials[len(f.dials)-1])
+	f.dials[len(f.dials)-1].release()
 	b.got(first)
 	answer := longPacket(initial, idA, idB)
 	b.says(answer)
@@ -480,7 +480,7 @@ func TestOneHandshakeAtATime(t *testing.T) {
 	u.tick(time.Millisecond)
 	b.says(fromB)
 	u.tick(maxHold)
-	a.u.release(u.flow(a, callee), u.flow(a, callee).dials[0])
+	u.flow(a, callee).dials[0].release()
 	callee.got(fromA)
 	u.due()
 	callee.got()
@@ -648,6 +648,27 @@ func TestOffersTakeTurns(t *testing.T) {
 	fresh := u.actor("192.0.2.9:2")
 	if got := a.told(append(mates, fresh)...); got != fresh.id {
 		t.Errorf("offered %v, want the new mate", got)
+	}
+}
+
+// A device in two groups has more mates than we keep offers for. It still learns where
+// each of them is.
+func TestMatesBeyondTheOffersAreNamed(t *testing.T) {
+	u := newBridgeUnderTest(t, 100)
+	a := u.actor("192.0.2.1:1")
+	var mates []candidate
+	for i := range groupMembers + 3 {
+		m := u.actor(fmt.Sprintf("198.51.100.%d:2", i))
+		mates = append(mates, newCandidate(m.id, m, m.at.addr.Addr(), a.at.addr.Addr()))
+	}
+	next, others := u.offer(a.id, a, mates, u.now)
+	if next != mates[0].id {
+		t.Errorf("offered %v, want the first", next)
+	}
+	for _, m := range mates[groupMembers:] {
+		if !slices.Contains(others, m.id) {
+			t.Errorf("%v is not named at all", m.id)
+		}
 	}
 }
 
@@ -1020,7 +1041,7 @@ func TestFlowsTakeLittleMemory(t *testing.T) {
 			from := func(kind byte) string { return fmt.Sprintf("%c%04d%d..", kind, i, j) }
 			u.connected(a, b, from('a'), from('b'))
 			f := u.flow(a, b)
-			u.learn(&f.legs[1], []byte(from('c')), true)
+			f.legs[1].learn([]byte(from('c')), true)
 			f.legs[1].switched = true
 		}
 	}
@@ -1033,6 +1054,22 @@ func TestFlowsTakeLittleMemory(t *testing.T) {
 	}
 	if taken > 8<<20 {
 		t.Errorf("%d flows take %d bytes, want at most 8 MiB", clients*mates, taken)
+	}
+	runtime.KeepAlive(u)
+}
+
+// A machine to which a whole network is routed has more addresses than anybody can
+// count. What clients reach it at is forgotten with them.
+func TestOwnAddressesAreForgotten(t *testing.T) {
+	u := newBridgeUnderTest(t, 1)
+	a := u.actor("[2001:db8::1]:1")
+	before := int64(liveHeap())
+	for i := range 20_000 {
+		a.at.local = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 14: byte(i >> 8), 15: byte(i)})
+		u.end(a.id, a, u.now)
+	}
+	if taken := int64(liveHeap()) - before; taken > 256<<10 {
+		t.Errorf("one client that came to 20 000 addresses left %d bytes, want at most 256 KiB", taken)
 	}
 	runtime.KeepAlive(u)
 }

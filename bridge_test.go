@@ -292,37 +292,6 @@ func TestBridgeIsToldToThoseWhoSayHowTheyReachIt(t *testing.T) {
 	}
 }
 
-// We tell only the client itself where it says that it reaches the relay, and only
-// if that address can be dialled.
-func TestReachedAddr(t *testing.T) {
-	id := newTestPeerID(t)
-	for said, want := range map[string]bool{
-		"/ip4/203.0.113.7/udp/4001/quic-v1":                                     true,
-		"/ip6/2001:db8::7/udp/4001/quic-v1":                                     true,
-		"/ip4/192.168.1.7/udp/14001/quic-v1/p2p/" + id.String():                 true,
-		"/ip6/64:ff9b::203.0.113.7/udp/4001/quic-v1":                            true, // through NAT64
-		"/ip4/127.0.0.1/udp/4001/quic-v1":                                       false,
-		"/ip4/0.0.0.0/udp/4001/quic-v1":                                         false,
-		"/ip4/224.0.0.1/udp/4001/quic-v1":                                       false,
-		"/ip4/203.0.113.7/udp/0/quic-v1":                                        false,
-		"/ip4/203.0.113.7/tcp/4001":                                             false,
-		"/ip4/203.0.113.7/udp/4001":                                             false,
-		"/dns4/relay.example/udp/4001/quic-v1":                                  false,
-		"/ip4/203.0.113.7/udp/4001/quic-v1/p2p/" + id.String() + "/p2p-circuit": false,
-	} {
-		got := reachedAddr(ma.StringCast(said), ma.StringCast("/ip4/198.51.100.1/udp/9/quic-v1"))
-		if (got != nil) != want || want && len(got) != 3 {
-			t.Errorf("reachedAddr(%s) = %v, want an address: %v", said, got, want)
-		}
-	}
-	if got := reachedAddr(nil, nil); got != nil {
-		t.Errorf("reachedAddr(nil) = %v", got)
-	}
-	if got := reachedAddr(ma.StringCast("/ip4/127.0.0.1/udp/4001/quic-v1"), ma.StringCast("/ip4/127.0.0.1/udp/9/quic-v1")); got == nil {
-		t.Error("over loopback, a loopback address was refused")
-	}
-}
-
 // A mate that does not answer costs a few datagrams. So does a forged dial: packets
 // that show a client's address but do not come from it.
 func TestBridgeToOneThatNeverAnswers(t *testing.T) {
@@ -409,33 +378,4 @@ func TestBridgeEndsWithItsClients(t *testing.T) {
 		defer r.groups.mu.Unlock()
 		return len(r.groups.members) == 0 && len(r.groups.keys) == 0
 	})
-}
-
-// Both the size of a group and the number of groups of one client have a limit.
-func TestGroupsAreBounded(t *testing.T) {
-	var g groups
-	now := time.Now()
-	for i := range 100 {
-		g.put("key", peer.ID(fmt.Sprint(i)), now.Add(time.Duration(i)))
-	}
-	mates := g.mates("key", "99", now)
-	if len(mates) != groupMembers-1 || mates[0] != "98" {
-		t.Errorf("mates = %v, want the last %d, the last one first", mates, groupMembers-1)
-	}
-	if got := g.mates("key", "", now.Add(groupAge+time.Second)); got != nil {
-		t.Errorf("mates = %v, want none after groupAge", got)
-	}
-	for i := range 100 {
-		g.put(fmt.Sprint("key", i), "one", now)
-	}
-	if n := len(g.keys["one"]); n != groupsPerClient {
-		t.Errorf("one peer is in %d groups, want %d", n, groupsPerClient)
-	}
-	for i := range 100 {
-		g.leave(peer.ID(fmt.Sprint(i)))
-	}
-	g.leave("one")
-	if len(g.members) != 0 || len(g.keys) != 0 {
-		t.Errorf("left: %v, %v", g.members, g.keys)
-	}
 }

@@ -1,11 +1,11 @@
 package main
 
 // privstack-relay check: the operator's test of a running relay, from anywhere. It does
-// what two clients do, step by step, and tells for each step that fails what is likely
+// what two clients do, step by step. For each step that fails, it says what is likely
 // wrong and what to run. It ends in time, whatever the other side does.
 //
-// It dials the host that the operator names and what that host's identity endpoint
-// announces. It leaves one record at the relay, which expires, and writes no file.
+// It dials the host that the operator names, and the addresses that this host's identity
+// endpoint lists. It leaves one record at the relay, which expires, and writes no file.
 
 import (
 	"cmp"
@@ -27,8 +27,8 @@ import (
 )
 
 const (
-	checkTimeout  = 28 * time.Second // for all steps; closing is done before the 30 s in checkUsage
-	checkHTTPPort = "4002"           // of the identity endpoint if the operator gives none
+	checkTimeout  = 28 * time.Second // for all steps, so that closing ends within checkUsage's half a minute
+	checkHTTPPort = "4002"           // the identity endpoint's, if the operator gives none
 )
 
 const checkUsage = `privstack-relay check - test a running relay, from anywhere
@@ -49,8 +49,8 @@ It does what clients do and takes half a minute at most. Exit status: 0 all is
 well, 1 a step failed, 2 wrong command line.
 `
 
-// runCheck is the whole subcommand; args are the words after its name. It returns
-// nil if no step failed, and a usageError for a mistyped command line.
+// runCheck is the whole subcommand. args are the words after its name. It returns nil if
+// no step failed, and a usageError for a mistyped command line.
 func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	fs := flag.NewFlagSet("check", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -95,7 +95,7 @@ func runCheck(ctx context.Context, args []string, stdout io.Writer) error {
 	return err
 }
 
-// checkRelay takes all the steps and hands each to tell as it ends.
+// checkRelay takes all the steps, and calls tell with each when it has ended.
 func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) checkReport {
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
@@ -106,10 +106,10 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 	dials := &dialCheck{endpoint: endpoint}
 	meet := &meetCheck{dials: dials}
 	defer meet.close()
-	blocked := "" // why the steps that are left make no sense
+	blocked := "" // why no further step makes sense; "": it does
 	for _, step := range []struct {
 		name string
-		most time.Duration
+		time time.Duration // at most
 		take func(context.Context) checkStep
 	}{
 		{"name", checkAskTime, endpoint.resolve},
@@ -123,13 +123,13 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 		{"clients", checkDialTime, meet.clients},
 		{"dht", checkAskTime, meet.dht},
 		{"record", checkAskTime, meet.record},
-		{"bridge", checkEchoTime, meet.bridge}, // before a reservation: two with a circuit are left to punch
+		{"bridge", checkEchoTime, meet.bridge}, // before "reservation": the relay leaves those who can have a circuit to punch holes
 		{"reservation", checkAskTime, meet.reserve},
 		{"circuit", checkEchoTime, meet.circuit},
 	} {
 		begun, s := time.Now(), stepSkipped("%s", blocked)
 		if blocked == "" && ctx.Err() == nil {
-			ctx, cancel := context.WithTimeout(ctx, step.most)
+			ctx, cancel := context.WithTimeout(ctx, step.time)
 			s = step.take(ctx)
 			cancel()
 		}
@@ -147,7 +147,7 @@ func checkRelay(ctx context.Context, target checkTarget, tell func(checkStep)) c
 		report.Steps = append(report.Steps, s)
 		tell(s)
 	}
-	report.PeerID = cmp.Or(dials.relay, endpoint.relay, target.id).String()
+	report.PeerID = cmp.Or(dials.relayID, endpoint.relayID, target.id).String()
 	report.OK = report.failed == 0
 	report.Millis = millis(time.Since(begun))
 	return report

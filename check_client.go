@@ -54,7 +54,7 @@ const (
 // checkClient is one throw-away client. Make it with dialCheckClient, end it with close.
 type checkClient struct {
 	id      peer.ID
-	relay   peer.ID // the one that answered
+	relayID peer.ID // of the relay that answered
 	sockets *quicreuse.ConnManager
 	quic    transport.Transport // which dials and listens on one socket
 	conn    transport.CapableConn
@@ -86,7 +86,7 @@ func dialCheckClient(ctx context.Context, addr ma.Multiaddr, id peer.ID) (*check
 		return nil, errors.Join(err, c.sockets.Close())
 	}
 	c.id = c.conn.LocalPeer()
-	c.relay, _ = peer.IDFromPublicKey(c.conn.RemotePublicKey()) // the handshake has read it
+	c.relayID, _ = peer.IDFromPublicKey(c.conn.RemotePublicKey()) // the handshake has read it
 	c.serving.Go(func() { c.serve(pub) })
 	return c, nil
 }

@@ -28,7 +28,7 @@ type dialCheck struct {
 	endpoint *endpointCheck
 	dials    []dialled
 	used     *dialled // the address over which the rest is checked; nil if none answers
-	relay    peer.ID  // promised, or else that of used
+	relayID  peer.ID  // the promised one, or else that of used
 }
 
 // dialled is an address of the relay and what came of it.
@@ -48,7 +48,7 @@ type dialled struct {
 func (c *dialCheck) dial(ctx context.Context) {
 	naming, cancel := context.WithTimeout(ctx, checkAskTime)
 	defer cancel()
-	c.relay, c.dials = c.endpoint.relay, c.addrs(naming)
+	c.relayID, c.dials = c.endpoint.relayID, c.addrs(naming)
 	ctx, cancel = context.WithTimeout(ctx, checkDialTime)
 	defer cancel()
 	var dialling sync.WaitGroup
@@ -56,7 +56,7 @@ func (c *dialCheck) dial(ctx context.Context) {
 		if d := &c.dials[i]; d.result == "" {
 			dialling.Go(func() {
 				begun := time.Now()
-				d.client, d.err = dialCheckClient(ctx, d.addr, c.endpoint.relay)
+				d.client, d.err = dialCheckClient(ctx, d.addr, c.endpoint.relayID)
 				d.took = time.Since(begun)
 			})
 		}
@@ -64,7 +64,7 @@ func (c *dialCheck) dial(ctx context.Context) {
 	dialling.Wait()
 	for _, f := range []string{ipv4, ipv6} {
 		if best := c.best(f); c.used == nil && best != nil && best.client != nil {
-			c.used, c.relay = best, best.client.relay
+			c.used, c.relayID = best, best.client.relayID
 		}
 	}
 	announced := slices.ContainsFunc(c.dials, func(d dialled) bool { return d.announced })
@@ -84,7 +84,7 @@ func (c *dialCheck) dial(ctx context.Context) {
 	}
 }
 
-// best returns an address of f that was dialled, if possible one that works. It is nil
+// best returns an address of family f that was dialled, if possible one that works, or nil
 // if none was dialled.
 func (c *dialCheck) best(f string) (best *dialled) {
 	for i, d := range c.dials {
@@ -110,10 +110,10 @@ func (c *dialCheck) over(f string) checkStep {
 	switch {
 	case best.err != nil:
 		s = stepFailed(c.whyNoQUIC(best), "%s: %s", best.addr, best.says)
-	case best.client.relay != c.relay: // nothing was promised, and the other family's is another
-		s = stepFailed(c.endpoint.whyTwoRelays(), "%s answers with peer ID %s, not %s", best.addr, best.client.relay, c.relay)
-	case c.endpoint.relay == "":
-		s = stepPassed("%s answers with peer ID %s, which nothing confirms", best.addr, c.relay)
+	case best.client.relayID != c.relayID: // nothing was promised, and the other family's is another
+		s = stepFailed(c.endpoint.whyTwoRelays(), "%s answers with peer ID %s, not %s", best.addr, best.client.relayID, c.relayID)
+	case c.endpoint.relayID == "":
+		s = stepPassed("%s answers with peer ID %s, which nothing confirms", best.addr, c.relayID)
 	}
 	s.Millis = millis(best.took)
 	return s.with(map[string]any{"address": best.addr.String()})
@@ -136,7 +136,7 @@ func (c *dialCheck) addresses(context.Context) checkStep {
 		if d.addr != nil {
 			name = d.addr.String()
 		}
-		lines = append(lines, clean(fmt.Sprintf("%s %s  %s", checkMarks[d.result], name, d.says)))
+		lines = append(lines, fmt.Sprintf("%s %s  %s", checkMarks[d.result], name, d.says))
 	}
 	listed, good, bad := len(c.endpoint.listed), count[checkPassed], count[checkFailed]
 	s := stepPassed("%d listed, %d answer", listed, good)
@@ -170,8 +170,8 @@ func (c *dialCheck) whyNoQUIC(d *dialled) diagnosis {
 	return likely("another program answers on UDP "+port, "ss -lunp 'sport = :"+port+"'")
 }
 
-// addrs returns the relay's addresses as clients find them, each once: what the endpoint
-// lists, with the host that was asked instead of 0.0.0.0 and ::.
+// addrs returns the relay's addresses as clients find them, each once: those that the
+// endpoint lists, where the host that was asked replaces 0.0.0.0 and ::.
 func (c *dialCheck) addrs(ctx context.Context) (dials []dialled) {
 	host := slices.Concat(c.endpoint.ips[ipv4], c.endpoint.ips[ipv6])
 	var found []dialled
@@ -215,8 +215,8 @@ func isAmong(dials []dialled, d dialled) bool {
 	return slices.ContainsFunc(dials, func(o dialled) bool { return o.addr != nil && o.addr.Equal(d.addr) })
 }
 
-// atListed returns the addresses that s, in the endpoint's list, stands for: none if it
-// is not QUIC, since other relays may have other transports.
+// atListed returns the addresses for which s stands in the endpoint's list. There are none
+// if s is not a QUIC address: other relays may have other transports.
 func (c *dialCheck) atListed(ctx context.Context, s string) []dialled {
 	addr, _ := ma.NewMultiaddr(s) // empty if it is none
 	if addr, _ = peer.SplitAddr(addr); !isQUICAddr(addr) {
@@ -241,7 +241,7 @@ func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (
 	for _, ip := range ips {
 		d := dialled{addr: ipAddr(ip).Encapsulate(rest), family: familyOf(ip), announced: announced}
 		if announced && c.isForeign(ip) {
-			// Nor is it our business to dial what is local to us.
+			// We do not dial it: here it may be a machine of our own network.
 			d.result, d.says = checkFailed, "a private address, which only its own network can dial"
 		} else if routeTo(ip) != "" {
 			d.result, d.says = checkSkipped, "this machine has no "+d.family
@@ -251,8 +251,8 @@ func (c *dialCheck) atIPs(ips []netip.Addr, rest ma.Multiaddr, announced bool) (
 	return found
 }
 
-// isForeign reports whether ip means something only in a network that the host which
-// was asked is not in.
+// isForeign reports whether ip has a meaning only in some network, and the host that was
+// asked is not in it.
 func (c *dialCheck) isForeign(ip netip.Addr) bool {
 	host := slices.Concat(c.endpoint.ips[ipv4], c.endpoint.ips[ipv6])
 	if slices.ContainsFunc(host, netip.Addr.IsLoopback) {

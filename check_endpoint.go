@@ -46,8 +46,8 @@ type endpointCheck struct {
 	lacks   map[string]string       // why that family can't be checked; "" if it can
 	answers map[string]*endpointAnswer
 
-	relay  peer.ID  // the target's ID, else the answer's, IPv4's before IPv6's; "" if there is none
-	listed []string // the addresses in that answer; nil if there is none
+	relayID peer.ID  // the target's ID, else the answer's, IPv4's before IPv6's; "" if there is none
+	listed  []string // the addresses in that answer; nil if there is none
 }
 
 // resolve finds the host's addresses, and which of them this machine can send to.
@@ -91,7 +91,7 @@ func (c *endpointCheck) resolve(ctx context.Context) checkStep {
 
 // ask asks over both families at once.
 func (c *endpointCheck) ask(ctx context.Context) {
-	c.relay, c.answers = c.id, make(map[string]*endpointAnswer)
+	c.relayID, c.answers = c.id, make(map[string]*endpointAnswer)
 	if c.url == nil {
 		return
 	}
@@ -106,7 +106,7 @@ func (c *endpointCheck) ask(ctx context.Context) {
 	asking.Wait()
 	for _, f := range []string{ipv6, ipv4} {
 		if a := c.answers[f]; a != nil && a.err == nil {
-			c.relay, c.listed = a.id, a.addrs
+			c.relayID, c.listed = a.id, a.addrs
 		}
 	}
 }
@@ -124,8 +124,8 @@ func (c *endpointCheck) over(f string) checkStep {
 	s := stepPassed("%s: %s", at, a.id)
 	if a.err != nil {
 		s = stepFailed(a.why, "%s: %v", at, a.err)
-	} else if a.id != c.relay {
-		s = stepFailed(c.whyTwoRelays(), "%s: %s, but over IPv4 it is %s", at, a.id, c.relay)
+	} else if a.id != c.relayID {
+		s = stepFailed(c.whyTwoRelays(), "%s: %s, but over IPv4 it is %s", at, a.id, c.relayID)
 	}
 	s.Millis = millis(a.took)
 	return s
@@ -135,7 +135,7 @@ func (c *endpointCheck) whyTwoRelays() diagnosis {
 	return likely("the addresses of this name belong to two different relays", "getent ahosts "+c.host)
 }
 
-// The address families, as a reader knows them.
+// The address families, as operators call them.
 const ipv4, ipv6 = "IPv4", "IPv6"
 
 func familyOf(ip netip.Addr) string {
@@ -160,7 +160,7 @@ func lookupIPs(ctx context.Context, kind int, host string) ([]netip.Addr, error)
 // a UDP socket only looks up the way.
 func routeTo(ip netip.Addr) string {
 	conn, err := net.Dial("udp", net.JoinHostPort(ip.String(), "9"))
-	if err != nil { // which names addresses: its cause does not
+	if err != nil { // err names addresses, its cause does not
 		return fmt.Sprintf("this machine has no %s: %v", familyOf(ip), cmp.Or(errors.Unwrap(err), err))
 	}
 	conn.Close()
@@ -242,8 +242,8 @@ type httpStatus int
 
 func (s httpStatus) Error() string { return fmt.Sprintf("HTTP status %d", int(s)) }
 
-// isFromProxy reports whether a reverse proxy says by s that it does not reach the relay.
-// The relay itself never answers with these.
+// isFromProxy reports whether s is how a reverse proxy says that it does not reach the
+// relay. The relay's identity endpoint never answers so.
 func (s httpStatus) isFromProxy() bool {
 	return s == http.StatusBadGateway || s == http.StatusServiceUnavailable || s == http.StatusGatewayTimeout
 }

@@ -54,7 +54,7 @@ func (c *meetCheck) identify(ctx context.Context) (s checkStep) {
 	if err != nil {
 		c.identity.Reset()
 	}
-	says, agent := clean(c.identity.GetProtocolVersion()), clean(c.identity.GetAgentVersion())
+	says, agent := c.identity.GetProtocolVersion(), c.identity.GetAgentVersion()
 	switch {
 	case isRefusal(err):
 		s = stepFailed(whyFull(), "the relay closed the connection after the handshake").blocking("needs a relay that has room")
@@ -85,13 +85,13 @@ func (c *meetCheck) observed(context.Context) checkStep {
 			"or, without root: podman run --network slirp4netns:port_handler=slirp4netns ..."),
 			"the relay sees us at %s, which is private", seen)
 	}
-	return s.with(map[string]any{"address": clean(seen)})
+	return s.with(map[string]any{"address": seen})
 }
 
 // clients connects the second client.
 func (c *meetCheck) clients(ctx context.Context) checkStep {
 	var err error
-	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.relay); err != nil {
+	if c.second, err = dialCheckClient(ctx, c.dials.used.addr, c.dials.relayID); err != nil {
 		return stepFailed(whyNoAnswer(err, "two clients"), "%s", errText(err)).blocking("needs two clients")
 	}
 	return stepPassed("two throw-away clients are connected")
@@ -112,7 +112,7 @@ func whyNoAnswer(err error, what string) diagnosis {
 func (c *meetCheck) dht(ctx context.Context) checkStep {
 	first, second := c.dials.used.client, c.second
 	resp := new(kadpb.Message)
-	// A client is in when it has been answered; the handshake alone does not show it.
+	// Only an answer shows that the relay has let a client in. The handshake does not.
 	for _, q := range []struct{ asks, wants *checkClient }{{second, second}, {first, first}, {first, second}} {
 		req := kadpb.NewMessage(kadpb.Message_FIND_NODE, []byte(q.wants.id), 0)
 		if _, err := q.asks.request(ctx, kadProtocol, req, resp); err != nil {
@@ -155,19 +155,19 @@ func (c *meetCheck) record(ctx context.Context) checkStep {
 	return stepPassed("stored by one client, read unchanged by the other, with publisher and ttl")
 }
 
-// putRecord has by put a record such as clients put, and returns it.
+// putRecord has the client by put a record as clients do, and returns it.
 func putRecord(ctx context.Context, by *checkClient, key []byte) (*recpb.Record, error) {
 	value := fmt.Appendf(nil, `{"device_name":"privstack-relay check","addresses":[],"timestamp":%d}`, time.Now().Unix())
 	put := &recpb.Record{Key: key, Value: value}
-	put.ProtoReflect().SetUnknown(newExtras(by.id, checkRecordTTL).encoded)
+	put.ProtoReflect().SetUnknown(encodeExtras(by.id, checkRecordTTL))
 	req := kadpb.NewMessage(kadpb.Message_PUT_VALUE, key, 0)
 	req.Record = put
 	_, err := by.request(ctx, kadProtocol, req, new(kadpb.Message))
 	return put, err
 }
 
-// bridge has the clients meet as two devices do that have no other way to each other: the
-// first dials the second at the relay's own address.
+// bridge has the clients meet over the bridge, as two devices do that have no other way to
+// each other: the first dials the second at the relay's own address.
 func (c *meetCheck) bridge(ctx context.Context) checkStep {
 	if c.key == nil {
 		return stepSkipped("needs a record")
@@ -214,8 +214,8 @@ func (c *meetCheck) bridge(ctx context.Context) checkStep {
 		with(map[string]any{"connect_ms": millis(met), "mib_per_s": rate, "bridge_rtt_ms": millis(rtt)})
 }
 
-// offered has the second client put the record, too, and returns at which addresses the
-// first client is then told that it is: none if it is not named.
+// offered has the second client put the record, too, and returns the addresses at which
+// the relay then tells the first client to dial it: none if the relay does not name it.
 func (c *meetCheck) offered(ctx context.Context) (at []ma.Multiaddr, err error) {
 	ctx, cancel := context.WithTimeout(ctx, checkAskTime)
 	defer cancel()
@@ -248,7 +248,7 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 	for _, b := range resp.GetReservation().GetAddrs() {
 		a, _ := ma.NewMultiaddrBytes(b) // empty if it is none
 		if a, _ = peer.SplitAddr(a); len(a) > 0 && len(addrs) < maxOfferedAddrs {
-			addrs = append(addrs, clean(a.String()))
+			addrs = append(addrs, a.String())
 			private = private && manet.IsPrivateAddr(a)
 		}
 	}
@@ -271,10 +271,10 @@ func (c *meetCheck) reserve(ctx context.Context) checkStep {
 		s = stepFailed(likely("the relay is behind a NAT and knows only its private address: nobody outside can use these", announce...), "accepted, but its addresses are all private")
 	}
 	s.Lines = addrs
-	return s.with(map[string]any{"addresses": addrs, "duration_s": int(duration.Seconds()), "data_bytes": c.dataMost})
+	return s.with(map[string]any{"addresses": addrs, "duration_s": resp.GetLimit().GetDuration(), "data_bytes": c.dataMost})
 }
 
-// circuit has the clients meet through the relay.
+// circuit has the clients meet over a circuit.
 func (c *meetCheck) circuit(ctx context.Context) checkStep {
 	if !c.reserved {
 		return stepSkipped("needs a reservation")

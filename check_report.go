@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 	"unicode"
@@ -53,15 +54,15 @@ type diagnosis struct {
 func likely(cause string, try ...string) diagnosis { return diagnosis{cause, try} }
 
 func stepPassed(format string, args ...any) checkStep {
-	return checkStep{Result: checkPassed, Detail: clean(fmt.Sprintf(format, args...))}
+	return checkStep{Result: checkPassed, Detail: fmt.Sprintf(format, args...)}
 }
 
 func stepSkipped(format string, args ...any) checkStep {
-	return checkStep{Result: checkSkipped, Detail: clean(fmt.Sprintf(format, args...))}
+	return checkStep{Result: checkSkipped, Detail: fmt.Sprintf(format, args...)}
 }
 
 func stepFailed(why diagnosis, format string, args ...any) checkStep {
-	return checkStep{Result: checkFailed, Detail: clean(fmt.Sprintf(format, args...)), diagnosis: why}
+	return checkStep{Result: checkFailed, Detail: fmt.Sprintf(format, args...), diagnosis: why}
 }
 
 func (s checkStep) with(values map[string]any) checkStep {
@@ -96,7 +97,31 @@ func (s checkStep) text() string {
 		strings.Join(lines, "\n"+strings.Repeat(" ", indent)) + "\n"
 }
 
-// clean makes text from the other side harmless to a terminal, and cuts it.
+// cleaned returns s with all its texts cleaned: see clean. The steps need not do so
+// themselves.
+func (s checkStep) cleaned() checkStep {
+	s.Detail, s.Cause, s.Lines, s.Try = clean(s.Detail), clean(s.Cause), cleanAll(s.Lines), cleanAll(s.Try)
+	s.Values = maps.Clone(s.Values)
+	for name, value := range s.Values {
+		switch v := value.(type) {
+		case string:
+			s.Values[name] = clean(v)
+		case []string:
+			s.Values[name] = append([]string{}, cleanAll(v)...) // [] in JSON, never null
+		}
+	}
+	return s
+}
+
+func cleanAll(texts []string) (cleaned []string) {
+	for _, text := range texts {
+		cleaned = append(cleaned, clean(text))
+	}
+	return cleaned
+}
+
+// clean makes text from the other side harmless to a terminal: nothing in it controls the
+// terminal or turns the direction of the text. It also cuts it.
 func clean(s string) string {
 	runes := []rune(s)
 	runes = runes[:min(len(runes), 600)]
@@ -125,10 +150,10 @@ func wrapText(s string, width int) (lines []string) {
 	return append(lines, string(line))
 }
 
-// millis is d in milliseconds, to the microsecond.
+// millis returns d in milliseconds, to the microsecond.
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// tryFlag tells how to give the relay one more flag.
+// tryFlag returns how to give the relay one more flag.
 func tryFlag(flag string) []string {
 	return []string{
 		"add " + flag + " to RELAY_FLAGS in /etc/default/privstack-relay",
@@ -136,7 +161,7 @@ func tryFlag(flag string) []string {
 	}
 }
 
-// tryOpen tells how to open a port in the machine's firewall. network is "tcp" or "udp".
+// tryOpen returns how to open a port in the machine's firewall. network is "tcp" or "udp".
 func tryOpen(port, network string) []string {
 	return []string{
 		"ufw allow " + port + "/" + network,
@@ -147,30 +172,3 @@ func tryOpen(port, network string) []string {
 
 // tryStatus shows whether the relay runs, and its last log lines.
 const tryStatus = "systemctl status privstack-relay  # in a container: podman logs relay"
-
-// cleaned returns s without anything in its texts that a terminal acts on, or that makes
-// text run from right to left.
-func (s checkStep) cleaned() checkStep {
-	each := func(texts []string) []string {
-		var out []string
-		for _, text := range texts {
-			out = append(out, clean(text))
-		}
-		return out
-	}
-	s.Detail, s.Cause, s.Lines, s.Try = clean(s.Detail), clean(s.Cause), each(s.Lines), each(s.Try)
-	values := make(map[string]any)
-	for name, value := range s.Values {
-		switch v := value.(type) {
-		case string:
-			value = clean(v)
-		case []string:
-			value = append([]string{}, each(v)...)
-		}
-		values[name] = value
-	}
-	if s.Values != nil {
-		s.Values = values
-	}
-	return s
-}

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -746,6 +747,17 @@ func TestCheckFindsSmallCircuits(t *testing.T) {
 	r := newTestRelay(t, defaultConfig(t, "--circuit-bytes=128KiB"))
 	got := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID())
 	got.wantFailed(t, "--circuit-bytes", "bridge", "circuit")
+}
+
+// The longest duration of a circuit is reported as it is, also where an int has 32 bits.
+func TestCheckReportsLongDurations(t *testing.T) {
+	cfg := defaultConfig(t)
+	cfg.circuitDuration = maxCircuitDuration
+	r := newTestRelay(t, cfg)
+	s := runCheckJSON(t, r.info.Addrs[0].String()+"/p2p/"+r.peerID()).step(t, "reservation")
+	if got := s.Values["duration_s"]; got != float64(math.MaxUint32) {
+		t.Errorf("duration_s = %v, want %d", got, uint32(math.MaxUint32))
+	}
 }
 
 // The relay that an operator forgot to update: nobody behind a NAT would notice but the

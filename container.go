@@ -1,7 +1,7 @@
 package main
 
-// What is different in a container: who sets the kernel's limits, and whether the key
-// outlives the container.
+// What is different in a container: the host sets the kernel's limits, and the key may be
+// gone with the container.
 
 import (
 	"io/fs"

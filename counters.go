@@ -36,8 +36,8 @@ func (r request) String() string {
 	return [requestTypes]string{"put_value", "get_value", "find_node", "ping", "other", "reserve", "connect"}[r]
 }
 
-// refusal is why something was refused. A connection counts once for each packet
-// that would begin it, and the clients' first flight is of two.
+// refusal is why something was refused. A refused connection counts once for each packet
+// that would have begun it, and the clients' first flight has two.
 type refusal int
 
 const (
@@ -47,14 +47,14 @@ const (
 	refusedStream                          // a device has too many, or all devices together
 	refusedMemory                          // a larger QUIC window, a circuit's buffers, a long message; or a connection that took most in small pieces
 	refusedReserve                         // a reservation: no room
-	refusedCircuit                         // one end has circuitsPerPeer, or of one device or network; or as many as can be are open
+	refusedCircuit                         // one end has circuitsPerPeer, circuitsPerPair or circuitsPerNetwork, or all are taken
 	refusedNoReservation                   // a circuit to a device that has none
-	refusedUnanswered                      // a circuit that the other device did not take
+	refusedUnanswered                      // a circuit that the other device did not accept
 	refusedStopping                        // a reservation, circuit or bridge, as the relay is about to stop
 	refusedRecord                          // see checkRecord
 	refusedMessage                         // longer than maxKadMessage
 	refusedBudget                          // had to wait, or was closed: a network's or connection's budget is spent
-	refusedBridge                          // a bridge: one end has flowsPerClient, or as many as can be are open
+	refusedBridge                          // a bridge: one end has flowsPerClient, or all are taken
 	refusedBridgeStray                     // an Initial from a client that was told of no other device
 	refusedBridgeUnanswered                // packets over the bridge that the other device did not answer
 	refusedBridgePacket                    // a packet over the bridge that could be for several devices
@@ -120,11 +120,11 @@ func (t *tally) circuitRequest(kind request, status circuitpb.Status) {
 			t.refuse(refusedUnanswered)
 		}
 	}
-	// PERMISSION_DENIED is circuits' own answer, which has counted why.
+	// circuits answers PERMISSION_DENIED itself, and counts why.
 }
 
-// tally is the resource manager's reporter, and so learns what its limits refuse.
-// The resource manager does not report refusedNetwork; quicSockets count that.
+// tally is the resource manager's reporter, and so learns what its limits refuse. Its
+// limits say nothing about networks: sockets.go and networks.go count refusedNetwork.
 
 func (t *tally) BlockConn(dir network.Direction, _ bool) {
 	if dir == network.DirInbound {

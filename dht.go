@@ -2,11 +2,11 @@ package main
 
 // One DHT request's way, from the stream that it comes on to the answer.
 //
-// The engine is kad-dht. It reads requests from, and writes answers to, the streams
-// of the host that it is given, so kadHost gives it streams of ours: they bound
-// what is read (boundedReader), and name other peers in the answer than kad-dht
-// does (answers). Between the two, kad-dht calls a hook with each request, which
-// counts it and leaves of a record what clients use.
+// The engine is kad-dht. It reads requests from the streams of its host, and writes the
+// answers to them. kadHost gives it streams of ours, which bound what is read
+// (frameReader) and replace the peers that kad-dht names in its answer (answers). In
+// between, kad-dht calls a hook with each request. The hook counts the request, and
+// removes from its record what clients do not use.
 
 import (
 	"bytes"
@@ -25,7 +25,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// kadServer is what a request meets on its way.
+// kadServer has the rooms that a request passes on its way.
 type kadServer struct {
 	answers *answers
 	groups  *groups
@@ -56,14 +56,14 @@ func (k *kadServer) serve(h host.Host) (*dht.IpfsDHT, error) {
 	)
 }
 
-// hook is called with each request before kad-dht handles it. It takes a record
-// that is not to be stored out of the request; kad-dht then resets the stream.
+// hook sees each request before kad-dht handles it. If a record must not be stored, hook
+// takes it out of the request, and kad-dht then resets the stream.
 func (k *kadServer) hook(ctx context.Context, s network.Stream, req *kadpb.Message) {
-	if stream := s.(*kadStream); stream.asked {
-		piecesOf(s.Conn()).wait(ctx) // the first request has waited when the stream was opened
-	} else {
-		stream.asked = true
+	stream := s.(*kadStream)
+	if stream.asked { // the first request has waited when the stream was opened
+		piecesOf(s.Conn()).wait(ctx)
 	}
+	stream.asked, stream.request = true, req
 	k.tally.dhtRequest(req.GetType())
 	if req.GetType() != kadpb.Message_PUT_VALUE {
 		req.Record = nil // a request without a use for one
@@ -78,12 +78,11 @@ func (k *kadServer) hook(ctx context.Context, s network.Stream, req *kadpb.Messa
 			k.groups.leave(id)
 		}
 	}
-	s.(*kadStream).request = req
 }
 
-// checkRecord returns why the record that req puts is not to be stored, or nil. It
-// removes fields that clients don't use, so that they are neither stored nor
-// passed on. What the value says is the clients' business.
+// checkRecord returns why the record in req must not be stored, or nil. It removes
+// fields that clients do not use, so that they are neither stored nor passed on. What the
+// value says is the clients' business.
 func checkRecord(req *kadpb.Message) error {
 	rec := req.GetRecord()
 	if rec == nil {
@@ -113,8 +112,8 @@ func checkRecord(req *kadpb.Message) error {
 	return nil
 }
 
-// newestWins is the validator that kad-dht is given: checkRecord has looked at a
-// record before, and the one that arrives replaces the one that is stored. All
+// newestWins is kad-dht's validator. It accepts every record, because checkRecord has
+// looked at it before, and the one that arrives replaces the one that is stored. All
 // devices of a group share one key, and the last to write it must be the one found.
 // A timestamp inside is no guide: a device with a slow clock would never be found.
 type newestWins struct{}
@@ -124,7 +123,7 @@ func (newestWins) Validate(string, []byte) error { return nil }
 // Select prefers values[0], which is the one arriving.
 func (newestWins) Select(string, [][]byte) (int, error) { return 0, nil }
 
-// kadHost is the host that kad-dht is given.
+// kadHost is kad-dht's host: its streams are kadStreams.
 type kadHost struct {
 	host.Host
 	server *kadServer
@@ -137,27 +136,27 @@ func (h kadHost) SetStreamHandler(id protocol.ID, handle network.StreamHandler) 
 }
 
 // kadStream is a stream on which kad-dht reads requests and writes an answer to
-// each. It has one reader and writer.
+// each. One goroutine reads and writes it.
 //
-// A client that gives an answer no room holds up what is in memory for it. So Write
-// only gathers an answer, and the next Read sends it: by then kad-dht has let go of the
+// A client that does not read its answer keeps the answer in our memory. So Write only
+// gathers an answer, and the next Read sends it: by then kad-dht has let go of the
 // request and of its own answer, which took 75 to 115 KiB.
 type kadStream struct {
 	network.Stream
 	server *kadServer
 	frames frameReader
 
-	// request is the one being handled, and asked is set from the first one on. hook
-	// sets both.
+	// request is the one being handled; nil: none. asked says that there has been one.
+	// hook sets both.
 	request *kadpb.Message
 	asked   bool
 
-	// answer holds what kad-dht has written of the answer so far, or all of it, as it
-	// is sent, once whole.
+	// answer holds what kad-dht has written of an answer so far or, if whole, the
+	// amended answer with its length, ready to send.
 	answer []byte
 	whole  bool
 
-	// booked is how much memory is reserved for request and answer, in bytes.
+	// booked is how much memory is reserved for the request and its answer, in bytes.
 	booked int
 }
 
@@ -172,16 +171,16 @@ func (s *kadStream) Read(p []byte) (int, error) {
 	if frameErr != nil {
 		return 0, frameErr
 	}
-	// kad-dht takes a buffer for the message when it has read its length, and parses it
-	// into another copy.
+	// kad-dht allocates a buffer when it has read the length of a message, and copies
+	// the message once more when it parses it.
 	if bookErr := s.book(2 * longest); bookErr != nil {
 		return 0, bookErr
 	}
 	return n, err
 }
 
-// book reserves n bytes for a message in place of what is booked, if that is less and
-// n more than streamMemory covers.
+// book raises what is reserved to n bytes. Up to freeKadMessage nothing is reserved,
+// because streamMemory covers that.
 func (s *kadStream) book(n int) error {
 	if n <= max(s.booked, freeKadMessage) {
 		return nil
@@ -224,8 +223,8 @@ func (s *kadStream) Write(p []byte) (int, error) {
 	return len(p), s.book(len(s.answer))
 }
 
-// amend returns kad-dht's answer with the peers replaced that it names. It costs a
-// client's request nothing that can be measured (BenchmarkAnswer: 0.3 ms each).
+// amend replaces the peers that kad-dht's answer names. That adds nothing measurable to
+// the 0.3 ms of a request (BenchmarkAnswer).
 func (s *kadStream) amend(answer []byte) ([]byte, error) {
 	if t := s.request.GetType(); t != kadpb.Message_FIND_NODE && t != kadpb.Message_GET_VALUE {
 		return answer, nil
@@ -240,17 +239,17 @@ func (s *kadStream) amend(answer []byte) ([]byte, error) {
 
 var errKadMessageTooLong = fmt.Errorf("DHT message is above %d bytes", maxKadMessage)
 
-// frameReader follows the frames in what is read from a stream, each a varint
-// length and that many bytes (kad-dht spec, RPC messages).
+// frameReader finds the frames in what is read from a stream. Each is a varint length and
+// that many bytes (kad-dht spec, RPC messages).
 type frameReader struct {
 	tally  *tally
 	body   uint64 // bytes left of the current frame
 	header []byte // of the next frame, while incomplete
 }
 
-// follow returns the longest length among those that end in read. It fails at a length
-// above maxKadMessage: before kad-dht has seen the last byte of that length, so that it
-// cannot yet allocate for it.
+// follow returns the longest of the lengths whose last byte is in read. It fails at a
+// length above maxKadMessage. kad-dht has not seen that last byte yet, so it cannot have
+// allocated for such a message.
 func (r *frameReader) follow(read []byte) (longest int, err error) {
 	for len(read) > 0 {
 		if skip := min(r.body, uint64(len(read))); skip > 0 {

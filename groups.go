@@ -78,12 +78,12 @@ func (g *groups) allMates(id peer.ID, now time.Time) (mates []peer.ID) {
 
 // remove forgets that id has put key. The caller holds g.mu.
 func (g *groups) remove(key string, id peer.ID) {
-	left := slices.DeleteFunc(g.members[key], func(m member) bool { return m.id == id })
-	if g.members[key] = left; len(left) == 0 {
+	g.members[key] = slices.DeleteFunc(g.members[key], func(m member) bool { return m.id == id })
+	if len(g.members[key]) == 0 {
 		delete(g.members, key)
 	}
-	keys := slices.DeleteFunc(g.keys[id], func(k string) bool { return k == key })
-	if g.keys[id] = keys; len(keys) == 0 {
+	g.keys[id] = slices.DeleteFunc(g.keys[id], func(k string) bool { return k == key })
+	if len(g.keys[id]) == 0 {
 		delete(g.keys, id)
 	}
 }

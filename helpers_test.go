@@ -648,8 +648,8 @@ func rustRecord(key []byte, value string, publisher peer.ID, ttl uint64) *recpb.
 	return rec
 }
 
-// rustFields are a record's publisher and ttl as rust-libp2p encodes them.
-// rustFields returns these fields, encoded; ttl is in seconds.
+// rustFields returns a record's publisher and ttl as rust-libp2p encodes them. ttl is in
+// seconds.
 func rustFields(publisher peer.ID, ttl uint64) []byte {
 	b := protowire.AppendTag(nil, 666, protowire.BytesType)
 	b = protowire.AppendBytes(b, []byte(publisher))

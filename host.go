@@ -27,12 +27,11 @@ type hostParts struct {
 	gater     connmgr.ConnectionGater
 	resources network.ResourceManager
 
-	// addrBook may put another address book in front of the peerstore. nil: the
-	// peerstore's own.
+	// addrBook puts another address book in front of the peerstore.
 	addrBook func(self peer.ID, store addrStore) peerstore.Peerstore
 
-	// advertise returns what peers are told of the host's addresses, given those that
-	// it listens on. nil: the addresses of the machine.
+	// advertise returns the addresses that the host tells its peers, given those that it
+	// listens on.
 	advertise func(listen []ma.Multiaddr) []ma.Multiaddr
 
 	busOptions   []eventbus.Option
@@ -46,7 +45,8 @@ type addrStore interface {
 	peerstore.CertifiedAddrBook
 }
 
-// quicHost is a running host. Close ends it and everything in its hostParts.
+// quicHost is a running host. Close ends it, and the transport and resource manager that it
+// was made of.
 type quicHost struct{ *basichost.BasicHost }
 
 // newQUICHost returns a host that listens on nothing yet. If it fails, it closes
@@ -72,13 +72,9 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	if err := errors.Join(memory.AddPrivKey(self, parts.key), memory.AddPubKey(self, parts.key.GetPublic())); err != nil {
 		return nil, err
 	}
-	var store peerstore.Peerstore = memory
-	if parts.addrBook != nil {
-		store = parts.addrBook(self, memory)
-	}
 
 	bus := eventbus.NewBus(parts.busOptions...)
-	sw, err := swarm.NewSwarm(self, store, bus, append(parts.swarmOptions,
+	sw, err := swarm.NewSwarm(self, parts.addrBook(self, memory), bus, append(parts.swarmOptions,
 		swarm.WithConnectionGater(parts.gater),
 		swarm.WithResourceManager(parts.resources))...)
 	if err != nil {
@@ -88,14 +84,12 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	if err := sw.AddTransport(parts.transport); err != nil {
 		return nil, err
 	}
-	// No AutoNAT: it would ask clients to dial back, and whether the relay can be
-	// reached is the operator's to see to. No relay client: nobody reaches it
-	// through others. No observed addresses: four clients in four networks could
-	// make the relay tell everybody an address that is somebody else's.
+	// No AutoNAT: it would ask clients to dial back, and it is the operator who makes
+	// the relay reachable. No relay client: nobody reaches the relay through another.
+	// No observed addresses: four clients in four networks could make the relay tell
+	// everybody an address that is somebody else's.
 	parts.options.EventBus = bus
-	if parts.advertise != nil {
-		parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
-	}
+	parts.options.AddrsFactory = func([]ma.Multiaddr) []ma.Multiaddr { return parts.advertise(sw.ListenAddresses()) }
 	h, err := basichost.NewHost(sw, &parts.options)
 	if err != nil {
 		return nil, err
@@ -104,8 +98,8 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	return &quicHost{h}, nil
 }
 
-// Close ends the network before the host: a host waits until its peers have read
-// what it tells them, and one that reads nothing would hold it up by seconds.
+// Close ends the network before the host. The host by itself waits until its peers have
+// read what it tells them, so a peer that reads nothing would hold it up for seconds.
 func (h *quicHost) Close() error {
 	return errors.Join(h.Network().Close(), h.BasicHost.Close())
 }

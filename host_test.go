@@ -18,6 +18,8 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/transport"
 	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -33,7 +35,9 @@ func TestHostThatFailsLeavesNothingBehind(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 20 {
 		resources := &closedResources{}
-		if h, err := newQUICHost(hostParts{key: key, transport: noProtocols{}, resources: resources}); err == nil {
+		h, err := newQUICHost(hostParts{key: key, transport: noProtocols{}, resources: resources,
+			addrBook: func(_ peer.ID, store addrStore) peerstore.Peerstore { return store }})
+		if err == nil {
 			h.Close()
 			t.Fatal("a host without a protocol was made")
 		}

@@ -1,7 +1,7 @@
 package main
 
-// The HTTP endpoint: it tells clients who this relay is, and monitors whether it is
-// up. It gets plain values and knows nothing of libp2p.
+// The HTTP endpoint: it tells clients who this relay is, and monitors whether the relay
+// is up. It is given plain values and knows nothing of libp2p.
 
 import (
 	"context"
@@ -50,7 +50,7 @@ func newAPIHandler(identity func() identityResponse) *apiHandler {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(body)
 	})
-	// It is not found, as with the old relay, but whoever looks here learns where to look.
+	// 404, as from the old relay, but with a hint where to look.
 	h.HandleFunc("/{$}", func(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, "This is a PrivStack relay. Ask "+identityRoute+" who it is, and "+healthRoute+" whether it is up.", http.StatusNotFound)
 	})
@@ -67,9 +67,9 @@ func newAPIHandler(identity func() identityResponse) *apiHandler {
 	return h
 }
 
-// ServeHTTP takes doubled slashes for one, and one at the end for none. A reverse proxy
-// that takes a prefix off the path often leaves such slashes. The mux would answer the
-// first with a redirect, which leads out of the prefix, and the second with 404.
+// ServeHTTP treats doubled slashes in the path as one, and ignores a slash at its end. A
+// reverse proxy that strips a prefix often leaves such slashes. The mux would answer the
+// former with a redirect, which leads out of the prefix, and the latter with 404.
 func (h *apiHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
 		r = r.Clone(r.Context())
@@ -103,6 +103,23 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
+// answerInProgress is how long a request that has begun may take when the relay stops. An
+// answer is one small packet.
+const answerInProgress = time.Second
+
+// stopHTTP lets requests that have begun end, for answerInProgress at most, and closes
+// srv. Shutdown alone waits 5 s for a connection that has asked nothing yet, so that
+// anyone who has just connected could make a stop late, and look like a failure.
+func stopHTTP(ctx context.Context, srv *http.Server) error {
+	ctx, cancel := context.WithTimeout(ctx, answerInProgress)
+	defer cancel()
+	err := srv.Shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return srv.Close()
+	}
+	return err
+}
+
 // httpConns are the open connections, oldest first, of each network. Beyond maxHTTPConns
 // the oldest connection of a network that has more than others is closed, so someone who
 // opens many to keep others out closes his own.
@@ -117,7 +134,8 @@ func (h *httpConns) add(c net.Conn) {
 	defer h.mu.Unlock()
 	network := whoseConn(c)
 	h.by[network] = append(h.by[network], c)
-	if h.all++; h.all <= maxHTTPConns {
+	h.all++
+	if h.all <= maxHTTPConns {
 		return
 	}
 	if len(h.by[network]) <= maxHTTPConns/len(h.by) {
@@ -150,15 +168,16 @@ func whoseConn(c net.Conn) netip.Prefix {
 
 func (h *httpConns) drop(network netip.Prefix, i int) {
 	h.all--
-	if h.by[network] = slices.Delete(h.by[network], i, i+1); len(h.by[network]) == 0 {
+	h.by[network] = slices.Delete(h.by[network], i, i+1)
+	if len(h.by[network]) == 0 {
 		delete(h.by, network)
 	}
 }
 
-// healthTimeout bounds a question to healthRoute, over each address family.
+// healthTimeout bounds one request to healthRoute, over each address family.
 const healthTimeout = 3 * time.Second
 
-// askHealth asks the relay on this machine whose TCP port is port whether it is up, and
+// askHealth asks the relay on this machine with that --http-port whether it is up, and
 // returns nil if it is.
 func askHealth(ctx context.Context, port int) error {
 	if port == 0 {
@@ -172,7 +191,7 @@ func askHealth(ctx context.Context, port int) error {
 }
 
 func askHealthAt(ctx context.Context, addr string) error {
-	// Not the default transport, which may ask a proxy of the environment.
+	// Not the default transport, which obeys HTTP_PROXY.
 	client := http.Client{Timeout: healthTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+healthRoute, nil)
 	if err != nil {

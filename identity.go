@@ -1,9 +1,8 @@
 package main
 
-// The identity: one file holding the ed25519 private key whose public half is
-// the peer ID that clients know. This file reads it, creates it, and never
-// changes one that exists. It also has what the certificate says that shows the
-// key.
+// The identity: one file with the ed25519 private key whose public half is the peer ID
+// that clients know. The code here reads and creates that file, and never changes one that
+// exists. It also makes the template of the TLS certificates that prove the key.
 
 import (
 	"bytes"
@@ -39,18 +38,18 @@ type identity struct {
 	// created says that this call made the file.
 	created bool
 
-	// mode is the file's, as ls shows it.
+	// mode is the file's mode, as ls shows it.
 	mode fs.FileMode
 
 	// exposed says that users other than the owner may read the file.
 	exposed bool
 
-	// owner names the user that the file belongs to, if that is neither the user of
-	// this process nor root: that user knows the key and can change it. Else it is "".
+	// owner is the user that the file belongs to, if that is neither the user of this
+	// process nor root: that user can read and change the key. Else it is "".
 	owner string
 
-	// openDirOwner names the owner of the file's directory if every user can write
-	// there, and so put a key there first, or in place of this one. Else it is "".
+	// openDirOwner is the owner of the file's directory if every user can write there,
+	// and so can put another key in place of this one. Else it is "".
 	openDirOwner string
 }
 
@@ -81,7 +80,7 @@ func loadIdentity(path string) (identity, error) {
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if target, linkErr := os.Readlink(path); linkErr == nil {
-			// To make a key there could be wrong: the disk that holds it may be missing.
+			// Do not make a key there: the disk that holds the key may be missing.
 			return identity{}, fmt.Errorf("%s is a symbolic link to %s, which does not exist", path, target)
 		}
 	}
@@ -106,7 +105,7 @@ func loadIdentity(path string) (identity, error) {
 		return identity{}, err
 	}
 	defer f.Close()
-	// One byte more than a key tells a longer file without reading it all.
+	// One byte more than a key shows that a file is too long, without reading it all.
 	data, err := io.ReadAll(io.LimitReader(f, identitySize+1))
 	if err != nil {
 		return identity{}, err
@@ -136,8 +135,8 @@ func foreignOwner(info fs.FileInfo) string {
 	return userName(uid)
 }
 
-// userName returns the name of a user with its number, or the number alone if it has no
-// name here, as is usual in a container.
+// userName returns a user's name and number, or the number alone if the user has no name
+// here, as is usual in a container.
 func userName(uid int) string {
 	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
 		return fmt.Sprintf("%s (uid %d)", u.Username, uid)
@@ -211,8 +210,8 @@ func createIdentity(path string, key ed25519.PrivateKey) (err error) {
 	return syncDir(dir)
 }
 
-// explainCreate says what to do about err, which is why a key can be neither found nor
-// made in dir.
+// explainCreate adds to err, the reason why a key can be neither found nor made in dir,
+// what to do about it.
 func explainCreate(err error, dir string) error {
 	if cause := (*fs.PathError)(nil); errors.As(err, &cause) {
 		err = cause.Err // without the name of the temporary file
@@ -245,13 +244,13 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// certificateTemplate returns what a TLS certificate of ours says beside its key: the
+// certificateTemplate returns what our TLS certificates say besides their key: the
 // relay's, and those of the clients that check plays. A certificate is made once and is
-// valid from 1975 to 4096, as the old relay's was (CertificateParams::default in rcgen,
-// which rust-libp2p uses, so the deployed clients' are, too). go-libp2p's is valid from
-// an hour before it was made: a relay that starts while its clock is ahead, and is then
-// put right, would be refused by everybody until its clock has caught up; and one whose
-// clock is behind would refuse the check alone.
+// valid from 1975 to 4096, as the old relay's was and the deployed clients' are
+// (CertificateParams::default in rcgen, which rust-libp2p uses). go-libp2p's is valid from
+// an hour before it was made. So everybody would refuse a relay that started while its
+// clock was ahead, until the corrected clock had caught up; and a relay whose clock is
+// behind would refuse the check's clients, but not the deployed ones.
 func certificateTemplate() (*x509.Certificate, error) {
 	number, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	if err != nil {

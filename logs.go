@@ -20,9 +20,9 @@ import (
 // journal. https://www.freedesktop.org/software/systemd/man/systemd.exec.html
 const journalEnv = "JOURNAL_STREAM"
 
-// newLogHandler returns what writes log lines to w, from level on. The journal knows the
-// time of each line by itself, and is told its priority, so that journalctl -p warning
-// finds the warnings.
+// newLogHandler returns a handler that writes lines of level and above to w. If w leads to
+// the journal, lines have no time, which the journal adds, and begin with their priority,
+// so that journalctl -p warning finds the warnings.
 func newLogHandler(w io.Writer, level slog.Level, journal bool) slog.Handler {
 	options := &slog.HandlerOptions{Level: level}
 	if !journal {
@@ -124,7 +124,8 @@ func joinLibraryLogs(h slog.Handler, verbose bool) {
 	golog.SetAllLoggers(level)
 }
 
-// libraryHandler keeps go-libp2p's lines about single peers out of a quiet log.
+// libraryHandler keeps go-libp2p's lines about single peers out of the log, unless it is
+// verbose.
 type libraryHandler struct {
 	slog.Handler
 	verbose bool
@@ -142,7 +143,7 @@ func (h *libraryHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 		// identify warns about each peer that hangs up early or sends nonsense, the
 		// QUIC transport about each connection that it drops. Anybody could fill
 		// the disk with such lines, and they name the peer. The swarm warns at each
-		// dial of a name that does not resolve, of which names.go tells once.
+		// dial of a name that does not resolve, and names.go has warned of it already.
 		return a.Key == "logger" && slices.Contains([]string{"net/identify", "quic-transport", "swarm2"}, a.Value.String())
 	})
 	return &libraryHandler{h.Handler.WithAttrs(attrs), h.verbose, muted}
@@ -152,8 +153,8 @@ func (h *libraryHandler) WithGroup(name string) slog.Handler {
 	return &libraryHandler{h.Handler.WithGroup(name), h.verbose, h.muted}
 }
 
-// zapCore writes zap's lines to h, as one message each: errors and worse as errors,
-// all others as debug lines. go-log sets which are written.
+// zapCore writes each of zap's lines to h as one message: errors and worse as errors, all
+// others at debug. go-log's levels decide which lines get here.
 func zapCore(h slog.Handler) zapcore.Core {
 	lines := func(level slog.Level, of zap.LevelEnablerFunc) zapcore.Core {
 		format := zapcore.EncoderConfig{NameKey: "logger", MessageKey: "msg", ConsoleSeparator: " "}

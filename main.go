@@ -48,7 +48,7 @@ const (
 	// stops a whole group of processes may send it to each, and to the group too.
 	sameRequest = 300 * time.Millisecond
 
-	// maskInterval is how often the relay looks whether something hides its clients.
+	// maskInterval is how often the relay checks whether something hides its clients.
 	maskInterval = 10 * time.Second
 
 	// summaryInterval is how often the counters are logged.
@@ -140,7 +140,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("identity: %w", err)
 	}
-	path := cfg.keyFile
+	logIdentity(log, cfg.keyFile, id)
+
+	return serve(ctx, cfg, id, log, func(n node) {
+		io.WriteString(out, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
+		out.flush()
+		n.logStart(log, cfg)
+	})
+}
+
+// logIdentity says where the key is, and what the operator should mend about its file.
+func logIdentity(log *slog.Logger, path string, id identity) {
 	if abs, err := filepath.Abs(path); err == nil {
 		path = abs
 	}
@@ -159,21 +169,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		log.Warn("identity key is in a directory that every user can write to, move it to one that is yours alone",
 			"path", path, "directory_owner", id.openDirOwner)
 	}
-
 	if dir := filepath.Dir(path); endsWithContainer(os.DirFS("/"), dir) {
 		log.Warn("this key is gone with the container, and the peer ID with it: give "+dir+" a volume with a name, such as -v privstack:"+dir, "path", path)
 	}
-
-	return serve(ctx, cfg, id, log, func(n node) {
-		io.WriteString(out, banner(n.peerID(), n.reachableAddrs(), n.httpPort))
-		out.flush()
-		n.logStart(log, cfg)
-	})
 }
 
 // node is a relay that serves, and where its HTTP listeners are.
 type node struct {
 	*relay
+	started  time.Time
 	httpPort int      // TCP port of the identity endpoint, on all interfaces
 	metrics  net.Addr // nil: none are served
 }
@@ -281,7 +285,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	if err != nil {
 		return fmt.Errorf("bind identity endpoint: %w", explainBind(err, "TCP", cfg.httpPort, "--http-port"))
 	}
-	defer ln.Close() // Shutdown closes it first; only an early return needs this
+	defer ln.Close() // stopHTTP closes it first; only an early return needs this
 
 	var metricsListener net.Listener
 	if cfg.metrics != "" {
@@ -293,6 +297,10 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		defer metricsListener.Close()
 	}
 
+	asked := make(chan os.Signal, 1)
+	notifySummary(asked) // before the start, which may wait for DNS: until then the signal ends the process
+	defer signal.Stop(asked)
+
 	started := time.Now()
 	relay, err := startRelay(cfg, id.key, log)
 	if err != nil {
@@ -301,7 +309,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	// The kernel takes the rest of what was promised, for sockets.
 	defer boundMemory(relay.limits.goMemory())()
 
-	n := node{relay: relay, httpPort: ln.Addr().(*net.TCPAddr).Port}
+	n := node{relay: relay, started: started, httpPort: ln.Addr().(*net.TCPAddr).Port}
 	api := newAPIHandler(func() identityResponse {
 		return identityResponse{
 			PeerID:          relay.peerID(),
@@ -321,18 +329,6 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 		go func() { broken <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(metricsListener)) }() // ends as srv does
 	}
 
-	asked := make(chan os.Signal, 1)
-	notifySummary(asked)
-	defer signal.Stop(asked)
-	hourly := time.NewTicker(summaryInterval)
-	defer hourly.Stop()
-	looks := time.NewTicker(maskInterval)
-	defer looks.Stop()
-	masked := false
-	logSummary := func() {
-		about := []any{"uptime", time.Since(started).Round(time.Second), "memory_bytes", memoryInUse()}
-		log.Info("summary", append(about, relay.counters().attrs()...)...)
-	}
 	ready(n)
 	manager := findServiceManager(os.Getenv)
 	tell := func(state string) {
@@ -343,33 +339,7 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	tell("READY=1")
 	signOfLife, stopSigns := manager.signsOfLife()
 	defer stopSigns()
-
-	for running := true; running; {
-		select {
-		case <-hourly.C:
-			logSummary()
-		case <-asked:
-			logSummary()
-		case <-looks.C:
-			addr, clients := relay.maskedBy()
-			if addr.IsValid() && !masked { // warn once, until clients from elsewhere have come
-				log.Warn("all clients come from one private address: something in front of the relay hides where they are, such as a container's port forwarding, "+
-					"so devices are told useless addresses of each other and all clients share one address's limit: see docs/container.md", "addr", addr, "clients", clients)
-			}
-			masked = addr.IsValid() || masked && clients == 0
-		case <-signOfLife:
-			// This line is not reached while the loop hangs, and not passed while a
-			// lock does: the watchdog then ends a process that only looks alive.
-			relay.takeLocks()
-			tell("WATCHDOG=1")
-		case <-ctx.Done():
-			running = false
-		case err = <-broken:
-			running = false
-		case err = <-relay.broken:
-			running = false
-		}
-	}
+	err = n.watch(ctx, log, broken, asked, signOfLife, func() { tell("WATCHDOG=1") })
 
 	log.Info("stopping", relay.counters().attrs()...)
 	tell("STOPPING=1")
@@ -382,10 +352,51 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	// HTTP goes last: until then a monitor is answered 503, not refused.
 	err = errors.Join(err,
 		closeStep(ctx, "node", func(context.Context) error { return relay.close() }),
-		closeStep(ctx, "metrics", metricsSrv.Shutdown),
-		closeStep(ctx, "identity endpoint", srv.Shutdown))
+		closeStep(ctx, "metrics", func(ctx context.Context) error { return stopHTTP(ctx, metricsSrv) }),
+		closeStep(ctx, "identity endpoint", func(ctx context.Context) error { return stopHTTP(ctx, srv) }))
 	log.Info("stopped", relay.counters().attrs()...)
 	return err
+}
+
+// watch logs summaries, each time that one is asked for and each hour, warns if something
+// hides where clients are, and calls alive for each sign of life that is due. It returns
+// nil when ctx is done, or the error of the part that broke.
+func (n node) watch(ctx context.Context, log *slog.Logger, broken <-chan error, asked <-chan os.Signal, signOfLife <-chan time.Time, alive func()) error {
+	hourly, masks := time.NewTicker(summaryInterval), time.NewTicker(maskInterval)
+	defer hourly.Stop()
+	defer masks.Stop()
+	masked := false
+	for {
+		select {
+		case <-hourly.C:
+			n.logSummary(log)
+		case <-asked:
+			n.logSummary(log)
+		case <-masks.C:
+			addr, clients := n.maskedBy()
+			if addr.IsValid() && !masked { // warn once, until clients from elsewhere have come
+				log.Warn("all clients come from one private address: something in front of the relay hides where they are, such as a container's port forwarding, "+
+					"so devices are told useless addresses of each other and all clients share one address's limit: see docs/container.md", "addr", addr, "clients", clients)
+			}
+			masked = addr.IsValid() || masked && clients == 0
+		case <-signOfLife:
+			// This line is not reached while the loop hangs, and not passed while a
+			// lock does: the watchdog then ends a process that only looks alive.
+			n.takeLocks()
+			alive()
+		case <-ctx.Done():
+			return nil
+		case err := <-broken:
+			return err
+		case err := <-n.broken:
+			return err
+		}
+	}
+}
+
+func (n node) logSummary(log *slog.Logger) {
+	about := []any{"uptime", time.Since(n.started).Round(time.Second), "memory_bytes", memoryInUse()}
+	log.Info("summary", append(about, n.counters().attrs()...)...)
 }
 
 // closeStep runs end for closeTimeout at most. It leaves behind one that hangs, which

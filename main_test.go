@@ -215,6 +215,7 @@ func TestParseAnnounce(t *testing.T) {
 	for _, s := range []string{
 		"", "203.0.113.7:4001", "[2001:db8::7]:4001", "https://relay.example.org", "-x.org", "a..b", "1.2.3", "fe80::1%eth0",
 		"0.0.0.0", "::", "224.0.0.1", "/ip4/0.0.0.0/udp/1/quic-v1", "/ip4/1.2.3.4/tcp/1", "/ip4/1.2.3.4/udp/1", "/ip4/1.2.3.4",
+		"/ip4/1.2.3.4/udp/0/quic-v1", "/dns/relay.example.org/udp/0/quic-v1", "relay.example.org:0",
 		"/ip4/1.2.3.4/udp/1/quic-v1/webtransport", "/ip4/1.2.3.4/udp/1/quic-v1/p2p/" + id + "/p2p-circuit",
 		"/p2p/" + id, "fe80::1", "/ip6/fe80::1/udp/1/quic-v1", "/dns/" + strings.Repeat("a", 300) + "/udp/1/quic-v1", "/nonsense", "/", strings.Repeat("a.", 200) + "org",
 	} {
@@ -514,6 +515,27 @@ func TestTwoSignalsAtOnceAreOne(t *testing.T) {
 	s.Reset()
 	if code := p.wait(t); code != 0 || p.stderr.line("stopped") == "" {
 		t.Errorf("exit status %d, want 0 and a clean stop:\n%s", code, p.stderr)
+	}
+}
+
+// A port scanner, or a monitor that has just connected, does not make a stop look like a
+// failure to the service manager.
+func TestStopIsCleanWhileSomebodyConnects(t *testing.T) {
+	skipOnWindows(t)
+	p := start(t)
+	addr := strings.TrimPrefix(p.http, "http://")
+	silent, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	// A connection that was opened later is answered, so the relay has accepted both.
+	if out, err := command(t, "healthy", "--http-port", addr[strings.LastIndex(addr, ":")+1:]).CombinedOutput(); err != nil {
+		t.Fatalf("healthy: %v\n%s", err, out)
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	if code := p.wait(t); code != 0 {
+		t.Errorf("exit status %d, want 0:\n%s", code, p.stderr)
 	}
 }
 

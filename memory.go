@@ -1,8 +1,9 @@
 package main
 
-// Memory: how much this process may use, and what the Go runtime is told. It is told
-// to collect garbage before it has grown to twice what is in use, to stay within what
-// was promised, and to give back what a crowd that has left no longer needs.
+// Memory: how much this process may use, and what we tell the Go runtime about it. The
+// runtime has to collect garbage before the heap has grown to twice what is in use, to
+// stay within what limits.go promises, and to give back what a crowd that has left no
+// longer needs.
 
 import (
 	"errors"
@@ -37,7 +38,7 @@ const (
 	rushAllocs = 16 << 20
 	rushShare  = 4
 
-	// measuring is how often the percentage is computed anew.
+	// measuring is how often we compute GOGC's percentage anew.
 	measuring = time.Second
 
 	// givingBack is how often free memory is returned to the system, if it is more
@@ -47,8 +48,8 @@ const (
 	spareMemory = 16 << 20
 )
 
-// boundMemory tells the runtime so, with limit in bytes, until stop restores what was
-// set before. It leaves alone what the operator chose by GOGC or GOMEMLIMIT.
+// boundMemory has the runtime do all of that, with limit in bytes, until stop restores
+// the settings from before. It leaves alone what the operator chose by GOGC or GOMEMLIMIT.
 func boundMemory(limit int64) (stop func()) {
 	percent := livePercent(0)
 	before := debug.SetGCPercent(percent)
@@ -97,8 +98,8 @@ func boundMemory(limit int64) (stop func()) {
 	}
 }
 
-// garbagePercent returns the GOGC that lets garbage grow as far as it may beside live
-// bytes in use, and at least until both take room bytes.
+// garbagePercent returns the GOGC that lets garbage grow as far as it may when live bytes
+// are in use, and at least until both take room bytes.
 func garbagePercent(live, roots, room uint64) int {
 	garbage := max(live/garbageShare, minGarbage)
 	if room > live {
@@ -121,9 +122,9 @@ func readMetric(name string) uint64 {
 	return sample[0].Value.Uint64()
 }
 
-// availableMemory returns how many bytes this process may use, 0 if unknown, and what
-// says so: the machine, or its cgroup or GOMEMLIMIT if they allow less. root is the
-// file system at "/".
+// availableMemory returns how many bytes this process may use, 0 if unknown, and the
+// source of that number: the machine, or the cgroup or GOMEMLIMIT if one of them allows
+// less. root is the file system at "/".
 func availableMemory(root fs.FS) (available uint64, source string) {
 	atMost := func(limit uint64, by string) {
 		if limit > 0 && (available == 0 || limit < available) {

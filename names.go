@@ -44,9 +44,6 @@ type names struct {
 	log      *slog.Logger
 	resolver *madns.Resolver
 
-	// changed is called after each answer that differs from the last. follow sets it.
-	changed func()
-
 	cancel   context.CancelFunc
 	running  sync.WaitGroup
 	answered sync.WaitGroup // waits for the first answer or failure of each name
@@ -61,7 +58,7 @@ func newNames(resolver madns.BasicResolver, log *slog.Logger) *names {
 	if err != nil {
 		panic(err) // only an option can fail, and this one does not
 	}
-	return &names{log: log, resolver: r, changed: func() {}, leadTo: make(map[string][]ma.Multiaddr)}
+	return &names{log: log, resolver: r, leadTo: make(map[string][]ma.Multiaddr)}
 }
 
 // add registers the DNS names among addrs. Call it before follow.
@@ -79,11 +76,10 @@ func (n *names) add(addrs ...ma.Multiaddr) {
 func (n *names) follow(changed func()) {
 	var ctx context.Context
 	ctx, n.cancel = context.WithCancel(context.Background())
-	n.changed = changed
 	texts := slices.Collect(maps.Keys(n.leadTo)) // a copy, because the map changes with the first answer
 	n.answered.Add(len(texts))
 	for _, text := range texts {
-		n.running.Go(func() { n.followOne(ctx, ma.StringCast(text)) }) // close waits for it
+		n.running.Go(func() { n.followOne(ctx, ma.StringCast(text), changed) }) // close waits for it
 	}
 	all := make(chan struct{})
 	go func() { // ends with the last lookup, within nameTimeout
@@ -104,7 +100,7 @@ func (n *names) close() {
 	}
 }
 
-func (n *names) followOne(ctx context.Context, addr ma.Multiaddr) {
+func (n *names) followOne(ctx context.Context, addr ma.Multiaddr, changed func()) {
 	name := addr[0].Value()
 	tried := sync.OnceFunc(n.answered.Done)
 	defer tried()
@@ -125,7 +121,7 @@ func (n *names) followOne(ctx context.Context, addr ma.Multiaddr) {
 				n.log.Info("name resolved", "name", name, "addrs", ips)
 			}
 			if differs {
-				n.changed()
+				changed()
 			}
 			retry, failing = nameRetry, false
 		} else {

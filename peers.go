@@ -1,10 +1,10 @@
 package main
 
-// The clients that are connected: which addresses others are told of them, at which
-// of our addresses they reach this relay, and how many there were.
+// The clients that are connected: which of their addresses we tell others, at which of
+// our addresses they reach this relay, and how many there have been.
 //
-// Everything here is known from live connections, so nothing has to expire: a
-// client that has left has no connection, and so no address.
+// All of it comes from live connections, so nothing has to expire: a client that has
+// left has no connection, and so no address.
 
 import (
 	"log/slog"
@@ -54,21 +54,21 @@ type peers struct {
 	// circuits to them may be possible.
 	reserved map[peer.ID]struct{}
 
-	// awaited has a channel for each connection, by ID, on whose client somebody waits to
-	// be identified. It is closed then.
+	// awaited has a channel for each connection, by ID, whose identify somebody waits
+	// for. learn closes it.
 	awaited map[string]chan struct{}
 }
 
-// identified is what a client says of itself.
+// identified is what a client says about itself.
 type identified struct {
 	listen  []ma.Multiaddr // usable ones only, at most maxAddrsPerPeer
 	punches bool           // makes a direct connection by itself where it has a circuit
 	circuit bool           // takes circuits
 	from    netip.Addr     // where the client was when it said so
 
-	// reachedAt is, for each of its connections by ID, the address at which it reaches
-	// this relay: as the client sees it, so on the far side of a NAT of ours. nil: the
-	// client has not said it.
+	// reachedAt holds, by the ID of a connection, the address at which the client reaches
+	// this relay over it. That is the client's view, from outside any NAT of ours. nil:
+	// the client did not say it.
 	reachedAt map[string]ma.Multiaddr
 }
 
@@ -173,8 +173,8 @@ func (p *peers) forget(id peer.ID) {
 }
 
 // reachedAt returns the address at which the client of c says that it reaches this
-// relay, or nil. It waits for a client that has just come, whose first question may be
-// here before its identify is.
+// relay, or nil. The first question of a client can arrive before its identify, so
+// reachedAt waits for that, at most identifyTimeout.
 func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	id := c.RemotePeer()
 	p.mu.Lock()
@@ -254,9 +254,9 @@ func (p *peers) observed(id peer.ID) []ma.Multiaddr {
 	return fitAddrs(at)
 }
 
-// listening returns the usable listen addresses that a peer has reported, which is
-// observed at at now. If it has left the address from which it reported, then without
-// those at that address.
+// listening returns the usable listen addresses that a peer has reported. at is where
+// it is observed now. If it has left the address from which it reported, listening
+// leaves out the listen addresses there.
 func (p *peers) listening(id peer.ID, at []ma.Multiaddr) []ma.Multiaddr {
 	p.mu.Lock()
 	said := p.identified[id]
@@ -276,11 +276,10 @@ func sameHome(a, b []ma.Multiaddr) bool {
 	})
 }
 
-// addrBook is the host's peerstore with its address book replaced: the addresses of
-// clients are what peers.addrs returns, and cannot be written. The relay does not
-// dial clients, so only the DHT's answers read them; and what one client says of
-// another never gets near them. Other relays have the addresses that the operator
-// gave them.
+// addrBook is the host's peerstore with its address book replaced. The addresses of a
+// client are what peers.addrs returns, and nobody can write them, so what one client says
+// of another never gets in. Only the DHT's answers read them, because the relay does not
+// dial clients. The addresses of other relays are those that the operator wrote.
 //
 // go-libp2p's own book would leave out exactly the addresses that cross a NAT:
 // identify does not store a connection's remote address, and drops the private
@@ -302,28 +301,28 @@ func (b addrBook) Addrs(id peer.ID) []ma.Multiaddr {
 	return b.peers.addrs(id)
 }
 
-// usedProtocols are what the relay or a library under it asks a peer for. What else a
-// client says that it speaks is dropped: 900 long names took 163 KiB.
+// usedProtocols are the protocols that the relay, or a library under it, asks a peer for.
+// We drop all others that a client says it speaks: 900 long names took 163 KiB.
 var usedProtocols = []protocol.ID{kadProtocol, proto.ProtoIDv2Stop, identify.IDPush, holepunch.Protocol}
 
-// SetProtocols keeps, of what a peer says in identify, the protocols that are used.
+// SetProtocols keeps only usedProtocols of what a peer says in identify.
 func (b addrBook) SetProtocols(id peer.ID, said ...protocol.ID) error {
 	if id == b.self {
 		return b.addrStore.SetProtocols(id, said...)
 	}
-	return b.addrStore.SetProtocols(id, known(said)...)
+	return b.addrStore.SetProtocols(id, onlyUsed(said)...)
 }
 
 func (b addrBook) AddProtocols(id peer.ID, said ...protocol.ID) error {
 	if id == b.self {
 		return b.addrStore.AddProtocols(id, said...)
 	}
-	return b.addrStore.AddProtocols(id, known(said)...)
+	return b.addrStore.AddProtocols(id, onlyUsed(said)...)
 }
 
-// known returns those of usedProtocols that are in said. It returns strings of ours,
-// because each of the others would keep what it came in.
-func known(said []protocol.ID) (used []protocol.ID) {
+// onlyUsed returns those of usedProtocols that are in said. It returns our own strings,
+// because a client's would keep the whole message in memory.
+func onlyUsed(said []protocol.ID) (used []protocol.ID) {
 	for _, p := range usedProtocols {
 		if slices.Contains(said, p) {
 			used = append(used, p)
@@ -332,7 +331,8 @@ func known(said []protocol.ID) (used []protocol.ID) {
 	return used
 }
 
-// Put keeps nothing of what identify stores: agents and versions are of any length.
+// Put keeps nothing. identify puts here which agent and version a peer says it is: texts
+// of any length, which nobody reads.
 func (addrBook) Put(peer.ID, string, any) error { return nil }
 
 func (b addrBook) PeerInfo(id peer.ID) peer.AddrInfo {

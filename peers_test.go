@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -12,7 +11,6 @@ import (
 	"github.com/libp2p/go-libp2p"
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/network"
-	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/proto"
@@ -88,72 +86,6 @@ func TestIdentifyLeavesNoStringsBehind(t *testing.T) {
 	}
 }
 
-// Addresses that a client reports are filtered before others learn them.
-func TestUsableAddrs(t *testing.T) {
-	self, other, relayID := newTestPeerID(t), newTestPeerID(t), newTestPeerID(t)
-	circuit := "/ip4/203.0.113.9/udp/4001/quic-v1/p2p/" + relayID.String() + "/p2p-circuit"
-	remote := "/ip4/198.51.100.1/udp/5/quic-v1"
-	tests := []struct {
-		name, remote string
-		reported     []string
-		want         []string
-	}{
-		{"circuits first, then public addresses, then the LAN", remote,
-			[]string{"/ip4/192.168.1.2/udp/1/quic-v1", "/ip4/8.8.8.8/udp/2/quic-v1", circuit},
-			[]string{circuit, "/ip4/8.8.8.8/udp/2/quic-v1", "/ip4/192.168.1.2/udp/1/quic-v1"}},
-		{"its own ID is cut off", remote,
-			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + self.String(), circuit + "/p2p/" + self.String()},
-			[]string{circuit, "/ip4/8.8.8.8/udp/2/quic-v1"}},
-		{"another peer's ID", remote,
-			[]string{"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(), circuit + "/p2p/" + other.String(), "/p2p/" + self.String()}, nil},
-		{"loopback from outside", remote, []string{"/ip4/127.0.0.1/udp/2/quic-v1", "/ip6/::1/udp/2/quic-v1"}, nil},
-		{"loopback from here", "/ip4/127.0.0.1/udp/5/quic-v1", []string{"/ip4/127.0.0.1/udp/2/quic-v1"}, []string{"/ip4/127.0.0.1/udp/2/quic-v1"}},
-		{"more parts than any real address has", remote, []string{"/ip4/8.8.8.8" + strings.Repeat("/p2p-circuit", 20)}, nil},
-		{"unspecified", remote, []string{"/ip4/0.0.0.0/udp/2/quic-v1", "/ip6/::/udp/2/quic-v1"}, nil},
-		{"names", remote, []string{"/dns4/home.example.org/udp/2/quic-v1"}, []string{"/dns4/home.example.org/udp/2/quic-v1"}},
-		{"not in an IP network", remote, []string{"/unix/tmp/sock", "/p2p-circuit", "/memory/4"}, nil},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			var reported []ma.Multiaddr
-			for _, s := range tt.reported {
-				reported = append(reported, ma.StringCast(s))
-			}
-			got := strs(usableAddrs(self, append(reported, nil), ma.StringCast(tt.remote)))
-			if !slices.Equal(got, tt.want) {
-				t.Errorf("usableAddrs(%v) = %v, want %v", tt.reported, got, tt.want)
-			}
-		})
-	}
-}
-
-// Whatever a client reports, others are told addresses that are bounded, readable and
-// name no other peer.
-func FuzzUsableAddrs(f *testing.F) {
-	self, other := newTestPeerID(f), newTestPeerID(f)
-	remote := ma.StringCast("/ip4/198.51.100.1/udp/5/quic-v1")
-	for _, s := range []string{
-		"/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + self.String(), "/ip4/8.8.8.8/udp/2/quic-v1/p2p/" + other.String(),
-		"/ip6/2001:db8::1/udp/4001/quic-v1/p2p/" + other.String() + "/p2p-circuit", "/dns4/a.example/udp/1/quic-v1", "/unix/a", "/p2p-circuit",
-	} {
-		f.Add(ma.StringCast(s).Bytes())
-	}
-	f.Fuzz(func(t *testing.T, raw []byte) {
-		addr, err := ma.NewMultiaddrBytes(raw)
-		if err != nil {
-			return // identify drops it
-		}
-		for _, a := range usableAddrs(self, []ma.Multiaddr{addr, addr}, remote) {
-			if _, id := peer.SplitAddr(a); id != "" || len(a) == 0 || len(a.Bytes()) > maxAddrBytesPerPeer {
-				t.Errorf("%v was reported, and others are told %v", addr, a)
-			}
-			if _, err := ma.NewMultiaddrBytes(a.Bytes()); err != nil {
-				t.Errorf("%v was reported, and others are told %v, which no client can read: %v", addr, a, err)
-			}
-		}
-	})
-}
-
 // What a client says about other peers, in its answers or in its requests, is hearsay.
 // The relay must not repeat it.
 func TestNobodyCanNameAnAddressForAnother(t *testing.T) {
@@ -210,24 +142,5 @@ func TestLeaverIsNotNamed(t *testing.T) {
 	defer r.peers.mu.Unlock()
 	if _, ok := r.peers.identified[leaver.ID()]; ok {
 		t.Error("what the leaver reported is still kept")
-	}
-}
-
-// The number of unique peers is exact while it is small, and close when it is too large
-// for anyone to check.
-func TestUniqueCounter(t *testing.T) {
-	c := newUniqueCounter()
-	for n, next := 0, 1; n < 1_000_000; {
-		for ; n < next; n++ {
-			id := fmt.Sprint("peer", n)
-			c.add(id)
-			if c.add(id) {
-				t.Fatalf("%q is counted twice", id)
-			}
-		}
-		if got, tolerance := c.count(), math.Ceil(float64(n)*0.002); math.Abs(float64(got-n)) > tolerance {
-			t.Errorf("count = %d after %d distinct IDs, want that within %v", got, n, tolerance)
-		}
-		next *= 10
 	}
 }

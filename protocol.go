@@ -66,9 +66,8 @@ const (
 	ttlField       protowire.Number = 777 // varint of 32 bits: seconds left to live
 )
 
-// readExtras returns the two fields of rec, and an error if what stands where
-// unknown fields do is no protobuf. Of several publishers the last one counts, as
-// everywhere in protobuf.
+// readExtras returns the two fields of rec, or an error if its unknown fields are not
+// valid protobuf. Of several publishers the last one counts, as always in protobuf.
 func readExtras(rec *recpb.Record) (recordExtras, error) {
 	var x recordExtras
 	for unknown := rec.ProtoReflect().GetUnknown(); len(unknown) > 0; {
@@ -93,10 +92,10 @@ func readExtras(rec *recpb.Record) (recordExtras, error) {
 	return x, nil
 }
 
-// newExtras returns the fields that a device sends with a record.
-func newExtras(publisher peer.ID, ttlSeconds uint64) recordExtras {
+// encodeExtras returns the fields that a device sends with a record.
+func encodeExtras(publisher peer.ID, ttlSeconds uint64) []byte {
 	encoded := protowire.AppendTag(nil, publisherField, protowire.BytesType)
 	encoded = protowire.AppendBytes(encoded, []byte(publisher))
 	encoded = protowire.AppendTag(encoded, ttlField, protowire.VarintType)
-	return recordExtras{publisher, time.Duration(ttlSeconds) * time.Second, protowire.AppendVarint(encoded, ttlSeconds)}
+	return protowire.AppendVarint(encoded, ttlSeconds)
 }

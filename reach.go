@@ -2,8 +2,8 @@ package main
 
 // Where the relay can be reached: the addresses that it gives to clients in identify
 // and in reservations, and shows in the banner and at the identity endpoint. These
-// are the addresses that the operator announces, or else the machine's own. Both can
-// change at any time.
+// are the addresses that the operator announces, or else the machine's own. The names
+// among the former, and the latter, can change at any time.
 
 import (
 	"log/slog"

@@ -20,13 +20,13 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// recordStore keeps records within its bounds. When they are reached, the record
-// goes that was put longest ago by the peer that holds most in the network that
-// holds most. So whoever fills the store loses his own records and nobody else's;
-// and where all hold the same, the record put longest ago goes.
+// recordStore keeps records within its bounds. Beyond them it drops one record after
+// another: it takes the network that holds most, in it the peer that holds most, and
+// drops the record that this peer put longest ago. So whoever fills the store loses his
+// own records and nobody else's. Where all hold the same, the oldest record goes.
 //
-// It is the datastore under kad-dht's value store, which calls Get, Put and Delete
-// alone. The rest is the null datastore's, which holds nothing.
+// It is the datastore under kad-dht's value store, which calls only Get, Put and Delete.
+// The other methods are the null datastore's, which holds nothing.
 type recordStore struct {
 	ds.NullDatastore
 	maxRecords int
@@ -66,7 +66,7 @@ func holderOf(c network.Conn) holderID {
 	return holderID{networkOf(ipOf(c.RemoteMultiaddr())), c.RemotePeer()}
 }
 
-// holder counts what a peer holds, or a network, or all of them.
+// holder counts what a peer, a network, or all networks together hold.
 type holder struct {
 	id     holderID
 	parent *holder // nil for all of them
@@ -81,7 +81,7 @@ type holder struct {
 // for holding a few bytes more than others.
 func (h *holder) share() int64 { return (h.bytes + avgRecord - 1) / avgRecord }
 
-// oldest returns when the record of h that would go next was put.
+// oldest returns when that record of h was put which would be dropped next.
 func (h *holder) oldest() time.Time {
 	for len(h.parts) > 0 {
 		h = h.parts[0]
@@ -120,12 +120,12 @@ func (h *holders) Pop() any {
 	return last
 }
 
-// recordOverhead is what an entry costs beside its key and data, in bytes, where
-// each record has a holder and a network of its own. Measured: 835.
+// recordOverhead is what a record costs besides its key and data, in bytes, if it has a
+// holder and a network of its own. Measured: 835.
 const recordOverhead = 896
 
-// maxSenders is how many records can be on their way from expect to Put. Beyond
-// that the first of them would be nobody's.
+// maxSenders is how many records can be on their way from expect to Put. If there were
+// more, the store would forget who sent the first of them.
 const maxSenders = 4096
 
 func newRecordStore(maxRecords int, maxBytes int64) *recordStore {
@@ -160,8 +160,8 @@ func (s *recordStore) hash(rec *recpb.Record) uint64 {
 	return h.Sum64()
 }
 
-// Get returns the encoded record, or ds.ErrNotFound, and drops one whose time is over.
-// It does not count as use.
+// Get returns the encoded record, or ds.ErrNotFound. It drops a record whose time is
+// over. A record that is asked for lives no longer than others.
 func (s *recordStore) Get(_ context.Context, key ds.Key) ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -82,7 +82,7 @@ func startRelayWithin(lim limits, cfg config, key ed25519.PrivateKey, log *slog.
 	return r, nil
 }
 
-// newRelay puts the rooms together. Nothing runs yet, so nothing need be closed.
+// newRelay puts the rooms together. Nothing runs yet, so there is nothing to close.
 func newRelay(lim limits, cfg config, key crypto.PrivKey, port int, log *slog.Logger) (*relay, error) {
 	self, err := peer.IDFromPrivateKey(key)
 	if err != nil {
@@ -120,7 +120,7 @@ func newRelay(lim limits, cfg config, key crypto.PrivKey, port int, log *slog.Lo
 	gate := newGate()
 	r.sockets.pieces.flooded = gate.spend
 	r.sockets.tap = func(s udpSocket) tapped { return gate.behind(r.bridge.tap(s)) }
-	r.sockets.ids = r.bridge // by which the bridge tells packets that are quic-go's
+	r.sockets.ids = r.bridge // so that the bridge knows which packets are quic-go's
 	r.sockets.testOnlyPlain = cfg.testOnlyPlainSockets
 	if cfg.metrics != "" {
 		r.registry = newRegistry(r.counters)
@@ -206,7 +206,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		},
 	})
 	if err != nil {
-		return nil, err
+		return nil, err // not h: a nil *quicHost makes a host.Host that is not nil
 	}
 	return h, nil
 }
@@ -226,9 +226,9 @@ func (r *relay) reachableAddrs() []string {
 	return strs(r.reach.now())
 }
 
-// listedAddrs returns the addresses that the identity endpoint lists: what is
-// announced, then the sockets as they were bound. Where IPv6 is switched off a socket can
-// still be bound, but nobody reaches it.
+// listedAddrs returns the addresses that the identity endpoint lists: the announced ones,
+// then those of the sockets. Where IPv6 is switched off, a socket can be bound to it, but
+// nobody reaches it.
 func (r *relay) listedAddrs() []string {
 	sockets := r.socketAddrs()
 	if !slices.ContainsFunc(*r.reach.own.Load(), isIPv6) {
@@ -237,9 +237,9 @@ func (r *relay) listedAddrs() []string {
 	return append(strs(r.names.withIPs(r.reach.announce)), sockets...)
 }
 
-// maskedBy returns the private address from which all clients come although clients are
-// told a public one, and how many clients there are. Then something in front of the relay
-// hides where they are. The zero Addr says that nothing does, as far as can be seen.
+// maskedBy returns the private address from which all clients seem to come, although the
+// relay has a public one, and how many clients there are. If there is such an address,
+// something in front of the relay hides where clients are. Else it is the zero Addr.
 func (r *relay) maskedBy() (mask netip.Addr, clients int) {
 	var from []netip.Addr
 	for _, id := range r.host.Network().Peers() {
@@ -284,8 +284,8 @@ func (r *relay) counters() counters {
 	return c
 }
 
-// takeLocks returns when each lock on a client's way was free for a moment:
-// connections, their addresses, the bridge, circuits. A sign of life.
+// takeLocks takes each lock that serving a client needs, and lets it go: those of the
+// connections, their addresses, the bridge and the circuits. It hangs if one of them does.
 func (r *relay) takeLocks() {
 	r.host.Network().Conns()
 	r.bridge.lock()
@@ -304,8 +304,8 @@ func (r *relay) drain(ctx context.Context, timeout time.Duration) int {
 	return r.circuits.drain(ctx)
 }
 
-// close ends everything that was started, in reverse order. startRelay calls it on a
-// relay that is not whole. It can take as long as libp2p likes.
+// close ends everything that was started, in reverse order. startRelay also calls it on a
+// relay that has started in part. It takes as long as libp2p takes.
 func (r *relay) close() error {
 	r.federation.close()
 	r.names.close()

@@ -5,12 +5,17 @@ package main
 // SIGUSR1, and what the summary in the log says.
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -43,6 +48,35 @@ func TestProcessSumsUpOnSIGUSR1(t *testing.T) {
 	p.Process.Signal(syscall.SIGTERM)
 	if code := p.wait(t); code != 0 {
 		t.Errorf("exit status %d after a summary, want 0", code)
+	}
+}
+
+// An operator who asks too early, while the relay still waits for DNS, does not end it,
+// and gets the summary when it has started.
+func TestSIGUSR1DuringTheStart(t *testing.T) {
+	unharmed := make(chan os.Signal, 1)
+	notifySummary(unharmed) // or the signal could end the tests
+	defer signal.Stop(unharmed)
+	cfg := defaultConfig(t, "--announce=relay.example.org")
+	var once sync.Once
+	cfg.testOnlyResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		once.Do(func() {
+			syscall.Kill(os.Getpid(), syscall.SIGUSR1)
+			<-unharmed
+		})
+		return nil, errors.New("no DNS in this test")
+	}}
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	var logged logBuffer
+	key, ended := newTestKey(t), make(chan error, 1)
+	go func() {
+		ended <- serve(ctx, cfg, identity{key: key}, slog.New(slog.NewTextHandler(&logged, nil)), func(node) {})
+	}()
+	eventually(t, "a summary is logged", func() bool { return logged.line("summary") != "" })
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 

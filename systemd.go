@@ -1,7 +1,7 @@
 package main
 
-// What the relay tells the service manager that started it: that it serves, that it
-// still does, and that it stops. Without a service manager it says nothing.
+// What the relay tells the service manager that started it: that it is ready, that it is
+// still alive, and that it is stopping. Without a service manager it says nothing.
 
 import (
 	"fmt"
@@ -19,8 +19,8 @@ import (
 // none.
 // https://www.freedesktop.org/software/systemd/man/sd_notify.html
 type serviceManager struct {
-	// socket receives one datagram for each message. Empty: nobody listens. A leading
-	// @ means the zero byte of Linux's abstract sockets, as it does in package net.
+	// socket is where each message goes, as one datagram. "": nobody listens. A leading @
+	// stands for the zero byte of Linux's abstract sockets, as in package net.
 	socket string
 
 	// watchdog is how long the service manager waits for a sign of life before it
@@ -28,7 +28,8 @@ type serviceManager struct {
 	watchdog time.Duration
 }
 
-// findServiceManager reads what the service manager has put into the environment.
+// findServiceManager reads the environment, in which the service manager says how to
+// reach it.
 func findServiceManager(getenv func(string) string) serviceManager {
 	m := serviceManager{socket: getenv("NOTIFY_SOCKET")}
 	// The watchdog may be meant for a parent process that passed its environment on.
@@ -45,12 +46,12 @@ func findServiceManager(getenv func(string) string) serviceManager {
 // maxWatchdog is far longer than any useful watchdog, and fits a Duration.
 const maxWatchdog = 365 * 24 * time.Hour
 
-// tellTimeout bounds one message to the service manager. Its socket takes no more
-// while it does not read, and our main loop must not wait for that.
+// tellTimeout bounds one message to the service manager. While it does not read, its
+// socket fills up, and our main loop must not wait for that.
 const tellTimeout = time.Second
 
-// signsOfLife ticks when a sign of life is due, twice in the time that the watchdog
-// waits, until stop is called. Without a watchdog it never ticks.
+// signsOfLife returns a channel that ticks when a sign of life is due, until stop is
+// called: twice in the time that the watchdog waits. Without a watchdog it never ticks.
 func (m serviceManager) signsOfLife() (due <-chan time.Time, stop func()) {
 	if m.socket == "" || m.watchdog == 0 {
 		return nil, func() {}
@@ -76,14 +77,14 @@ func (m serviceManager) tell(state string) error {
 	return nil
 }
 
-// dumpOnAbort ends the process on SIGABRT, with which the watchdog ends one that hangs,
-// after it has written to w what all goroutines do. Each stack stands there once, with
-// the number of goroutines that share it. The Go runtime would write each stack for each
-// goroutine, and journald takes only so many lines at a time: measured without clients,
-// 149 lines instead of 2096, and each client adds three goroutines.
+// dumpOnAbort has SIGABRT end the process, after the stacks of all goroutines have been
+// written to w. The watchdog sends SIGABRT to a process that hangs. Each stack is written
+// once, with the number of goroutines that share it. The Go runtime would write it once
+// for each of them, and journald takes only so many lines at a time: measured without
+// clients, 149 lines instead of 2096, and each client adds three goroutines.
 //
-// A runtime in which nothing runs any more does not get here. Then nothing is written,
-// and systemd kills the process some seconds later.
+// If the runtime itself hangs, nothing is written, and systemd kills the process some
+// seconds later.
 func dumpOnAbort(w io.Writer) {
 	aborted := make(chan os.Signal, 1)
 	signal.Notify(aborted, syscall.SIGABRT)
