@@ -148,8 +148,9 @@ func (w *walker) walk(ctx context.Context, req *kadpb.Message, alive []testRelay
 		}
 		seen[info.ID] = true
 		resp, askErr := w.ask(ctx, info, req, each)
-		if askErr != nil {
-			resp, askErr = w.ask(ctx, info, req, each) // the connection had ended unnoticed
+		for tries := 1; askErr != nil && tries < 4 && ctx.Err() == nil; tries++ {
+			// The connection had ended unnoticed, or the machine is busy.
+			resp, askErr = w.ask(ctx, info, req, each)
 		}
 		if askErr != nil {
 			err = fmt.Errorf("%v: %w", req.Type, askErr)
