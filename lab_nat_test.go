@@ -646,9 +646,9 @@ func (p route) String() string {
 	return fmt.Sprintf("%s\t| %s\t| %s\t| %s\t| %s\t| %s, %.1f s\t|", mark(p.observed), mark(p.dial), mark(p.crossing), mark(p.circuit), mark(p.punched), via, float64(p.millis)/1000)
 }
 
-// meet tries all ways in which two clients can reach each other. If they can punch
-// holes, they have three tries, because go-libp2p does not try again on a busy machine
-// when its packets came too late to cross.
+// meet tries all ways in which two clients can reach each other. They have three tries to
+// punch a hole and sync, because go-libp2p does not try again when its packets came too
+// late to cross, and closes one of two direct connections that both have made.
 func meet(a, b *labClient, aOutside, bOutside string, canPunch bool) (p route) {
 	a.t.Helper()
 	aAddrs, bAddrs := b.addrsOf(a), a.addrsOf(b)
@@ -677,9 +677,17 @@ func meet(a, b *labClient, aOutside, bOutside string, canPunch bool) (p route) {
 		return p
 	}
 	p.circuit = true
+	synced := false
 	for range 3 {
 		_, err = a.try(labRequest{Do: "direct", Peer: &peer.AddrInfo{ID: b.id}})
-		if p.punched = err == nil; p.punched || !canPunch {
+		p.punched = err == nil
+		resp, err := a.try(labRequest{Do: "sync", Peer: &peer.AddrInfo{ID: b.id}, Bytes: 16 << 20})
+		if err != nil {
+			a.t.Logf("%s to %s: sync: %v", a.name, b.name, err)
+		}
+		synced = err == nil
+		p.direct, p.millis = synced && !resp.Circuit, resp.Millis
+		if p.direct || !canPunch && synced {
 			break
 		}
 		hangup()
@@ -687,11 +695,9 @@ func meet(a, b *labClient, aOutside, bOutside string, canPunch bool) (p route) {
 			a.t.Errorf("%s to %s: circuit, again: %v", a.name, b.name, err)
 		}
 	}
-	resp, err := a.try(labRequest{Do: "sync", Peer: &peer.AddrInfo{ID: b.id}, Bytes: 16 << 20})
-	if err != nil {
-		a.t.Errorf("%s to %s: sync: %v", a.name, b.name, err)
+	if !synced {
+		a.t.Errorf("%s to %s: no sync in three tries", a.name, b.name)
 	}
-	p.direct, p.millis = !resp.Circuit, resp.Millis
 	return p
 }
 
