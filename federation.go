@@ -14,9 +14,7 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -28,6 +26,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	kbucket "github.com/libp2p/go-libp2p-kbucket"
 	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -64,7 +63,7 @@ type federation struct {
 	peers *peers
 	names *names // looks up the DNS names in named
 
-	self  otherRelay      // this relay; only its place is set
+	self  peer.ID
 	named []peer.AddrInfo // by the operator: each relay once, with the addresses as he wrote them
 
 	host    host.Host
@@ -81,7 +80,6 @@ type federation struct {
 type otherRelay struct {
 	addrs   []ma.Multiaddr     // as the operator wrote them, or as relays say
 	voucher peer.ID            // the nearest relay that vouches for it; "" if the operator named it
-	place   [sha256.Size]byte  // the hash of its ID, for its distance to a key
 	left    chan struct{}      // gets a value when the relay may have left
 	stop    context.CancelFunc // ends keep; nil while keep does not run
 }
@@ -96,7 +94,7 @@ func newFederation(self peer.ID, addrs []string, peers *peers, names *names, log
 	}
 	f := &federation{
 		log: log, peers: peers, names: names, named: named,
-		self: otherRelay{place: sha256.Sum256([]byte(self))}, vouched: make(map[peer.ID][]peer.AddrInfo),
+		self: self, vouched: make(map[peer.ID][]peer.AddrInfo),
 	}
 	for _, info := range named {
 		if info.ID == self {
@@ -135,17 +133,16 @@ func (f *federation) gather() {
 	var order []peer.ID
 	surplus := 0
 	add := func(info peer.AddrInfo, voucher peer.ID) {
-		place := sha256.Sum256([]byte(info.ID))
 		o := others[info.ID]
 		switch {
-		case place == f.self.place:
+		case info.ID == f.self:
 		case o != nil && o.voucher != "":
 			o.addrs = fitAddrs(o.addrs, info.Addrs)
 		case o != nil: // the operator's own addresses stand
 		case len(others) == maxRelays:
 			surplus++
 		default:
-			o = &otherRelay{addrs: info.Addrs, voucher: voucher, place: place, left: make(chan struct{}, 1)}
+			o = &otherRelay{addrs: info.Addrs, voucher: voucher, left: make(chan struct{}, 1)}
 			if b := before[info.ID]; b != nil {
 				o.left, o.stop = b.left, b.stop
 			}
@@ -325,34 +322,15 @@ func (f *federation) vouch(s network.Stream) {
 // connected to each other choose the same keepers, and the devices of a group meet there,
 // whichever relays they know.
 func (f *federation) keepers(key []byte) []peer.ID {
-	type keeper struct {
-		id peer.ID // "": this relay
-		*otherRelay
-	}
-	at := sha256.Sum256(key)
-	byDistance := func(a, b keeper) int {
-		for i, k := range at {
-			if c := cmp.Compare(a.place[i]^k, b.place[i]^k); c != 0 {
-				return c
-			}
-		}
-		return 0
-	}
-	closest := append(make([]keeper, 0, groupRelays+1), keeper{"", &f.self})
-	for id, o := range *f.others.Load() {
-		k := keeper{id, o}
-		if i, _ := slices.BinarySearchFunc(closest, k, byDistance); i < groupRelays && f.peers.connected(id) {
-			closest = slices.Insert(closest, i, k)
-			closest = closest[:min(len(closest), groupRelays)]
+	relays := []peer.ID{f.self}
+	for id := range *f.others.Load() {
+		if f.peers.connected(id) {
+			relays = append(relays, id)
 		}
 	}
-	var ids []peer.ID
-	for _, k := range closest {
-		if k.otherRelay != &f.self {
-			ids = append(ids, k.id)
-		}
-	}
-	return ids
+	closest := kbucket.SortClosestPeers(relays, kbucket.ConvertKey(string(key)))
+	closest = closest[:min(len(closest), groupRelays)]
+	return slices.DeleteFunc(closest, func(id peer.ID) bool { return id == f.self })
 }
 
 // counts returns how many other relays there are, and how many of them are connected.

@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/sha256"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -430,7 +429,7 @@ func BenchmarkKeepers(b *testing.B) {
 	r := newTestRelay(b, defaultConfig(b))
 	others := make(map[peer.ID]*otherRelay)
 	for _, c := range joinCrowd(b, r, maxRelays) { // which are connected
-		others[c.id] = &otherRelay{place: sha256.Sum256([]byte(c.id))}
+		others[c.id] = new(otherRelay)
 	}
 	r.federation.others.Store(&others)
 	key := newGroupKey()
