@@ -406,8 +406,8 @@ func (h pacedHost) pace(s network.Stream) network.Stream {
 type pacedStream struct {
 	network.Stream
 	host     pacedHost
-	carried  int          // bytes since it waited; the relay reads in one goroutine
-	deadline atomic.Int64 // for reads, in Unix nanoseconds; 0: none
+	carried  int      // bytes since it waited; the relay reads in one goroutine
+	deadline deadline // for reads
 }
 
 // Read waits after it has read, so that QUIC's flow control holds up the sender. It
@@ -436,30 +436,20 @@ func (s *pacedStream) Read(p []byte) (int, error) {
 func (s *pacedStream) sleep(wait time.Duration) bool {
 	s.host.waiting.Add(1)
 	defer s.host.waiting.Add(-1)
-	if at := s.deadline.Load(); at != 0 {
-		if left := time.Until(time.Unix(0, at)); left < wait {
-			time.Sleep(left)
-			return false
-		}
+	if left, ok := s.deadline.left(); ok && left < wait {
+		time.Sleep(left)
+		return false
 	}
 	time.Sleep(wait)
 	return true
 }
 
 func (s *pacedStream) SetDeadline(t time.Time) error {
-	s.keepDeadline(t)
+	s.deadline.set(t)
 	return s.Stream.SetDeadline(t)
 }
 
 func (s *pacedStream) SetReadDeadline(t time.Time) error {
-	s.keepDeadline(t)
+	s.deadline.set(t)
 	return s.Stream.SetReadDeadline(t)
-}
-
-func (s *pacedStream) keepDeadline(t time.Time) {
-	at := int64(0)
-	if !t.IsZero() {
-		at = t.UnixNano()
-	}
-	s.deadline.Store(at)
 }

@@ -268,7 +268,7 @@ type flyingStream struct {
 	flight *flight
 	over   <-chan struct{} // closed when nothing more can be sent
 
-	deadline atomic.Int64 // for writes, in Unix nanoseconds; 0: none
+	deadline deadline // for writes
 }
 
 // newFlyingStream returns one of quic-go's streams, wrapped.
@@ -304,8 +304,8 @@ func (s *flyingStream) Write(p []byte) (written int, err error) {
 // deadline, which it looks at once.
 func (s *flyingStream) wait(again <-chan struct{}) error {
 	var late <-chan time.Time
-	if at := s.deadline.Load(); at != 0 {
-		timer := time.NewTimer(time.Until(time.Unix(0, at)))
+	if left, ok := s.deadline.left(); ok {
+		timer := time.NewTimer(left)
 		defer timer.Stop()
 		late = timer.C
 	}
@@ -321,19 +321,28 @@ func (s *flyingStream) wait(again <-chan struct{}) error {
 }
 
 func (s *flyingStream) SetDeadline(t time.Time) error {
-	s.keepDeadline(t)
+	s.deadline.set(t)
 	return s.MuxedStream.SetDeadline(t)
 }
 
 func (s *flyingStream) SetWriteDeadline(t time.Time) error {
-	s.keepDeadline(t)
+	s.deadline.set(t)
 	return s.MuxedStream.SetWriteDeadline(t)
 }
 
-func (s *flyingStream) keepDeadline(t time.Time) {
+// deadline keeps when a stream's reads or writes have to end. The zero value is none.
+type deadline struct{ at atomic.Int64 } // in Unix nanoseconds; 0: none
+
+func (d *deadline) set(t time.Time) {
 	at := int64(0)
 	if !t.IsZero() {
 		at = t.UnixNano()
 	}
-	s.deadline.Store(at)
+	d.at.Store(at)
+}
+
+// left returns how long there is until the deadline, and false if there is none.
+func (d *deadline) left() (time.Duration, bool) {
+	at := d.at.Load()
+	return time.Until(time.Unix(0, at)), at != 0
 }
