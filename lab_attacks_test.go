@@ -516,14 +516,9 @@ func TestAttackSpoofedSources(t *testing.T) {
 		conn.Close()
 		if i%(len(initials)/20) == 0 {
 			newcomers++
-			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-			if client, err := honest.newcomer(ctx, s.bootstrap); err == nil {
+			if honest.getsIn(t, s.bootstrap) {
 				in++
-				client.CloseWithError(0, "")
-			} else {
-				t.Logf("newcomer: %v", err)
 			}
-			cancel()
 		}
 	}
 	// Now that the rate is high, newcomers have to prove their addresses first.
@@ -564,14 +559,9 @@ func TestAttackInitials(t *testing.T) {
 		if i%20 == 0 {
 			highest = max(highest, s.rss(t))
 			newcomers++
-			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
-			if client, err := honest.newcomer(ctx, s.bootstrap); err == nil {
+			if honest.getsIn(t, s.bootstrap) {
 				in++
-				client.CloseWithError(0, "")
-			} else {
-				t.Logf("newcomer: %v", err)
 			}
-			cancel()
 		}
 	}
 	t.Logf("%d Initials from forged addresses; the relay had %d MiB; %d of %d newcomers got in", sent, highest>>20, in, newcomers)
@@ -579,6 +569,19 @@ func TestAttackInitials(t *testing.T) {
 		t.Errorf("%d of %d newcomers got in", in, newcomers)
 	}
 	s.end(g)
+}
+
+// getsIn reports whether a newcomer can connect to the relay, and lets it leave again.
+func (c *crowd) getsIn(t *testing.T, relay peer.AddrInfo) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	client, err := c.newcomer(ctx, relay)
+	if err != nil {
+		t.Logf("newcomer: %v", err)
+		return false
+	}
+	client.CloseWithError(0, "")
+	return true
 }
 
 // newConnID returns the connection ID with which a client begins.

@@ -175,6 +175,15 @@ func (s *mutedSocket) ReadFrom(p []byte) (int, net.Addr, error) {
 	}
 }
 
+// dialRawLocally is dialRaw from a new port of 127.0.0.1.
+func dialRawLocally(ctx context.Context, t *testing.T, relay peer.AddrInfo) (*rawConn, error) {
+	conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return nil, err
+	}
+	return dialRaw(ctx, t, conn, relay)
+}
+
 // dialRaw connects to the relay from an address, asks for a node so that all keys are in
 // use, and takes over.
 func dialRaw(ctx context.Context, t *testing.T, from *net.UDPConn, relay peer.AddrInfo) (*rawConn, error) {
@@ -405,11 +414,7 @@ func TestAttackSmallPieces(t *testing.T) {
 			chat := newChat(t, s)
 			n := sized(60, 250)
 			inParallel(t, n, 8, func(ctx context.Context, i int) error {
-				conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-				if err != nil {
-					return err
-				}
-				raw, err := dialRaw(ctx, t, conn, s.bootstrap)
+				raw, err := dialRawLocally(ctx, t, s.bootstrap)
 				if err != nil {
 					return err
 				}
@@ -566,11 +571,7 @@ func TestAttackControlFrames(t *testing.T) {
 		t.Run(attack.name, func(t *testing.T) {
 			s, g, _ := besieged(t, 1)
 			inParallel(t, sized(40, 250), 8, func(ctx context.Context, i int) error {
-				conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-				if err != nil {
-					return err
-				}
-				raw, err := dialRaw(ctx, t, conn, s.bootstrap)
+				raw, err := dialRawLocally(ctx, t, s.bootstrap)
 				if err != nil {
 					return err
 				}

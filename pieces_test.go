@@ -24,11 +24,7 @@ func rawOn(t *testing.T, r testRelay) (*rawConn, *connPieces) {
 	for _, id := range r.host.Network().Peers() {
 		before[id] = true
 	}
-	socket, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := dialRaw(testContext(t), t, socket, r.info)
+	raw, err := dialRawLocally(testContext(t), t, r.info)
 	if err != nil {
 		t.Fatal(err)
 	}
