@@ -65,6 +65,25 @@ func TestCgroupMemory(t *testing.T) {
 	}
 }
 
+// In a container of LXC, /proc/meminfo alone may say how much memory it has.
+func TestAvailableMemory(t *testing.T) {
+	machine, _ := availableMemory(fstest.MapFS{})
+	for _, tt := range []struct {
+		meminfo string
+		want    uint64
+	}{
+		{"MemTotal:         131072 kB\nMemFree:           65536 kB\n", 128 << 20},
+		{"MemTotal:       99999999999 kB\n", machine},
+		{"MemTotal:\nMemTotal: kB\nMemFree: 1024 kB\n", machine},
+		{"MemTotal: 18446744073709551615 kB\n", machine},
+	} {
+		root := fstest.MapFS{"proc/meminfo": {Data: []byte(tt.meminfo)}}
+		if got, source := availableMemory(root); got != tt.want {
+			t.Errorf("availableMemory with %q = %d (%s), want %d", tt.meminfo, got, source, tt.want)
+		}
+	}
+}
+
 // Every bound follows from --max-clients, so that no other is reached first.
 func TestLimitsFollowMaxClients(t *testing.T) {
 	for _, clients := range []int{1, 100, 10_000, maxMaxClients} {

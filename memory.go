@@ -7,6 +7,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
@@ -131,8 +132,12 @@ func availableMemory(root fs.FS) (available uint64, source string) {
 			available, source = limit, by
 		}
 	}
-	// By sysinfo(2) and its like: a sandbox may hide /proc/meminfo.
+	// By sysinfo(2) and its like, because a sandbox may hide /proc/meminfo. But in a
+	// container of LXC, sysinfo(2) tells of the host, and lxcfs puts what the container has
+	// into /proc/meminfo. Proxmox hides the limit of the cgroup from its containers
+	// (lxc.cgroup.dir.container.inner in lxc.container.conf(5)).
 	atMost(memory.TotalMemory(), "machine")
+	atMost(procMemory(root), "machine")
 	if limit, err := cgroupMemory(root); err == nil {
 		atMost(limit, "cgroup")
 	}
@@ -140,6 +145,18 @@ func availableMemory(root fs.FS) (available uint64, source string) {
 		atMost(uint64(limit), "GOMEMLIMIT")
 	}
 	return available, source
+}
+
+// procMemory returns how much memory /proc/meminfo says there is, in bytes, or 0.
+func procMemory(root fs.FS) uint64 {
+	meminfo, _ := fs.ReadFile(root, "proc/meminfo")
+	for line := range strings.Lines(string(meminfo)) {
+		var kib uint64
+		if n, _ := fmt.Sscanf(line, "MemTotal: %d kB", &kib); n == 1 && kib <= math.MaxUint64>>10 {
+			return kib << 10
+		}
+	}
+	return 0
 }
 
 // cgroupMemory returns the smallest memory limit of this process's cgroup and those
