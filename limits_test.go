@@ -4,6 +4,7 @@ package main
 
 import (
 	"math"
+	"strconv"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -65,7 +66,8 @@ func TestCgroupMemory(t *testing.T) {
 	}
 }
 
-// In a container of LXC, /proc/meminfo alone may say how much memory it has.
+// In a container of LXC, /proc/meminfo alone may say how much memory it has. And the
+// program for 32 bits runs on machines that have more memory than it can address.
 func TestAvailableMemory(t *testing.T) {
 	machine, _ := availableMemory(fstest.MapFS{})
 	for _, tt := range []struct {
@@ -81,6 +83,9 @@ func TestAvailableMemory(t *testing.T) {
 		if got, source := availableMemory(root); got != tt.want {
 			t.Errorf("availableMemory with %q = %d (%s), want %d", tt.meminfo, got, source, tt.want)
 		}
+	}
+	if strconv.IntSize == 32 && machine > addressable {
+		t.Errorf("a 32-bit program may use %d bytes, want %d at most", machine, addressable)
 	}
 }
 

@@ -47,6 +47,10 @@ const (
 	// runtime by itself took more than four minutes to return it.
 	givingBack  = time.Minute
 	spareMemory = 16 << 20
+
+	// addressable is how much memory a 32-bit program may count on, in bytes. It can
+	// address 3 to 4 GiB, but the heap cannot use all of that.
+	addressable = uint64(2 << 30)
 )
 
 // boundMemory has the runtime do all of that, with limit in bytes, until stop restores
@@ -124,8 +128,8 @@ func readMetric(name string) uint64 {
 }
 
 // availableMemory returns how many bytes this process may use, 0 if unknown, and the
-// source of that number: the machine, or the cgroup or GOMEMLIMIT if one of them allows
-// less. root is the file system at "/".
+// source of that number: the machine, or the cgroup, GOMEMLIMIT or 32-bit addresses if one
+// of them allows less. root is the file system at "/".
 func availableMemory(root fs.FS) (available uint64, source string) {
 	atMost := func(limit uint64, by string) {
 		if limit > 0 && (available == 0 || limit < available) {
@@ -143,6 +147,9 @@ func availableMemory(root fs.FS) (available uint64, source string) {
 	}
 	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
 		atMost(uint64(limit), "GOMEMLIMIT")
+	}
+	if strconv.IntSize == 32 && available > 0 {
+		atMost(addressable, "32-bit addresses")
 	}
 	return available, source
 }
