@@ -38,7 +38,7 @@ const (
 	framesPerSecond = 5000
 
 	// budgetAge sets how long we keep the budget of a network that has no connection
-	// left. After that time the budget is full again.
+	// left. After that time it is full again, unless requests had to wait.
 	budgetAge = requestsPerClient / requestsPerSecond * time.Second
 )
 
@@ -100,13 +100,22 @@ func (b *budget) release() {
 	if b.users--; b.users > 0 {
 		return
 	}
-	time.AfterFunc(budgetAge, func() {
-		b.all.mu.Lock()
-		defer b.all.mu.Unlock()
-		if b.users == 0 && b.all.by[b.network] == b {
-			delete(b.all.by, b.network)
-		}
-	})
+	time.AfterFunc(budgetAge, b.forget)
+}
+
+// forget forgets a budget that nobody uses, once it is full. Else whoever leaves and comes
+// back would have a new one.
+func (b *budget) forget() {
+	b.all.mu.Lock()
+	defer b.all.mu.Unlock()
+	if b.users > 0 || b.all.by[b.network] != b {
+		return
+	}
+	if missing := float64(b.requests.Burst()) - b.requests.Tokens(); missing > 0 { // the others are full sooner
+		time.AfterFunc(time.Duration(missing/float64(b.requests.Limit())*float64(time.Second)), b.forget)
+		return
+	}
+	delete(b.all.by, b.network)
 }
 
 // spend takes n from one of the budget's limiters, and returns how long to wait.

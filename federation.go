@@ -292,7 +292,7 @@ func (f *federation) read(ctx context.Context, id peer.ID) ([]peer.AddrInfo, err
 		return nil, err
 	}
 	defer s.Reset()
-	s.SetDeadline(time.Now().Add(vouchTimeout))
+	defer context.AfterFunc(ctx, func() { s.Reset() })() // no longer than ctx, which ends with vouchTimeout or with f
 	text, err := io.ReadAll(io.LimitReader(s, maxVouched+1))
 	if err != nil {
 		return nil, err

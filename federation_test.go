@@ -6,10 +6,12 @@ package main
 import (
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -324,6 +326,39 @@ func newVouching(t testing.TB) *vouching {
 		}
 	})
 	return v
+}
+
+// A relay that is to stop does not wait until another one answers. It would tell its
+// clients too late, and look as if it had failed.
+func TestStopEndsAQuestionToAnotherRelay(t *testing.T) {
+	silent := newClient(t)
+	silent.SetStreamHandler(vouchProtocol, func(network.Stream) {})
+	r := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=%s/p2p/%s", silent.Addrs()[0], silent.ID())))
+	waiting := func(questions int) func() bool {
+		return func() bool {
+			n := 0
+			for _, c := range r.host.Network().ConnsToPeer(silent.ID()) {
+				for _, s := range c.GetStreams() {
+					if s.Protocol() == vouchProtocol {
+						n++
+					}
+				}
+			}
+			return n == questions
+		}
+	}
+	eventually(t, "the relay has asked when it connected", waiting(1))
+	ctx, stop := context.WithCancel(testContext(t))
+	ended := make(chan error, 1)
+	go func() {
+		_, err := r.federation.read(ctx, silent.ID())
+		ended <- err
+	}()
+	eventually(t, "the relay has asked again", waiting(2))
+	stop()
+	if err := <-ended; err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the question ended with %v, want that it ends when the relay stops", err)
+	}
 }
 
 // What a named relay says is bounded, and nonsense changes nothing.

@@ -330,19 +330,24 @@ func (s *flyingStream) SetWriteDeadline(t time.Time) error {
 	return s.MuxedStream.SetWriteDeadline(t)
 }
 
-// deadline keeps when a stream's reads or writes have to end. The zero value is none.
-type deadline struct{ at atomic.Int64 } // in Unix nanoseconds; 0: none
+// deadline keeps when a stream's reads or writes have to end. The zero value is none. It
+// keeps the monotonic clock's reading, too: by the other clock, a circuit of an hour would
+// end at once when that is put right by an hour.
+type deadline struct{ at atomic.Pointer[time.Time] } // nil: none
 
 func (d *deadline) set(t time.Time) {
-	at := int64(0)
-	if !t.IsZero() {
-		at = t.UnixNano()
+	if t.IsZero() {
+		d.at.Store(nil)
+		return
 	}
-	d.at.Store(at)
+	d.at.Store(&t)
 }
 
 // left returns how long there is until the deadline, and false if there is none.
 func (d *deadline) left() (time.Duration, bool) {
 	at := d.at.Load()
-	return time.Until(time.Unix(0, at)), at != 0
+	if at == nil {
+		return 0, false
+	}
+	return time.Until(*at), true
 }

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	quicgo "github.com/quic-go/quic-go"
@@ -301,5 +302,27 @@ func TestStalledIsClosedFirst(t *testing.T) {
 	p.makeRoom(nil)
 	if busy.doomed || small.doomed {
 		t.Error("somebody was closed although nobody has stalled")
+	}
+}
+
+// A stream's time does not end, and does not grow, when the machine's clock is put right.
+func TestDeadlineIgnoresTheClock(t *testing.T) {
+	for _, shift := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
+		// As if the clock had been put right by so much since at was computed.
+		at := time.Now().Add(time.Hour)
+		before := at.Round(0)
+		*(*int64)(unsafe.Pointer(&at)) += int64(shift/time.Second) << 30 // the seconds by the clock, in time.Time
+		if at.Round(0).Sub(before) != shift {
+			t.Fatal("package time has another layout now")
+		}
+		var d deadline
+		d.set(at)
+		if left, ok := d.left(); !ok || left <= 0 || left > time.Hour {
+			t.Errorf("a deadline in an hour, by a clock that is off by %v: %v left, %v", shift, left, ok)
+		}
+		d.set(time.Time{})
+		if left, ok := d.left(); ok {
+			t.Errorf("no deadline: %v left", left)
+		}
 	}
 }

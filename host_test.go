@@ -21,7 +21,10 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/transport"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+	libp2pquic "github.com/libp2p/go-libp2p/p2p/transport/quic"
+	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	quicgo "github.com/quic-go/quic-go"
 )
@@ -46,6 +49,39 @@ func TestHostThatFailsLeavesNothingBehind(t *testing.T) {
 		}
 	}
 	eventually(t, "its goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// A relay that has dialled a lost one for hours still dials the others, and the lost one
+// when it is back.
+func TestHostDialsOnAfterManyFailures(t *testing.T) {
+	key, _, err := crypto.GenerateEd25519Key(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport, err := libp2pquic.NewTransport(key, nil, nil, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := &nobodyAnswers{Transport: transport}
+	h, err := newQUICHost(hostParts{key: key, transport: nobody, resources: &network.NullResourceManager{},
+		addrBook:  func(_ peer.ID, store addrStore) peerstore.Peerstore { return store },
+		advertise: func([]ma.Multiaddr) []ma.Multiaddr { return nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	for _, addr := range []string{"/ip4/1.1.1.1/udp/4001/quic-v1", "/ip6/2606:4700::1/udp/4001/quic-v1"} {
+		lost := newLightIdentity(t).id
+		h.Peerstore().AddAddr(lost, ma.StringCast(addr), peerstore.PermanentAddrTTL)
+		for range 300 {
+			h.Network().(*swarm.Swarm).Backoff().Clear(lost)
+			dialled := nobody.dialled
+			_, err := h.Network().DialPeer(testContext(t), lost)
+			if nobody.dialled == dialled {
+				t.Fatalf("%s was not dialled after %d failures: %v", addr, dialled, err)
+			}
+		}
+	}
 }
 
 // A relay whose clock was hours off when it started serves clients whose clocks are
@@ -198,6 +234,17 @@ type closedResources struct {
 func (r *closedResources) Close() error {
 	r.closed = true
 	return nil
+}
+
+// nobodyAnswers is a transport whose dials fail. It sends nothing.
+type nobodyAnswers struct {
+	transport.Transport
+	dialled int // the swarm dials one address at a time if there is only one
+}
+
+func (n *nobodyAnswers) Dial(context.Context, ma.Multiaddr, peer.ID) (transport.CapableConn, error) {
+	n.dialled++
+	return nil, errors.New("no answer")
 }
 
 // noProtocols is a transport that no swarm accepts.

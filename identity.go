@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"syscall"
 	"time"
 )
 
@@ -241,7 +242,12 @@ func syncDir(dir string) error {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	// Some file systems cannot sync a directory either, such as VirtualBox's shared folders
+	// (vboxsf has no fsync for them). The key is there all the same.
+	if err := d.Sync(); !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	return nil
 }
 
 // certificateTemplate returns what our TLS certificates say besides their key: the

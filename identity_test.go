@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -289,6 +290,20 @@ func TestForeignKeyFileIsNamed(t *testing.T) {
 		if line := p.stderr.line(msg); !strings.Contains(line, says) {
 			t.Errorf("log line %q, want one that says %s", line, says)
 		}
+	}
+}
+
+// The first start succeeds on file systems that cannot sync a directory, such as
+// VirtualBox's shared folders.
+func TestDirectoryThatCannotBeSynced(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("no such directory is known here")
+	}
+	if err := syncDir("/proc"); err != nil {
+		t.Error(err)
+	}
+	if err := syncDir(filepath.Join(t.TempDir(), "missing")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("syncDir of a missing directory = %v, want %v", err, fs.ErrNotExist)
 	}
 }
 

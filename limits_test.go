@@ -4,6 +4,7 @@ package main
 
 import (
 	"math"
+	"strconv"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -62,6 +63,29 @@ func TestCgroupMemory(t *testing.T) {
 				t.Errorf("cgroupMemory = %d, %v, want %d", got, err, tt.want)
 			}
 		})
+	}
+}
+
+// In a container of LXC, /proc/meminfo alone may say how much memory it has. And the
+// program for 32 bits runs on machines that have more memory than it can address.
+func TestAvailableMemory(t *testing.T) {
+	machine, _ := availableMemory(fstest.MapFS{})
+	for _, tt := range []struct {
+		meminfo string
+		want    uint64
+	}{
+		{"MemTotal:         131072 kB\nMemFree:           65536 kB\n", 128 << 20},
+		{"MemTotal:       99999999999 kB\n", machine},
+		{"MemTotal:\nMemTotal: kB\nMemFree: 1024 kB\n", machine},
+		{"MemTotal: 18446744073709551615 kB\n", machine},
+	} {
+		root := fstest.MapFS{"proc/meminfo": {Data: []byte(tt.meminfo)}}
+		if got, source := availableMemory(root); got != tt.want {
+			t.Errorf("availableMemory with %q = %d (%s), want %d", tt.meminfo, got, source, tt.want)
+		}
+	}
+	if strconv.IntSize == 32 && machine > addressable {
+		t.Errorf("a 32-bit program may use %d bytes, want %d at most", machine, addressable)
 	}
 }
 

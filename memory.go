@@ -7,6 +7,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
@@ -46,6 +47,10 @@ const (
 	// runtime by itself took more than four minutes to return it.
 	givingBack  = time.Minute
 	spareMemory = 16 << 20
+
+	// addressable is how much memory a 32-bit program may count on, in bytes. It can
+	// address 3 to 4 GiB, but the heap cannot use all of that.
+	addressable = uint64(2 << 30)
 )
 
 // boundMemory has the runtime do all of that, with limit in bytes, until stop restores
@@ -123,23 +128,42 @@ func readMetric(name string) uint64 {
 }
 
 // availableMemory returns how many bytes this process may use, 0 if unknown, and the
-// source of that number: the machine, or the cgroup or GOMEMLIMIT if one of them allows
-// less. root is the file system at "/".
+// source of that number: the machine, or the cgroup, GOMEMLIMIT or 32-bit addresses if one
+// of them allows less. root is the file system at "/".
 func availableMemory(root fs.FS) (available uint64, source string) {
 	atMost := func(limit uint64, by string) {
 		if limit > 0 && (available == 0 || limit < available) {
 			available, source = limit, by
 		}
 	}
-	// By sysinfo(2) and its like: a sandbox may hide /proc/meminfo.
+	// By sysinfo(2) and its like, because a sandbox may hide /proc/meminfo. But in a
+	// container of LXC, sysinfo(2) tells of the host, and lxcfs puts what the container has
+	// into /proc/meminfo. Proxmox hides the limit of the cgroup from its containers
+	// (lxc.cgroup.dir.container.inner in lxc.container.conf(5)).
 	atMost(memory.TotalMemory(), "machine")
+	atMost(procMemory(root), "machine")
 	if limit, err := cgroupMemory(root); err == nil {
 		atMost(limit, "cgroup")
 	}
 	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 {
 		atMost(uint64(limit), "GOMEMLIMIT")
 	}
+	if strconv.IntSize == 32 && available > 0 {
+		atMost(addressable, "32-bit addresses")
+	}
 	return available, source
+}
+
+// procMemory returns how much memory /proc/meminfo says there is, in bytes, or 0.
+func procMemory(root fs.FS) uint64 {
+	meminfo, _ := fs.ReadFile(root, "proc/meminfo")
+	for line := range strings.Lines(string(meminfo)) {
+		var kib uint64
+		if n, _ := fmt.Sscanf(line, "MemTotal: %d kB", &kib); n == 1 && kib <= math.MaxUint64>>10 {
+			return kib << 10
+		}
+	}
+	return 0
 }
 
 // cgroupMemory returns the smallest memory limit of this process's cgroup and those

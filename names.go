@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	ma "github.com/multiformats/go-multiaddr"
 	madns "github.com/multiformats/go-multiaddr-dns"
 )
@@ -32,6 +34,10 @@ const (
 	// nameTimeout limits one lookup. Resolvers try a server for 5 s, and then the
 	// next one.
 	nameTimeout = 15 * time.Second
+
+	// nameDialWait limits how long a dial waits for what a name leads to if that is not
+	// known. All names of a relay are looked up before any of its addresses is dialled.
+	nameDialWait = 2 * time.Second
 
 	// nameFirstWait limits how long the start waits for the first answers, so that
 	// they appear in the banner. Without DNS the relay starts anyway.
@@ -164,6 +170,36 @@ func (n *names) lookUp(ctx context.Context, addr ma.Multiaddr) ([]ma.Multiaddr, 
 	}
 	slices.SortFunc(usable, ma.Multiaddr.Compare)
 	return slices.CompactFunc(usable, ma.Multiaddr.Equal), nil
+}
+
+// ResolveDNSComponent makes n the swarm's resolver, with ResolveDNSAddr. The swarm asks for
+// each name among the addresses of another relay, one after the other, before it dials any
+// address. If n waited for a DNS that hangs, the swarm would never dial, although n knows
+// where the names led.
+func (n *names) ResolveDNSComponent(ctx context.Context, addr ma.Multiaddr, most int) ([]ma.Multiaddr, error) {
+	if ips := n.known(addr); len(ips) > 0 {
+		return ips[:min(len(ips), most)], nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, nameDialWait)
+	defer cancel()
+	return swarm.ResolverFromMaDNS{Resolver: n.resolver}.ResolveDNSComponent(ctx, addr, most)
+}
+
+// ResolveDNSAddr does for /dnsaddr what ResolveDNSComponent does for other names.
+func (n *names) ResolveDNSAddr(ctx context.Context, id peer.ID, addr ma.Multiaddr, deep, most int) ([]ma.Multiaddr, error) {
+	if ips := n.known(addr); len(ips) > 0 {
+		return ips[:min(len(ips), most)], nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, nameDialWait)
+	defer cancel()
+	return swarm.ResolverFromMaDNS{Resolver: n.resolver}.ResolveDNSAddr(ctx, id, addr, deep, most)
+}
+
+// known returns what addr, which begins with a name, led to when it was last looked up.
+func (n *names) known(addr ma.Multiaddr) []ma.Multiaddr {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.leadTo[addr.String()]
 }
 
 // isReachable reports whether another machine can send to ip.

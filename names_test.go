@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -280,6 +281,47 @@ func TestOtherRelaysNameIsToldAsAddress(t *testing.T) {
 	if !slices.Equal(told, want) {
 		t.Errorf("clients get %v, want %v", told, want)
 	}
+}
+
+// Relays that name each other by DNS names find each other again while DNS hangs.
+func TestRelayIsDialledWhileDNSHangs(t *testing.T) {
+	own := ownAddr(t) // a name never leads to loopback
+	dns, hangs, ended := &fakeDNS{}, new(atomic.Bool), make(chan struct{})
+	t.Cleanup(func() { close(ended) })
+	dns.set("other.example.org", own.String())
+	server := dnsServer(t, dns)
+	planned := planRelays(t, 1)[0]
+	there := planned.start(t)
+	cfg := defaultConfig(t, fmt.Sprintf("--bootstrap=/dns/other.example.org/udp/%d/quic-v1/p2p/%s", planned.port, there.info.ID))
+	cfg.testOnlyResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if hangs.Load() {
+			<-ended
+		}
+		return server.Dial(ctx, network, addr)
+	}}
+	here := newTestRelay(t, cfg)
+	here.waitConnected(t, there.info.ID)
+	hangs.Store(true)
+	there.close()
+	eventually(t, "the other relay has left", func() bool { _, connected := here.federation.counts(); return connected == 0 })
+	there = planned.start(t)
+	here.waitConnected(t, there.info.ID)
+}
+
+// ownAddr returns an address of this machine that is not loopback.
+func ownAddr(t *testing.T) netip.Addr {
+	t.Helper()
+	ips, err := new(interfaces).read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range ips {
+		if ip := ipOf(a); ip.Is4() && isReachable(ip) {
+			return ip
+		}
+	}
+	t.Skip("this machine has loopback addresses alone")
+	return netip.Addr{}
 }
 
 // However many addresses the names resolve to, a reservation fits into the 4096

@@ -8,7 +8,10 @@ package main
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -208,4 +211,32 @@ func TestBudgetIsOfOneNetwork(t *testing.T) {
 	if b.of(addrPort(&net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}).Addr()) != nil {
 		t.Error("loopback has a budget")
 	}
+}
+
+// Nobody gets a full budget for leaving and coming back.
+func TestBudgetOutlivesItsClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, addr := newBudgets(limits{perNetwork: 10}), netip.MustParseAddr("192.0.2.1")
+		b.of(addr).release()
+		time.Sleep(budgetAge - time.Second)
+		again := b.of(addr)
+		again.spend(again.requests, again.requests.Burst())
+		for range again.requests.Burst() { // they wait when the client leaves
+			again.spend(again.requests, 1)
+		}
+		again.release()
+		for _, pass := range []time.Duration{2 * time.Second, budgetAge - time.Second} {
+			time.Sleep(pass)
+			synctest.Wait()
+			if b.of(addr) != again {
+				t.Fatalf("%v later a client has a new budget, although the old one is not full yet", pass)
+			}
+			again.release()
+		}
+		time.Sleep(3 * budgetAge)
+		synctest.Wait()
+		if len(b.by) > 0 {
+			t.Error("a budget that is full and that nobody uses is kept")
+		}
+	})
 }

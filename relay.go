@@ -196,7 +196,7 @@ func (r *relay) newHost(key crypto.PrivKey) (host.Host, error) {
 		},
 		advertise:    r.reach.addrs,
 		busOptions:   onBus,
-		swarmOptions: append(onSwarm, swarm.WithMultiaddrResolver(swarm.ResolverFromMaDNS{Resolver: r.names.resolver})),
+		swarmOptions: append(onSwarm, swarm.WithMultiaddrResolver(r.names)),
 		options: basichost.HostOpts{
 			ProtocolVersion:      protocolVersion,
 			UserAgent:            agentVersion(),
