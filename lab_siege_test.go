@@ -130,8 +130,9 @@ type mutedSocket struct {
 	net.PacketConn
 	muted atomic.Bool
 	delay time.Duration // of what it writes; 0: none
-	loses atomic.Int64  // one of so many that it reads; 0: none
+	loses atomic.Int64  // one of so many, each way, and mixes up what it writes; 0: none
 	reads int64
+	wrote atomic.Int64
 
 	mu  sync.Mutex
 	id  []byte // of the last packet with a short header
@@ -149,9 +150,17 @@ func (s *mutedSocket) WriteTo(p []byte, to net.Addr) (int, error) {
 		s.id = bytes.Clone(p[1 : 1+s.len])
 	}
 	s.mu.Unlock()
-	if s.delay > 0 {
+	delay := s.delay
+	if every := s.loses.Load(); every > 0 {
+		n := s.wrote.Add(1)
+		if n%every == 0 {
+			return len(p), nil
+		}
+		delay += delay * time.Duration(n%7) / 7
+	}
+	if delay > 0 {
 		p = bytes.Clone(p)
-		time.AfterFunc(s.delay, func() {
+		time.AfterFunc(delay, func() {
 			if !s.muted.Load() {
 				s.PacketConn.WriteTo(p, to)
 			}
