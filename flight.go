@@ -10,9 +10,12 @@ package main
 // writers wait for acknowledgements, and a connection that has not acknowledged anything
 // for a while may be closed.
 //
-// The tracer in pieces.go tells what is sent, acknowledged and lost. Lost data has no
+// The tracer in pieces.go tells what is sent, acknowledged and lost. A lost frame has no
 // packet until quic-go sends it again, which it does before anything new (Append in its
-// framer.go).
+// framer.go). Where a packet has less room than the frame needs, quic-go cuts the frame in
+// two, and each part takes as much memory as the whole. So a client that acknowledges little
+// makes quic-go keep more and more, without any Write. That is booked, too, and who has too
+// much cut is closed.
 
 import (
 	"cmp"
@@ -25,14 +28,16 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/qlog"
 )
 
 const (
-	// flownFrame is what quic-go keeps for a STREAM frame with data that it has sent, in
+	// fullFrame is what quic-go keeps for a STREAM frame with data that it has sent, in
 	// bytes: a buffer for a whole packet, whatever is in it, and what belongs to the
-	// packet. TestFlightCosts measures 1 750 to 1 910, with a little that is its own.
+	// packet. TestFlightCosts measures 1 680 to 1 910, with a little that is its own.
 	// emptyFrame is the same without data.
-	flownFrame = 1900
+	fullFrame  = 1900
 	emptyFrame = 288
 
 	// flownData is how much data of a long write a packet carries at least, in bytes.
@@ -47,8 +52,11 @@ const (
 
 	// unfilledPacket is less than any packet has that quic-go has filled, in bytes: of the
 	// 1200 in sockets.go it leaves up to 128 free (MinStreamFrameSize in its params.go).
-	// After a shorter packet, nothing waits to be sent again.
 	unfilledPacket = 1200 - 256
+
+	// mostResets is of how many streams it is known that nothing is sent again: as many as
+	// the client can have open, and as many after them.
+	mostResets = 2 * maxIncomingStreams
 )
 
 // flownCost returns what a STREAM frame with so many bytes of data costs, in bytes.
@@ -56,110 +64,218 @@ func flownCost(length int64) int {
 	if length == 0 {
 		return emptyFrame
 	}
-	return flownFrame
+	return fullFrame
 }
 
 // flight is one connection's, and books in scope.
 type flight struct {
 	scope network.ResourceScope
-	short func() // is called when a writer finds no more memory to book
+	short func()          // is called when a writer finds no more memory to book
+	burst func(most bool) // is called when it cannot book what is held, or when most, more than ever may be, is held
 
-	// Only quic-go's goroutine uses these fields. packets are those with stream data, by
-	// their numbers; cost and bytes are the sums over them. lost is what the frames cost
-	// that were lost and not sent again. sentNow says that the last event was a packet
-	// for packets.
-	packets     []flownPacket
-	cost, bytes int
-	lost        int
-	sentNow     bool
+	// Only quic-go's goroutine uses these fields. frames are those in packets that quic-go
+	// waits for, by the packets' numbers. lost says where the frames that are to be sent
+	// again begin, and where they end. cost and lostCost are the sums over them.
+	frames         []flownFrame
+	live           int // of frames: those that are not gone
+	lost           map[flownPlace]int64
+	cost, lostCost int
+	probes         int                        // packets that are still to be sent for a timeout
+	reset          map[quic.StreamID]struct{} // streams of which nothing is sent again
 
 	mu      sync.Mutex
 	flying  int           // cost
-	held    int           // cost and lost
+	held    int           // cost and lostCost
 	writing int           // what Writes that have not returned may add
 	booked  int           // beyond freeFlight
+	cut     int           // of booked: what no writer has asked for
 	heard   time.Time     // when something was acknowledged, or nothing was in flight
 	room    chan struct{} // closed when there may be room; nil: nobody waits
 }
 
-// flownPacket is a packet that quic-go keeps. One that it does not keep any more has
-// cost 0, until all before it are gone.
-type flownPacket struct {
-	number int64
-	cost   int32
-	size   int32
+// flownFrame is a STREAM frame in a packet. A packet without any has one entry, of noData.
+type flownFrame struct {
+	number int64 // of the packet
+	flownPlace
+	length int32
+	state  flownState
 }
 
-// sent notes a packet of the given size that is to be acknowledged. cost is that of its
-// STREAM frames.
-func (f *flight) sent(number int64, size, cost int) {
-	f.lost -= min(f.lost, cost)
-	if size < unfilledPacket {
-		f.lost = 0
-	}
-	if f.sentNow = cost > 0; f.sentNow {
-		f.packets = append(f.packets, flownPacket{number, int32(cost), int32(size)})
-		f.cost += cost
-		f.bytes += size
-	}
-	f.settle()
+type flownState byte
+
+const (
+	withData flownState = iota
+	noData
+	gone // quic-go waits for it no more
+)
+
+// flownPlace says where the data of a frame begins. No two frames begin at one place.
+type flownPlace struct {
+	stream quic.StreamID
+	offset int64
 }
 
-// inFlight notes how many bytes quic-go says are in flight. It says so after each packet
-// that it sends. Of lost packets it reports only some: a probe takes the data of the
-// oldest packet (QueueProbePacket in its sent_packet_handler.go), and the packet is gone.
-func (f *flight) inFlight(bytes int) {
-	if !f.sentNow {
-		return // 0 may also mean that nothing has changed
+// sent notes a packet of the given size, and reports whether it is to be acknowledged.
+func (f *flight) sent(number int64, size int, frames []qlog.Frame) (eliciting bool) {
+	usual, path := false, false
+	for _, frame := range frames {
+		switch frame := frame.Frame.(type) {
+		case *qlog.AckFrame:
+			continue // a packet with nothing else is not acknowledged itself
+		case *qlog.PingFrame:
+		case *qlog.PathChallengeFrame, *qlog.PathResponseFrame:
+			path = true
+		case *qlog.ResetStreamFrame:
+			f.forget(frame.StreamID)
+			usual = true
+		default:
+			usual = true
+		}
+		eliciting = true
 	}
-	f.sentNow = false
-	for f.bytes > bytes {
-		f.drop(0)
+	if !eliciting || path && !usual {
+		return eliciting // quic-go counts packets for another path apart
+	}
+	if f.probes > 0 {
+		// quic-go takes the frames of the oldest packet, and forgets the packet
+		// (QueueProbePacket in its sent_packet_handler.go).
+		f.probes--
 		f.trim()
+		if len(f.frames) > 0 {
+			f.lose(f.frames[0].number)
+		}
+	}
+	data := false
+	for _, frame := range frames {
+		if s, ok := frame.Frame.(*qlog.StreamFrame); ok {
+			f.again(s)
+			f.frames = append(f.frames, flownFrame{number, flownPlace{s.StreamID, s.Offset}, int32(s.Length), withData})
+			f.cost += flownCost(s.Length)
+			f.live++
+			data = true
+		}
+	}
+	if !data {
+		f.frames = append(f.frames, flownFrame{number: number, state: noData})
+		f.live++
+	}
+	// What waits would have found room here. (Not beside a PING alone: quic-go adds that to
+	// acknowledgements, which it sends while the window is full.) So nothing waits, and what
+	// is left was of streams that were reset.
+	if usual && size < unfilledPacket {
+		f.lost, f.lostCost = nil, 0
 	}
 	f.settle()
+	return true
 }
+
+// again notes that a frame, if it was lost, is sent again: all of it, or its first part.
+func (f *flight) again(s *qlog.StreamFrame) {
+	place := flownPlace{s.StreamID, s.Offset}
+	end, was := f.lost[place]
+	if !was {
+		return
+	}
+	delete(f.lost, place)
+	if rest := s.Offset + s.Length; rest < end {
+		f.lost[flownPlace{s.StreamID, rest}] = end
+		return // the rest costs as much as the whole did
+	}
+	if f.lostCost -= flownCost(s.Length); len(f.lost) == 0 {
+		f.lost = nil // maps do not shrink
+	}
+}
+
+// forget notes that a stream was reset.
+func (f *flight) forget(stream quic.StreamID) {
+	if f.reset == nil || len(f.reset) >= mostResets {
+		f.reset = make(map[quic.StreamID]struct{})
+	}
+	f.reset[stream] = struct{}{}
+}
+
+// probe notes that quic-go has waited too long, and sends two packets to find out what has
+// arrived.
+func (f *flight) probe() { f.probes += 2 }
 
 // acked notes that packets first to last have arrived. Call settle after the last range.
 func (f *flight) acked(first, last int64) {
-	for i := f.find(first); i < len(f.packets) && f.packets[i].number <= last; i++ {
-		f.drop(i)
+	for i := f.find(first); i < len(f.frames) && f.frames[i].number <= last; i++ {
+		if f.frames[i].state != gone {
+			f.drop(i)
+			f.probes = 0
+		}
 	}
 }
 
-// wasLost notes that the data of a packet has to be sent again.
+// wasLost notes that the data of a packet has to be sent again. quic-go finds the oldest
+// first, so it has forgotten any that is older.
 func (f *flight) wasLost(number int64) {
-	if i := f.find(number); i < len(f.packets) && f.packets[i].number == number {
-		f.lost += f.drop(i)
-		f.trim()
+	for i := 0; i < len(f.frames) && f.frames[i].number < number; i++ {
+		f.drop(i)
 	}
+	f.lose(number)
+	f.trim()
 }
 
 // allLost notes that all has to be sent again, because the client has moved.
 func (f *flight) allLost() {
-	f.lost += f.cost
-	f.packets, f.cost, f.bytes = nil, 0, 0
+	for i := range f.frames {
+		f.wait(i)
+	}
+	f.frames = nil
 }
 
-// find returns the index of the first packet from that number on.
+// lose notes that the frames of a packet have to be sent again.
+func (f *flight) lose(number int64) {
+	for i := f.find(number); i < len(f.frames) && f.frames[i].number == number; i++ {
+		f.wait(i)
+	}
+}
+
+// wait makes a frame wait to be sent again.
+func (f *flight) wait(i int) {
+	if p := f.frames[i]; p.state == withData {
+		if _, over := f.reset[p.stream]; !over {
+			if f.lost == nil {
+				f.lost = make(map[flownPlace]int64)
+			}
+			f.lost[p.flownPlace] = p.offset + int64(p.length)
+			f.lostCost += flownCost(int64(p.length))
+		}
+	}
+	f.drop(i)
+}
+
+// find returns the index of the first frame in a packet from that number on.
 func (f *flight) find(number int64) int {
-	i, _ := slices.BinarySearchFunc(f.packets, number, func(p flownPacket, n int64) int { return cmp.Compare(p.number, n) })
+	i, _ := slices.BinarySearchFunc(f.frames, number, func(p flownFrame, n int64) int { return cmp.Compare(p.number, n) })
 	return i
 }
 
-// drop forgets a packet, and returns what it cost.
-func (f *flight) drop(i int) int {
-	p := &f.packets[i]
-	cost := int(p.cost)
-	f.cost -= cost
-	f.bytes -= int(p.size)
-	p.cost, p.size = 0, 0
-	return cost
+// drop forgets a frame.
+func (f *flight) drop(i int) {
+	p := &f.frames[i]
+	if p.state == gone {
+		return
+	}
+	if p.state == withData {
+		f.cost -= flownCost(int64(p.length))
+	}
+	p.state = gone
+	f.live--
 }
 
+// trim gives up the places of frames that are gone.
 func (f *flight) trim() {
-	for len(f.packets) > 0 && f.packets[0].cost == 0 {
-		f.packets = f.packets[1:]
+	for len(f.frames) > 0 && f.frames[0].state == gone {
+		f.frames = f.frames[1:]
+	}
+	if len(f.frames) > 2*f.live+64 {
+		f.frames = slices.DeleteFunc(f.frames, func(p flownFrame) bool { return p.state == gone })
+	}
+	if f.live == 0 && len(f.lost) == 0 {
+		f.reset = nil
 	}
 }
 
@@ -167,15 +283,40 @@ func (f *flight) trim() {
 func (f *flight) settle() {
 	f.trim()
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	less := f.cost+f.lost < f.held
+	less := f.cost+f.lostCost < f.held
 	if less || f.held == 0 {
 		f.heard = time.Now()
 	}
-	f.flying, f.held = f.cost, f.cost+f.lost
+	f.flying, f.held = f.cost, f.cost+f.lostCost
 	if less {
 		f.wake()
 	}
+	over := f.held - freeFlight - f.booked
+	if over > 0 {
+		over -= f.cover(over)
+	}
+	most := f.held > freeFlight+maxFlight+maxCut
+	f.mu.Unlock()
+	// As much as is free may be missing, so that nobody is closed for a packet or two.
+	if most || over > freeFlight {
+		f.burst(most)
+	}
+}
+
+// cover books n bytes more for frames that quic-go has cut, or as much as it can, and
+// returns how much. It is called with the lock.
+func (f *flight) cover(n int) int {
+	priority := network.ReservationPriorityHigh // more than for writers, who can wait
+	if f.cut == 0 {
+		priority = network.ReservationPriorityAlways // the first booking is small, and more urgent than a large one
+	}
+	n = (n + flightStep - 1) / flightStep * flightStep
+	if f.booked+n > maxFlight+maxCut || f.scope.ReserveMemory(n, priority) != nil {
+		return 0
+	}
+	f.booked += n
+	f.cut += n
+	return n
 }
 
 // wake lets writers try again. It is called with the lock.
@@ -188,6 +329,7 @@ func (f *flight) wake() {
 	if need := max(0, f.held+f.writing-freeFlight); f.booked > 0 && need <= f.booked/4 {
 		n := f.booked - (need+flightStep-1)/flightStep*flightStep
 		f.booked -= n
+		f.cut = min(f.cut, f.booked)
 		f.scope.ReleaseMemory(n)
 	}
 }
@@ -203,19 +345,26 @@ func (f *flight) stalled(now time.Time) int {
 	return f.booked
 }
 
+// excess returns how much is held that no writer has booked, in bytes.
+func (f *flight) excess() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return max(0, f.held-freeFlight-(f.booked-f.cut))
+}
+
 // claim returns how many of n bytes may be written now, and what they count as until
 // wrote is called. If none may, it returns a channel that is closed when it is time to
 // try again. denied says that it could not book enough.
 func (f *flight) claim(n int) (bytes, cost int, again <-chan struct{}, denied bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	want := (n + flownData - 1) / flownData * flownFrame
-	room := freeFlight + f.booked - f.held - f.writing
+	want := (n + flownData - 1) / flownData * fullFrame
+	room := freeFlight + min(f.booked, maxFlight) - f.held - f.writing
 	if room < want && f.booked < maxFlight {
 		room += f.book(want - room)
 		denied = room < want && f.booked < maxFlight
 	}
-	frames := min(want, room) / flownFrame
+	frames := min(want, room) / fullFrame
 	// With nothing in flight, nothing would ever make room.
 	if frames <= 0 && f.flying+f.writing == 0 {
 		frames = 1
@@ -226,7 +375,7 @@ func (f *flight) claim(n int) (bytes, cost int, again <-chan struct{}, denied bo
 		}
 		return 0, 0, f.room, denied
 	}
-	cost = frames * flownFrame
+	cost = frames * fullFrame
 	f.writing += cost
 	return min(n, frames*flownData), cost, nil, denied
 }

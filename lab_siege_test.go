@@ -130,8 +130,11 @@ type mutedSocket struct {
 	net.PacketConn
 	muted atomic.Bool
 	delay time.Duration // of what it writes; 0: none
-	loses atomic.Int64  // one of so many that it reads; 0: none
+	loses atomic.Int64  // one of so many, each way, and mixes up what it writes; 0: none
 	reads int64
+	wrote atomic.Int64
+	keys  bytes.Buffer // what crypto/tls logs of the handshake, if it does
+	seen  chan []byte  // gets what it reads while it is muted; nil: nobody does
 
 	mu  sync.Mutex
 	id  []byte // of the last packet with a short header
@@ -149,9 +152,17 @@ func (s *mutedSocket) WriteTo(p []byte, to net.Addr) (int, error) {
 		s.id = bytes.Clone(p[1 : 1+s.len])
 	}
 	s.mu.Unlock()
-	if s.delay > 0 {
+	delay := s.delay
+	if every := s.loses.Load(); every > 0 {
+		n := s.wrote.Add(1)
+		if n%every == 0 {
+			return len(p), nil
+		}
+		delay += delay * time.Duration(n%7) / 7
+	}
+	if delay > 0 {
 		p = bytes.Clone(p)
-		time.AfterFunc(s.delay, func() {
+		time.AfterFunc(delay, func() {
 			if !s.muted.Load() {
 				s.PacketConn.WriteTo(p, to)
 			}
@@ -168,6 +179,12 @@ func (s *mutedSocket) ReadFrom(p []byte) (int, net.Addr, error) {
 	for {
 		n, from, err := s.PacketConn.ReadFrom(p)
 		s.reads++
+		if err == nil && s.muted.Load() && s.seen != nil {
+			select {
+			case s.seen <- bytes.Clone(p[:n]):
+			default:
+			}
+		}
 		lost := s.loses.Load() > 0 && s.reads%s.loses.Load() == 0
 		if err != nil || !s.muted.Load() && !lost {
 			return n, from, err
@@ -227,18 +244,27 @@ func dialRaw(ctx context.Context, t *testing.T, from *net.UDPConn, relay peer.Ad
 // derive takes the keys of 1-RTT packets from what crypto/tls logs of a handshake with
 // TLS_AES_128_GCM_SHA256 (RFC 9001, 5.1).
 func (c *rawConn) derive(logged string) error {
-	_, rest, found := strings.Cut(logged, "CLIENT_TRAFFIC_SECRET_0 ")
+	secret, err := loggedSecret(logged, "CLIENT_TRAFFIC_SECRET_0")
+	if err != nil {
+		return err
+	}
+	c.keys, err = newPacketKeys(secret)
+	return err
+}
+
+// loggedSecret returns a secret of the name from what crypto/tls logs.
+func loggedSecret(logged, name string) ([]byte, error) {
+	_, rest, found := strings.Cut(logged, name+" ")
 	if !found {
-		return errors.New("no secret was logged")
+		return nil, errors.New("no secret was logged")
 	}
 	line, _, _ := strings.Cut(rest, "\n")
 	_, encoded, _ := strings.Cut(line, " ")
 	secret, err := hex.DecodeString(encoded)
 	if err != nil || len(secret) != sha256.Size {
-		return fmt.Errorf("a secret of %d bytes, %v", len(secret), err)
+		return nil, fmt.Errorf("a secret of %d bytes, %v", len(secret), err)
 	}
-	c.keys, err = newPacketKeys(secret)
-	return err
+	return secret, nil
 }
 
 // send sends frames in one packet (RFC 9000, 17.3.1).
@@ -338,8 +364,107 @@ func dialGreedy(ctx context.Context, t *testing.T, relay peer.AddrInfo) (*lightC
 	if err != nil {
 		return nil, nil, err
 	}
-	c, err := (&crowd{transports: []*quicgo.Transport{tr}}).dialAs(ctx, who, relay, conf)
-	return c, socket, err
+	to, err := manet.ToNetAddr(relay.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
+	if err != nil {
+		return nil, nil, err
+	}
+	tlsConf, _ := who.tls.ConfigForPeer(relay.ID)
+	tlsConf.KeyLogWriter = &socket.keys
+	tlsConf.CurvePreferences = []tls.CurveID{tls.X25519}
+	quicConn, err := tr.Dial(ctx, to, tlsConf, conf)
+	if err != nil {
+		return nil, nil, err
+	}
+	c := who.over(quicConn)
+	go c.serve()
+	return c, socket, nil
+}
+
+// puppet is a connection that quic-go has begun, like a rawConn, and that reads the numbers
+// of the relay's packets, so that it can choose which it acknowledges.
+type puppet struct {
+	rawConn
+	phases  [2]packetKeys // quic-go changes the keys once, after 100 packets, and then not for 100 000
+	phase   byte
+	relays  packetKeys // for the headers of the relay's packets
+	largest uint32     // of the relay's packets
+}
+
+// takeOver mutes a client of dialGreedy, and goes on in its place.
+func takeOver(socket *mutedSocket, relay peer.AddrInfo) (*puppet, error) {
+	to, err := manet.ToNetAddr(relay.Addrs[0].Decapsulate(ma.StringCast("/quic-v1")))
+	if err != nil {
+		return nil, err
+	}
+	own, err := loggedSecret(socket.keys.String(), "CLIENT_TRAFFIC_SECRET_0")
+	if err != nil {
+		return nil, err
+	}
+	relays, err := loggedSecret(socket.keys.String(), "SERVER_TRAFFIC_SECRET_0")
+	if err != nil {
+		return nil, err
+	}
+	socket.seen = make(chan []byte, 1<<14)
+	socket.muted.Store(true)
+	socket.mu.Lock()
+	defer socket.mu.Unlock()
+	p := &puppet{rawConn: rawConn{socket: socket, relay: to, id: socket.id, number: 1 << 20}}
+	p.phases[0], _ = newPacketKeys(own)
+	p.phases[1], _ = newPacketKeys(expandLabel(own, "quic ku", sha256.Size))
+	p.phases[1].header = p.phases[0].header
+	p.relays, _ = newPacketKeys(relays)
+	return p, nil
+}
+
+// note reads the header of one of the relay's packets (RFC 9000, A.3).
+func (p *puppet) note(packet []byte) {
+	const at = 1 + 4 // after quic-go's connection ID
+	if len(packet) < at+20 || packet[0]&0x80 != 0 {
+		return
+	}
+	var mask [16]byte
+	p.relays.header.Encrypt(mask[:], packet[at+4:at+20])
+	first := packet[0] ^ mask[0]&0x1f
+	length := int(first&3) + 1
+	var short uint32
+	for i := range length {
+		short = short<<8 | uint32(packet[at+i]^mask[1+i])
+	}
+	window := uint32(1) << (8 * length) // 0 with four bytes
+	number := p.largest&^(window-1) | short
+	if number+window/2 <= p.largest {
+		number += window
+	}
+	if number > p.largest && number < p.largest+1<<20 {
+		p.largest, p.phase = number, first>>2&1
+	}
+}
+
+// send sends frames in a packet whose number leaves a gap, which the relay has to mention
+// when it acknowledges.
+func (p *puppet) send(frames []byte) {
+	p.number += 1 << 7
+	header := append([]byte{0x43 | p.phase<<2}, p.id...)
+	p.socket.PacketConn.WriteTo(p.phases[p.phase].seal(header, p.number, frames), p.relay)
+}
+
+// loseAll makes the relay send all that is in flight again and again, in packets with more
+// and less room, until ctx is done: it acknowledges only the last packet of each flight.
+func (p *puppet) loseAll(ctx context.Context) {
+	for n := 0; ctx.Err() == nil; {
+		select {
+		case packet := <-p.socket.seen:
+			p.note(packet)
+			if n++; n%3 == 0 {
+				for range 1 + n%7 {
+					p.send([]byte{0x01, 0, 0, 0}) // PING
+				}
+			}
+		case <-time.After(3 * time.Millisecond): // longer than between two packets
+			ack := quicvarint.Append([]byte{0x02}, uint64(p.largest))
+			p.send(append(ack, 0, 0, 0, 0x01))
+		}
+	}
 }
 
 // Whoever acknowledges fast, and then nothing, keeps the relay from forgetting what it has

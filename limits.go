@@ -136,6 +136,12 @@ const (
 	// circuit on loopback carried 63 and 98 MiB/s, and without a cap 170 and 198.
 	maxFlight = 3 << 20
 
+	// maxCut caps what is booked beyond maxFlight, in bytes, because quic-go cuts frames in
+	// two when it sends them again: twice as many frames as the client was sent. An honest
+	// client that loses all of maxFlight eight times, while it sends as much itself, makes
+	// quic-go cut at most 496 KiB, and one that loses 5 % of its packets nothing.
+	maxCut = maxFlight
+
 	// freeFlight is what the relay may send to a client before it has acknowledged any of
 	// it, whatever others do, in bytes as flight.go counts them: four packets. Most
 	// answers need one.
@@ -206,7 +212,7 @@ const (
 	// peerMemory is how much of the shared memory one peer can take, in bytes: the
 	// windows of its connections and what it has not acknowledged, its streams and
 	// circuits.
-	peerMemory = connsPerPeer*(maxWindow*3/2+maxFlight) + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
+	peerMemory = connsPerPeer*(maxWindow*3/2+maxFlight+maxCut) + 2*streamsPerPeer*streamMemory + circuitsPerPeer*2*circuitBuffer
 
 	// groupMembers is how many devices of one group are remembered, and for how many
 	// other devices we know whether a device has met them. groupsPerClient is how many

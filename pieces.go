@@ -130,7 +130,14 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
-		flight:              flight{scope: scope, short: func() { p.makeRoom(nil) }},
+		flight:              flight{scope: scope, short: func() { p.makeRoom(nil, nil) }},
+	}
+	c.flight.burst = func(most bool) {
+		if most {
+			c.close(refusedMemory)
+		} else {
+			p.makeRoom(c, func(c *connPieces) int { return c.flight.excess() })
+		}
 	}
 	c.budget.Store(p.budgets.of(addrPort(from).Addr()))
 	p.mu.Lock()
@@ -260,22 +267,13 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 		if packet.Header.PacketType != qlog.PacketType1RTT {
 			return
 		}
-		cost, eliciting := 0, false
-		for _, f := range packet.Frames {
-			switch f := f.Frame.(type) {
-			case *qlog.AckFrame:
-				continue // a packet with nothing else is not acknowledged itself
-			case *qlog.StreamFrame:
-				cost += flownCost(f.Length)
-			}
-			eliciting = true
+		if number := int64(packet.Header.PacketNumber); c.flight.sent(number, packet.Raw.Length, packet.Frames) {
+			c.sent = number
 		}
-		if eliciting {
-			c.sent = int64(packet.Header.PacketNumber)
-			c.flight.sent(c.sent, packet.Raw.Length, cost)
+	case qlog.LossTimerUpdated:
+		if packet.Type == qlog.LossTimerUpdateTypeExpired && packet.TimerType == qlog.TimerTypePTO && qlog.EncryptionLevelToPacketType(packet.EncLevel) == qlog.PacketType1RTT {
+			c.flight.probe()
 		}
-	case qlog.MetricsUpdated:
-		c.flight.inFlight(packet.BytesInFlight)
 	case qlog.PacketLost:
 		if packet.Header.PacketType == qlog.PacketType1RTT {
 			c.flight.wasLost(int64(packet.Header.PacketNumber))
@@ -411,7 +409,7 @@ func (c *connPieces) hold(cost int) {
 	// stays booked until the next release.
 	if err := c.ConnManagementScope.ReserveMemory(n, priority); err != nil {
 		if errors.Is(err, network.ErrResourceLimitExceeded) {
-			c.all.makeRoom(c)
+			c.all.makeRoom(c, (*connPieces).bookedForPieces)
 		}
 		return
 	}
@@ -438,10 +436,10 @@ func (c *connPieces) let(cost int) {
 }
 
 // makeRoom closes the connection that has most in flight and acknowledges nothing. If
-// there is none, it closes the one that has booked most for pieces, which may be asking
-// itself; or none, if asking is nil. While one is being closed, makeRoom closes no
-// other, and the connection that asks goes on.
-func (p *pieces) makeRoom(asking *connPieces) {
+// there is none, it closes the one that has taken most, which may be asking itself; or none,
+// if asking is nil. While one is being closed, makeRoom closes no other, and the connection
+// that asks goes on.
+func (p *pieces) makeRoom(asking *connPieces, taken func(*connPieces) int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
@@ -453,11 +451,9 @@ func (p *pieces) makeRoom(asking *connPieces) {
 	for c := range p.conns {
 		booked := c.flight.stalled(now)
 		if booked > 0 {
-			booked += maxPieces // before all others
+			booked += peerMemory // before all others
 		} else if asking != nil {
-			c.mu.Lock()
-			booked = c.booked
-			c.mu.Unlock()
+			booked = taken(c)
 		}
 		if booked > most {
 			most, greediest = booked, c
@@ -467,6 +463,12 @@ func (p *pieces) makeRoom(asking *connPieces) {
 		p.closing = greediest
 		greediest.close(refusedMemory)
 	}
+}
+
+func (c *connPieces) bookedForPieces() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.booked
 }
 
 // close closes the connection for the given reason, as soon as libp2p has accepted

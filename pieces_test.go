@@ -143,13 +143,13 @@ func TestGreediestIsClosed(t *testing.T) {
 	if small.booked != pieceStep || large.booked != 3*pieceStep {
 		t.Errorf("%d and %d bytes are booked, want %d and %d", small.booked, large.booked, pieceStep, 3*pieceStep)
 	}
-	p.makeRoom(small)
-	p.makeRoom(small) // the large one is still being closed
+	p.makeRoom(small, (*connPieces).bookedForPieces)
+	p.makeRoom(small, (*connPieces).bookedForPieces) // the large one is still being closed
 	if small.doomed || !large.doomed {
 		t.Errorf("closed: small %v, large %v, want only the large one", small.doomed, large.doomed)
 	}
 	large.end()
-	p.makeRoom(small)
+	p.makeRoom(small, (*connPieces).bookedForPieces)
 	if !small.doomed {
 		t.Error("the small one was not closed when it asked alone")
 	}
