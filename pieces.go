@@ -116,10 +116,10 @@ func newPieces(b *budgets, t *tally) *pieces {
 	return &pieces{tally: t, budgets: b, conns: make(map[*connPieces]struct{})}
 }
 
-// begin makes the account of a new connection, which ends when ctx is done. The
-// account replaces scope as the connection's scope in the resource manager. quic-go
-// needs the context that begin returns, because the tracer finds the account in it.
-// On a nil *pieces, begin returns ctx and scope unchanged.
+// begin makes the account of a new connection, which ends with its Done. The account
+// replaces scope as the connection's scope in the resource manager. quic-go needs the
+// context that begin returns, because the tracer finds the account in it. On a nil
+// *pieces, begin returns ctx and scope unchanged.
 func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr) (context.Context, network.ConnManagementScope) {
 	if p == nil {
 		return ctx, scope
@@ -136,7 +136,6 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 	p.mu.Lock()
 	p.conns[c] = struct{}{}
 	p.mu.Unlock()
-	context.AfterFunc(ctx, c.end)
 	return context.WithValue(ctx, accountKey{}, c), c
 }
 
@@ -327,9 +326,8 @@ func (c *connPieces) spend(extra int) {
 
 func (*connPieces) Close() error { return nil }
 
-// end forgets a connection that has ended. By then the scope has given back all
-// memory, or is about to.
-func (c *connPieces) end() {
+// Done forgets a connection that has ended. It may be called more than once.
+func (c *connPieces) Done() {
 	c.mu.Lock()
 	c.ended, c.gone = true, true
 	c.mu.Unlock()
@@ -340,6 +338,7 @@ func (c *connPieces) end() {
 	}
 	c.all.mu.Unlock()
 	c.budget.Swap(nil).release()
+	c.ConnManagementScope.Done() // gives back all memory
 }
 
 // moved makes the network that addr is in pay for the client from now on.

@@ -145,7 +145,7 @@ func TestGreediestIsClosed(t *testing.T) {
 	if small.doomed || !large.doomed {
 		t.Errorf("closed: small %v, large %v, want only the large one", small.doomed, large.doomed)
 	}
-	large.end()
+	large.Done()
 	p.makeRoom(small)
 	if !small.doomed {
 		t.Error("the small one was not closed when it asked alone")
