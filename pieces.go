@@ -118,15 +118,17 @@ func newPieces(b *budgets, t *tally) *pieces {
 
 // begin makes the account of a new connection, which ends with its Done. The account
 // replaces scope as the connection's scope in the resource manager. quic-go needs the
-// context that begin returns, because the tracer finds the account in it. On a nil
-// *pieces, begin returns ctx and scope unchanged.
-func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr) (context.Context, network.ConnManagementScope) {
+// context that begin returns, because the tracer finds the account in it. moves is called
+// at the start, and when quic-go is about to send to another address of the client. On a
+// nil *pieces, begin returns ctx and scope unchanged.
+func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr, moves func()) (context.Context, network.ConnManagementScope) {
 	if p == nil {
 		return ctx, scope
 	}
 	c := &connPieces{
 		ConnManagementScope: scope,
 		all:                 p,
+		moves:               moves,
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
@@ -155,6 +157,7 @@ func (p *pieces) trace(ctx context.Context, _ bool, _ quic.ConnectionID) qlogwri
 type connPieces struct {
 	network.ConnManagementScope
 	all    *pieces
+	moves  func()
 	budget atomic.Pointer[budget] // of the network where the client is now; nil: none
 
 	// last points to the stream of the last frame, so that the next frame of the same
@@ -282,6 +285,7 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 	case qlog.RecoveryParametersSet:
 		if packet.InitialCongestionWindow > 0 { // a new connection, or a new path
 			c.flight.allLost()
+			c.moves()
 		}
 	}
 }

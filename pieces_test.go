@@ -126,7 +126,7 @@ func TestPiecesThatAreReadAreLetGo(t *testing.T) {
 
 // newAccount returns the account of a connection that always has room.
 func newAccount(t *testing.T, p *pieces) *connPieces {
-	_, scope := p.begin(t.Context(), &network.NullScope{}, &net.UDPAddr{})
+	_, scope := p.begin(t.Context(), &network.NullScope{}, &net.UDPAddr{}, func() {})
 	return scope.(*connPieces)
 }
 

@@ -172,7 +172,7 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 			}
 			return ctx, err
 		}
-		ctx, scope = q.pieces.begin(ctx, scope, client.RemoteAddr)
+		ctx, scope = q.pieces.begin(ctx, scope, client.RemoteAddr, place.moves)
 		waiting := &waitingScope{ConnManagementScope: scope, place: place, over: make(chan struct{})}
 		if !client.AddrVerified {
 			q.unproven.Add(1)
