@@ -477,7 +477,7 @@ func TestStalledIsClosedFirst(t *testing.T) {
 	if !stalled.doomed || busy.doomed || small.doomed {
 		t.Errorf("closed: stalled %v, busy %v, small %v, want only the stalled one", stalled.doomed, busy.doomed, small.doomed)
 	}
-	stalled.end()
+	stalled.Done()
 	p.looked = time.Time{}
 	p.makeRoom(nil, nil)
 	if busy.doomed || small.doomed {

@@ -54,9 +54,9 @@ type peers struct {
 	// circuits to them may be possible.
 	reserved map[peer.ID]struct{}
 
-	// awaited has a channel for each connection, by ID, whose identify somebody waits
-	// for. learn closes it.
-	awaited map[string]chan struct{}
+	// awaited has a channel for each connection whose identify somebody waits for. learn
+	// closes it.
+	awaited map[network.Conn]chan struct{}
 }
 
 // identified is what a client says about itself.
@@ -66,15 +66,15 @@ type identified struct {
 	circuit bool           // takes circuits
 	from    netip.Addr     // where the client was when it said so
 
-	// reachedAt holds, by the ID of a connection, the address at which the client reaches
-	// this relay over it. That is the client's view, from outside any NAT of ours. nil:
-	// the client did not say it.
-	reachedAt map[string]ma.Multiaddr
+	// reachedAt holds the address at which the client reaches this relay over each of its
+	// connections. That is the client's view, from outside any NAT of ours. nil: the
+	// client did not say it.
+	reachedAt map[network.Conn]ma.Multiaddr
 }
 
 func newPeers(log *slog.Logger) *peers {
 	return &peers{log: log, served: newUniqueCounter(), identified: make(map[peer.ID]identified),
-		reserved: make(map[peer.ID]struct{}), awaited: make(map[string]chan struct{})}
+		reserved: make(map[peer.ID]struct{}), awaited: make(map[network.Conn]chan struct{})}
 }
 
 // follow keeps p up to date with h's connections until p.close.
@@ -137,20 +137,20 @@ func (p *peers) connected(id peer.ID) bool {
 func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
 	id := c.RemotePeer()
 	open := p.network.ConnsToPeer(id)
-	said.reachedAt = make(map[string]ma.Multiaddr)
+	said.reachedAt = make(map[network.Conn]ma.Multiaddr)
 	p.mu.Lock()
 	for _, o := range open {
-		if before, ok := p.identified[id].reachedAt[o.ID()]; ok {
-			said.reachedAt[o.ID()] = before
+		if before, ok := p.identified[id].reachedAt[o]; ok {
+			said.reachedAt[o] = before
 		}
 	}
-	if at != nil || said.reachedAt[c.ID()] == nil {
-		said.reachedAt[c.ID()] = at
+	if at != nil || said.reachedAt[c] == nil {
+		said.reachedAt[c] = at
 	}
 	p.identified[id] = said
-	if done := p.awaited[c.ID()]; done != nil {
+	if done := p.awaited[c]; done != nil {
 		close(done)
-		delete(p.awaited, c.ID())
+		delete(p.awaited, c)
 	}
 	p.mu.Unlock()
 	if !p.connected(id) {
@@ -178,11 +178,11 @@ func (p *peers) forget(id peer.ID) {
 func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	id := c.RemotePeer()
 	p.mu.Lock()
-	at, ok := p.identified[id].reachedAt[c.ID()]
-	done := p.awaited[c.ID()]
+	at, ok := p.identified[id].reachedAt[c]
+	done := p.awaited[c]
 	if !ok && done == nil {
 		done = make(chan struct{})
-		p.awaited[c.ID()] = done
+		p.awaited[c] = done
 	}
 	p.mu.Unlock()
 	if ok {
@@ -194,10 +194,10 @@ func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.awaited[c.ID()] == done { // a later caller makes its own
-		delete(p.awaited, c.ID())
+	if p.awaited[c] == done { // a later caller makes its own
+		delete(p.awaited, c)
 	}
-	return p.identified[id].reachedAt[c.ID()]
+	return p.identified[id].reachedAt[c]
 }
 
 // reserve notes that a connected peer has asked for a reservation.

@@ -116,17 +116,19 @@ func newPieces(b *budgets, t *tally) *pieces {
 	return &pieces{tally: t, budgets: b, conns: make(map[*connPieces]struct{})}
 }
 
-// begin makes the account of a new connection, which ends when ctx is done. The
-// account replaces scope as the connection's scope in the resource manager. quic-go
-// needs the context that begin returns, because the tracer finds the account in it.
-// On a nil *pieces, begin returns ctx and scope unchanged.
-func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr) (context.Context, network.ConnManagementScope) {
+// begin makes the account of a new connection, which ends with its Done. The account
+// replaces scope as the connection's scope in the resource manager. quic-go needs the
+// context that begin returns, because the tracer finds the account in it. moves is called
+// at the start, and when quic-go is about to send to another address of the client. On a
+// nil *pieces, begin returns ctx and scope unchanged.
+func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, from net.Addr, moves func()) (context.Context, network.ConnManagementScope) {
 	if p == nil {
 		return ctx, scope
 	}
 	c := &connPieces{
 		ConnManagementScope: scope,
 		all:                 p,
+		moves:               moves,
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
@@ -143,7 +145,6 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 	p.mu.Lock()
 	p.conns[c] = struct{}{}
 	p.mu.Unlock()
-	context.AfterFunc(ctx, c.end)
 	return context.WithValue(ctx, accountKey{}, c), c
 }
 
@@ -163,6 +164,7 @@ func (p *pieces) trace(ctx context.Context, _ bool, _ quic.ConnectionID) qlogwri
 type connPieces struct {
 	network.ConnManagementScope
 	all    *pieces
+	moves  func()
 	budget atomic.Pointer[budget] // of the network where the client is now; nil: none
 
 	// last points to the stream of the last frame, so that the next frame of the same
@@ -281,6 +283,7 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 	case qlog.RecoveryParametersSet:
 		if packet.InitialCongestionWindow > 0 { // a new connection, or a new path
 			c.flight.allLost()
+			c.moves()
 		}
 	}
 }
@@ -325,9 +328,8 @@ func (c *connPieces) spend(extra int) {
 
 func (*connPieces) Close() error { return nil }
 
-// end forgets a connection that has ended. By then the scope has given back all
-// memory, or is about to.
-func (c *connPieces) end() {
+// Done forgets a connection that has ended. It may be called more than once.
+func (c *connPieces) Done() {
 	c.mu.Lock()
 	c.ended, c.gone = true, true
 	c.mu.Unlock()
@@ -338,6 +340,7 @@ func (c *connPieces) end() {
 	}
 	c.all.mu.Unlock()
 	c.budget.Swap(nil).release()
+	c.ConnManagementScope.Done() // gives back all memory
 }
 
 // moved makes the network that addr is in pay for the client from now on.

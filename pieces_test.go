@@ -129,7 +129,7 @@ func TestPiecesThatAreReadAreLetGo(t *testing.T) {
 
 // newAccount returns the account of a connection that always has room.
 func newAccount(t *testing.T, p *pieces) *connPieces {
-	_, scope := p.begin(t.Context(), &network.NullScope{}, &net.UDPAddr{})
+	_, scope := p.begin(t.Context(), &network.NullScope{}, &net.UDPAddr{}, func() {})
 	return scope.(*connPieces)
 }
 
@@ -148,7 +148,7 @@ func TestGreediestIsClosed(t *testing.T) {
 	if small.doomed || !large.doomed {
 		t.Errorf("closed: small %v, large %v, want only the large one", small.doomed, large.doomed)
 	}
-	large.end()
+	large.Done()
 	p.makeRoom(small, (*connPieces).bookedForPieces)
 	if !small.doomed {
 		t.Error("the small one was not closed when it asked alone")

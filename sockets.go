@@ -172,17 +172,18 @@ func (q *quicSockets) newManager(reset quic.StatelessResetKey, token quic.TokenG
 			}
 			return ctx, err
 		}
+		ctx, scope = q.pieces.begin(ctx, scope, client.RemoteAddr, place.moves)
+		waiting := &waitingScope{ConnManagementScope: scope, place: place, over: make(chan struct{})}
+		if !client.AddrVerified {
+			q.unproven.Add(1)
+			waiting.unproven = &q.unproven
+		}
 		context.AfterFunc(ctx, func() {
+			waiting.end()
 			scope.Done()
 			place.leave()
 		})
-		ctx, scope = q.pieces.begin(ctx, scope, client.RemoteAddr)
-		waiting, taken := context.WithCancel(ctx)
-		if !client.AddrVerified {
-			q.unproven.Add(1)
-			context.AfterFunc(waiting, func() { q.unproven.Add(-1) })
-		}
-		return network.WithConnManagementScope(ctx, waitingScope{scope, place, waiting.Done(), taken}), nil
+		return network.WithConnManagementScope(ctx, waiting), nil
 	}
 	handshakes := rate.NewLimiter(handshakeRate, handshakeRate)
 	q.verify = func(addr net.Addr) bool {
@@ -335,14 +336,24 @@ func tuned(conf *quic.Config) *quic.Config {
 // is.
 type waitingScope struct {
 	network.ConnManagementScope
-	place *networkPlace
-	over  <-chan struct{} // closed when libp2p has accepted the connection, or it has ended
-	taken context.CancelFunc
+	place    *networkPlace
+	over     chan struct{} // closed when libp2p has accepted the connection, or it has ended
+	once     sync.Once     // closes over
+	unproven *atomic.Int64 // counts the connection until it is over; nil: nobody does
 }
 
-func (s waitingScope) SetPeer(id peer.ID) error {
-	s.taken()
+func (s *waitingScope) SetPeer(id peer.ID) error {
+	s.end()
 	return s.ConnManagementScope.SetPeer(id)
+}
+
+func (s *waitingScope) end() {
+	s.once.Do(func() {
+		close(s.over)
+		if s.unproven != nil {
+			s.unproven.Add(-1)
+		}
+	})
 }
 
 // queueingListener keeps connections that come faster than libp2p accepts them. By
@@ -396,7 +407,7 @@ func (l *queueingListener) Accept(ctx context.Context) (*quic.Conn, error) {
 	}
 	l.handed = nil
 	if scope, err := network.UnwrapConnManagementScope(conn.Context()); err == nil {
-		waiting := scope.(waitingScope)
+		waiting := scope.(*waitingScope)
 		l.handed = waiting.over
 		waiting.place.belongs(conn)
 	}

@@ -84,7 +84,7 @@ func (s *groSocket) show(tap tapped) { s.tap = tap }
 
 // WriteMsgUDP sends for quic-go.
 func (s *groSocket) WriteMsgUDP(d, control []byte, to *net.UDPAddr) (n, controlN int, err error) {
-	n, controlN, err = s.UDPConn.WriteMsgUDP(d, control, to)
+	n, controlN, err = s.UDPConn.WriteMsgUDPAddrPort(d, control, addrPort(to)) // allocates nothing
 	if err != nil {
 		err = unlessLost(err, splits(control))
 	}
