@@ -601,6 +601,8 @@ func labDo(h host.Host, relay peer.AddrInfo, req labRequest) (resp labResponse, 
 		resp.ID, err = peer.Decode(identity.PeerID)
 		return resp, err
 	case "hangup":
+		// Forget failed dials, too: the next are to be made at once.
+		h.Network().(*swarm.Swarm).Backoff().Clear(req.Peer.ID)
 		return resp, h.Network().ClosePeer(req.Peer.ID)
 	}
 	return resp, fmt.Errorf("unknown request %q", req.Do)
@@ -646,7 +648,7 @@ func (p route) String() string {
 	return fmt.Sprintf("%s\t| %s\t| %s\t| %s\t| %s\t| %s, %.1f s\t|", mark(p.observed), mark(p.dial), mark(p.crossing), mark(p.circuit), mark(p.punched), via, float64(p.millis)/1000)
 }
 
-// meet tries all ways in which two clients can reach each other. They have three tries to
+// meet tries all ways in which two clients can reach each other. They have five tries to
 // punch a hole and sync, because go-libp2p does not try again when its packets came too
 // late to cross, and closes one of two direct connections that both have made.
 func meet(a, b *labClient, aOutside, bOutside string, canPunch bool) (p route) {
@@ -678,7 +680,7 @@ func meet(a, b *labClient, aOutside, bOutside string, canPunch bool) (p route) {
 	}
 	p.circuit = true
 	synced := false
-	for range 3 {
+	for range 5 {
 		_, err = a.try(labRequest{Do: "direct", Peer: &peer.AddrInfo{ID: b.id}})
 		p.punched = err == nil
 		resp, err := a.try(labRequest{Do: "sync", Peer: &peer.AddrInfo{ID: b.id}, Bytes: 16 << 20})
@@ -696,7 +698,7 @@ func meet(a, b *labClient, aOutside, bOutside string, canPunch bool) (p route) {
 		}
 	}
 	if !synced {
-		a.t.Errorf("%s to %s: no sync in three tries", a.name, b.name)
+		a.t.Errorf("%s to %s: no sync in five tries", a.name, b.name)
 	}
 	return p
 }
