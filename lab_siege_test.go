@@ -737,6 +737,42 @@ func TestAttackRequests(t *testing.T) {
 			}
 			return n
 		}},
+		{"pings, of which sixteen count as a request", func(ctx context.Context, c *lightClient) (n int64) {
+			s, err := c.open(ctx, "/ipfs/ping/1.0.0")
+			if err != nil {
+				return 0
+			}
+			pings := make([]byte, readsPerRequest*32)
+			for {
+				if _, err := s.Write(pings); err != nil {
+					return n
+				}
+				if _, err := io.ReadFull(s, pings); err != nil {
+					return n
+				}
+				n++
+			}
+		}},
+		{"protocols that the relay does not speak, eight as a request", func(ctx context.Context, c *lightClient) (n int64) {
+			proposals, refusals := bytes.Repeat([]byte("\x02x\n"), readsPerRequest/2), make([]byte, readsPerRequest/2*len("\x03na\n"))
+			for ctx.Err() == nil {
+				s, err := c.OpenStreamSync(ctx)
+				if err != nil {
+					return n
+				}
+				context.AfterFunc(ctx, func() { s.CancelRead(0) })
+				s.Write([]byte("\x13/multistream/1.0.0\n"))
+				_, err = io.ReadFull(s, make([]byte, 20))
+				for err == nil { // for the ten seconds that negotiation may take
+					s.Write(proposals)
+					if _, err = io.ReadFull(s, refusals); err == nil {
+						n++
+					}
+				}
+				s.CancelWrite(0)
+			}
+			return n
+		}},
 		{"streams opened and reset", func(ctx context.Context, c *lightClient) (n int64) {
 			for ctx.Err() == nil {
 				s, err := c.OpenStreamSync(ctx)
