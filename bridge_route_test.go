@@ -931,6 +931,67 @@ func TestFloodsOfInitials(t *testing.T) {
 	u.counted(refusedBridge, refused+int64(5000-u.limits.holding()))
 }
 
+// One network that takes all places for dials, or all flows, takes them from nobody else.
+func TestOneNetworkLeavesBridgesToOthers(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		held bool // the attackers' dials are held, and not answered later
+	}{{"dials", true}, {"flows", false}} {
+		t.Run(tt.name, func(t *testing.T) {
+			u := newBridgeUnderTest(t, 64)
+			dial := func(i int, ips string) (refused bool) {
+				a, b := u.actor(fmt.Sprintf("%s:%d", ips, 1+2*i)), u.actor(fmt.Sprintf("%s:%d", ips, 2+2*i))
+				a.told(b)
+				before := u.tally.refused[refusedBridge].Load()
+				a.says(longPacket(initial, fmt.Sprintf("first%05d", i), fmt.Sprintf("id%06d", i)))
+				return u.tally.refused[refusedBridge].Load() > before
+			}
+			next := 0
+			attack := func() {
+				for refused := false; !refused; next++ {
+					refused = dial(next, "192.0.2.1")
+					if !tt.held {
+						u.tick(minHold)
+						u.due()
+					}
+				}
+			}
+			attack()
+			for i := range 12 {
+				if dial(i, "198.51.100.1") {
+					t.Fatalf("dial %d of another network is refused", i)
+				}
+				attack()
+			}
+			if u.holding > u.limits.holding() || u.flows > u.limits.flows() {
+				t.Errorf("%d dials are held and there are %d flows", u.holding, u.flows)
+			}
+			held := 0
+			for _, dials := range u.held {
+				held += len(dials)
+			}
+			flows := 0
+			for _, n := range u.byCaller {
+				flows += n
+			}
+			if held != u.holding || flows != u.flows {
+				t.Errorf("networks have %d dials held and %d flows, want %d and %d", held, flows, u.holding, u.flows)
+			}
+			others := u.byCaller[networkOf(netip.MustParseAddr("198.51.100.1"))]
+			if others != 12 {
+				t.Errorf("the other network has %d flows, want 12", others)
+			}
+			// All ends with the flows.
+			u.tick(2 * groupAge)
+			u.sweep(u.now)
+			u.sweep(u.now)
+			if len(u.held) != 0 || len(u.byCaller) != 0 {
+				t.Errorf("left: %d networks with dials, %d with flows", len(u.held), len(u.byCaller))
+			}
+		})
+	}
+}
+
 // The flows of one device are limited, and so are those of all.
 func TestFlowsAreBounded(t *testing.T) {
 	u := newBridgeUnderTest(t, 20)
