@@ -112,10 +112,10 @@ type bridge struct {
 	sides    [2]*side
 	clients  map[peer.ID]*client
 	flows    int
-	byCaller map[netip.Prefix]int     // flows of each network that began them
-	holding  int                      // dials being held
-	held     map[netip.Prefix][]*dial // those of each network, the oldest first
-	closed   bool                     // no new flows
+	byCaller map[netip.Prefix]*callers // networks in which flows began
+	holding  int                       // dials being held
+	held     map[netip.Prefix][]*dial  // those of each network, the oldest first
+	closed   bool                      // no new flows
 }
 
 // side holds what the reader of one socket needs.
@@ -206,14 +206,24 @@ type target struct {
 // both dial at the same moment or one dials again.
 type flow struct {
 	bridge      *bridge
-	legs        [2]leg       // from the first caller, and from its callee
-	network     netip.Prefix // where the first caller was then
+	legs        [2]leg   // from the first caller, and from its callee
+	callers     *callers // in the network where the first caller was then
 	began       clock
 	lastLong    clock // when a handshake packet was last forwarded, either way
 	dials       []*dial
 	answered    bool // the callee has answered at least once
 	established bool // both have sent packets that only follow a handshake
 	over        bool // nothing more is forwarded
+}
+
+// callers counts what those have who began flows in one network.
+type callers struct {
+	network netip.Prefix
+	flows   int
+
+	// What their flows carried in this second of the bridge's clock, in bytes. Only
+	// --max-bandwidth needs it. The readers of both sockets change it.
+	second, carried atomic.Int64
 }
 
 // leg carries one direction of a flow: the packets that come from end.
@@ -288,7 +298,7 @@ func newBridge(log *slog.Logger, t *tally, l limits, p *peers, isRelay func(peer
 	b := &bridge{
 		log: log, tally: t, limits: l, peers: p, isRelay: isRelay,
 		seed: maphash.MakeSeed(), began: time.Now(), done: make(chan struct{}),
-		clients: make(map[peer.ID]*client), byCaller: make(map[netip.Prefix]int), held: make(map[netip.Prefix][]*dial),
+		clients: make(map[peer.ID]*client), byCaller: make(map[netip.Prefix]*callers), held: make(map[netip.Prefix][]*dial),
 	}
 	for i := range b.sides {
 		b.sides[i] = &side{bridge: b, ends: make(map[netip.AddrPort]*end), legs: make(map[uint64]*leg), newcomers: make([]newcomer, newcomers)}
@@ -460,9 +470,10 @@ func (f *flow) finish(why string) {
 // remove forgets f.
 func (f *flow) remove(why string) {
 	f.finish(why)
-	f.bridge.flows--
-	if f.bridge.byCaller[f.network]--; f.bridge.byCaller[f.network] == 0 {
-		delete(f.bridge.byCaller, f.network)
+	b := f.bridge
+	b.flows--
+	if f.callers.flows--; f.callers.flows == 0 {
+		delete(b.byCaller, f.callers.network)
 	}
 	for _, d := range f.dials {
 		d.letGo()

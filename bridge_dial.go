@@ -316,20 +316,20 @@ func (b *bridge) roomForFlow(network netip.Prefix) bool {
 	if b.flows < b.limits.flows() {
 		return true
 	}
-	most := network
-	for n, flows := range b.byCaller {
-		if flows > b.byCaller[most] {
-			most = n
+	var most *callers
+	for _, c := range b.byCaller {
+		if most == nil || c.flows > most.flows {
+			most = c
 		}
 	}
-	if b.byCaller[most] <= b.byCaller[network]+1 {
+	if c := b.byCaller[network]; c == nil && most.flows <= 1 || c != nil && most.flows <= c.flows+1 {
 		return false
 	}
 	var last *flow
 	for _, sd := range b.sides {
 		for _, e := range sd.ends {
 			for _, f := range e.flows {
-				if f.network == most && (last == nil || last.answered && !f.answered || last.answered == f.answered && f.began > last.began) {
+				if f.callers == most && (last == nil || last.answered && !f.answered || last.answered == f.answered && f.began > last.began) {
 					last = f
 				}
 			}
@@ -382,15 +382,21 @@ func (e *end) flowWith(other *end) *flow {
 }
 
 func newFlow(caller, callee *end, now clock) *flow {
-	f := &flow{bridge: caller.side.bridge, network: networkOf(caller.addr().Addr()), began: now}
+	b, network := caller.side.bridge, networkOf(caller.addr().Addr())
+	c := b.byCaller[network]
+	if c == nil {
+		c = &callers{network: network}
+		b.byCaller[network] = c
+	}
+	f := &flow{bridge: b, callers: c, began: now}
 	for i, e := range []*end{caller, callee} {
 		l := &f.legs[i]
 		l.flow, l.end, l.other, l.heard = f, e, &f.legs[1-i], now
 		l.credit.Store(unansweredDatagrams * maxDatagram)
 		e.flows = append(e.flows, f)
 	}
-	f.bridge.flows++
-	f.bridge.byCaller[f.network]++
+	b.flows++
+	c.flows++
 	return f
 }
 

@@ -842,6 +842,8 @@ func TestBandwidthBoundsTheBridge(t *testing.T) {
 	for _, circuits := range []int{0, 3} {
 		u := newBridgeUnderTest(t, 100)
 		u.bandwidth = rate.NewLimiter(perSecond, perSecond/10)
+		one := &callers{flows: 1}
+		u.byCaller[one.network] = one
 		start := u.clock()
 		var carried, byCircuits int64
 		next := make([]clock, circuits) // when each circuit may send again
@@ -853,11 +855,35 @@ func TestBandwidthBoundsTheBridge(t *testing.T) {
 					byCircuits += turn
 				}
 			}
-			carried += u.allowed(60_000, 1000, now)
+			carried += u.allowed(one, 60_000, 1000, now)
 		}
 		if all := carried + byCircuits; all > (seconds+3)*perSecond || all < (seconds-1)*perSecond || carried < seconds*perSecond/8 {
 			t.Errorf("beside %d circuits the bridge carried %d bytes in %d s, and all together %d, want about %d", circuits, carried, seconds, all, seconds*perSecond)
 		}
+	}
+}
+
+// A bridge that wants all of --max-bandwidth leaves others their share of it.
+func TestBandwidthIsShared(t *testing.T) {
+	const perSecond, seconds = 1 << 20, 10
+	u := newBridgeUnderTest(t, 100)
+	u.bandwidth = rate.NewLimiter(perSecond, perSecond/10)
+	greedy, modest := &callers{network: netip.MustParsePrefix("192.0.2.1/32")}, &callers{network: netip.MustParsePrefix("192.0.2.2/32")}
+	u.byCaller[greedy.network], u.byCaller[modest.network] = greedy, modest
+	start := u.clock()
+	var carried, wanted, all int64
+	for now := start; now < start+seconds*time.Second; now += 10 * time.Millisecond {
+		all += u.allowed(greedy, 120_000, 1200, now) // twelve times the limit
+		wanted += 1200
+		carried += u.allowed(modest, 1200, 1200, now)
+	}
+	all += carried
+	t.Logf("%d of %d bytes of the modest one were carried, and %d in all", carried, wanted, all)
+	if carried < wanted {
+		t.Errorf("the modest one got %d of the %d bytes that it wanted", carried, wanted)
+	}
+	if all > (seconds+3)*perSecond {
+		t.Errorf("both carried %d bytes, want about %d", all, seconds*perSecond)
 	}
 }
 
@@ -971,15 +997,14 @@ func TestOneNetworkLeavesBridgesToOthers(t *testing.T) {
 				held += len(dials)
 			}
 			flows := 0
-			for _, n := range u.byCaller {
-				flows += n
+			for _, c := range u.byCaller {
+				flows += c.flows
 			}
 			if held != u.holding || flows != u.flows {
 				t.Errorf("networks have %d dials held and %d flows, want %d and %d", held, flows, u.holding, u.flows)
 			}
-			others := u.byCaller[networkOf(netip.MustParseAddr("198.51.100.1"))]
-			if others != 12 {
-				t.Errorf("the other network has %d flows, want 12", others)
+			if others := u.byCaller[networkOf(netip.MustParseAddr("198.51.100.1"))]; others.flows != 12 {
+				t.Errorf("the other network has %d flows, want 12", others.flows)
 			}
 			// All ends with the flows.
 			u.tick(2 * groupAge)

@@ -253,7 +253,7 @@ const (
 	newcomers = 1024
 
 	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows
-	// of 650 (TestFlowsTakeLittleMemory), an eighth of a dial of 6000 that is held, the
+	// of 740 (TestFlowsTakeLittleMemory), an eighth of a dial of 6000 that is held, the
 	// mates it was told, its end and its groups.
 	bridgeMemory = 6 << 10
 
