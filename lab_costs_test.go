@@ -28,6 +28,7 @@ import (
 	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	p2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/multiformats/go-multistream"
 	quicgo "github.com/quic-go/quic-go"
@@ -73,6 +74,39 @@ func manyNames(n int) (who lightIdentity, err error) {
 		ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: names}},
 	}))
 	return who, err
+}
+
+// Identify messages of thousands of empty addresses, which never end, take no more memory
+// than is promised, and who sends them pays with his connection.
+func TestAttackIdentifyParts(t *testing.T) {
+	var part []byte
+	for len(part) < 8000 {
+		part = append(part, 0x12, 0) // listenAddrs
+	}
+	part = append(binary.AppendUvarint(nil, uint64(len(part))), part...)
+	s, g, c := besieged(t, 8)
+	chat := newChat(t, s)
+	var pushed atomic.Int64
+	inParallel(t, sized(300, siegeClients-100), 32, func(ctx context.Context, i int) error {
+		client, err := c.newcomer(ctx, s.bootstrap)
+		if err != nil {
+			return err
+		}
+		for _, parts := range []int{1, 1, 1, 1, 9} {
+			stream, err := client.open(ctx, identify.IDPush)
+			if err != nil {
+				return nil // the relay is about to close the connection
+			}
+			if _, err := stream.Write(bytes.Repeat(part, parts)); err == nil {
+				pushed.Add(int64(parts))
+			}
+		}
+		return nil
+	})
+	g.goesOn()
+	t.Logf("%d parts of 8 KiB; the relay has %d MiB", pushed.Load(), s.rss(t)>>20)
+	chat.end()
+	s.end(g)
 }
 
 // HTTP requests in thousands of lines take no more memory than is counted for a

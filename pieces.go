@@ -21,16 +21,19 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/transport"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/qlog"
@@ -66,6 +69,13 @@ const (
 	// on. Circuits read more at a time.
 	smallRead       = 64
 	readsPerRequest = 16
+
+	// identifyPart sets what each byte of identify takes, in bytes, until go-libp2p has
+	// read all of it. A message may have ten parts of 8 KiB, and each empty address in
+	// them, of two bytes, is kept as a slice: 72 KiB took 988 KiB. maxIdentify limits all
+	// parts together, in bytes: two whole ones. Clients send about 1 KiB.
+	identifyPart = 14
+	maxIdentify  = 16 << 10
 
 	// lookInterval limits how often it is looked who has stalled, because a circuit waits
 	// for memory. Looking at 10 000 connections takes 0.2 to 5 ms.
@@ -392,17 +402,39 @@ func (c *connPieces) add(f *qlog.StreamFrame) {
 }
 
 // hold adds to what the connection's pieces cost, and books what the windows do not
-// cover.
+// cover. If there is no room, a connection is closed.
 func (c *connPieces) hold(cost int) {
-	held := int(c.held.Add(int64(cost)))
+	switch err := c.book(int(c.held.Add(int64(cost)))); {
+	case err == errMaxPieces:
+		c.close(refusedMemory)
+	case errors.Is(err, network.ErrResourceLimitExceeded):
+		c.all.makeRoom(c)
+	}
+}
+
+// take is hold for those who can do without: if there is no room, it returns an error.
+func (c *connPieces) take(cost int) error {
+	err := c.book(int(c.held.Add(int64(cost))))
+	if err != nil {
+		c.held.Add(-int64(cost))
+		c.all.tally.refuse(refusedMemory)
+	}
+	return err
+}
+
+// errMaxPieces says that a connection has as much booked as it may.
+var errMaxPieces = errors.New("the connection holds too many pieces")
+
+// book books what the windows do not cover of held bytes.
+func (c *connPieces) book(held int) error {
 	if held <= initialWindow {
-		return
+		return nil
 	}
 	c.mu.Lock()
 	over := held - c.free - c.booked
 	if over <= 0 || c.ended || c.doomed {
 		c.mu.Unlock()
-		return
+		return nil
 	}
 	n := (over + pieceStep - 1) / pieceStep * pieceStep
 	priority := network.ReservationPriorityMedium // as for windows
@@ -411,21 +443,18 @@ func (c *connPieces) hold(cost int) {
 	}
 	if c.booked+n > maxPieces {
 		c.mu.Unlock()
-		c.close(refusedMemory)
-		return
+		return errMaxPieces
 	}
 	c.mu.Unlock()
-	// Only this goroutine books. If another one releases memory meanwhile, too much
-	// stays booked until the next release.
+	// If another goroutine books or releases memory meanwhile, too much stays booked until
+	// the next release.
 	if err := c.ConnManagementScope.ReserveMemory(n, priority); err != nil {
-		if errors.Is(err, network.ErrResourceLimitExceeded) {
-			c.all.makeRoom(c)
-		}
-		return
+		return err
 	}
 	c.mu.Lock()
 	c.booked += n
 	c.mu.Unlock()
+	return nil
 }
 
 // let takes what has been read off the cost of the connection's pieces, and gives
@@ -690,6 +719,27 @@ type watchedStream struct {
 	network.MuxedStream
 	pieces *streamPieces
 	small  int // reads of smallRead bytes and less; one goroutine reads
+
+	identifies atomic.Bool  // what is read is identify
+	parts      atomic.Int64 // what all of that takes, in bytes
+	ended      atomic.Bool  // nothing more is read
+}
+
+// identifying are what the relay writes when it has agreed to read identify on a stream, or
+// asks for it.
+var identifying = []string{
+	fmt.Sprintf("%c%s\n", len(identify.IDPush)+1, identify.IDPush),
+	fmt.Sprintf("\x13/multistream/1.0.0\n%c%s\n", len(identify.ID)+1, identify.ID),
+}
+
+var errIdentifyTooLong = fmt.Errorf("identify message is above %d bytes", maxIdentify)
+
+// Write notices identify, which only the messages that choose a protocol tell here.
+func (s *watchedStream) Write(p []byte) (int, error) {
+	if len(p) <= smallRead && slices.Contains(identifying, string(p)) {
+		s.identifies.Store(true)
+	}
+	return s.MuxedStream.Write(p)
 }
 
 // Read waits if a stream is read in many small parts, and the client's network has spent
@@ -706,6 +756,18 @@ func (s *watchedStream) Read(p []byte) (int, error) {
 	if n > 0 {
 		s.pieces.read.Add(int64(n))
 		s.pieces.settle()
+		if s.identifies.Load() {
+			if err := s.pieces.conn.take(n * identifyPart); err != nil {
+				return 0, err
+			}
+			all := s.parts.Add(int64(n) * identifyPart)
+			if s.ended.Load() {
+				s.over()
+			}
+			if all > maxIdentify*identifyPart {
+				return 0, errIdentifyTooLong
+			}
+		}
 	}
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		s.over()
@@ -713,7 +775,13 @@ func (s *watchedStream) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (s *watchedStream) over() { s.pieces.end(func(p *streamPieces) { p.over = true }) }
+func (s *watchedStream) over() {
+	s.ended.Store(true)
+	if parts := s.parts.Swap(0); parts > 0 {
+		s.pieces.conn.let(int(parts))
+	}
+	s.pieces.end(func(p *streamPieces) { p.over = true })
+}
 
 func (s *watchedStream) Close() error {
 	err := s.MuxedStream.Close()
