@@ -310,8 +310,8 @@ func (b *bridge) roomForDial(network netip.Prefix) bool {
 }
 
 // roomForFlow reports whether that network can begin another flow. If all are taken, the
-// network that has begun most loses one, unless the one that asks would then have as many: one
-// that nobody has answered, or else the one that began last.
+// network that has begun most loses one, unless the one that asks would then have as many:
+// one that nobody has answered, or else the one that began last.
 func (b *bridge) roomForFlow(network netip.Prefix) bool {
 	if b.flows < b.limits.flows() {
 		return true
