@@ -60,23 +60,22 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 			chosen = append(chosen, peer.AddrInfo{ID: id, Addrs: addrs})
 		}
 	}
-	isRecord := strings.HasPrefix(string(req.Key), recordPrefix)
+	isRecord := isRecordKey(req.Key)
 	switch req.GetType() {
 	case kadpb.Message_FIND_NODE:
-		// The walk before a PUT has a record's key.
 		if isRecord {
 			break
 		}
 		if target := peer.ID(req.Key); a.peers.connected(target) {
 			name(target, fitAddrs(a.peers.network.Peerstore().Addrs(target)))
 		}
-		for _, m := range a.bridge.choose(conn, a.groups.allMates(asker, time.Now())) {
+		for _, m := range a.bridge.choose(conn, a.mates(asker, req)) {
 			if m.bridge != nil {
 				name(m.id, a.overBridge(m, asker))
 			}
 		}
 	case kadpb.Message_GET_VALUE:
-		for _, m := range a.bridge.choose(conn, a.groups.mates(string(req.Key), asker, time.Now())) {
+		for _, m := range a.bridge.choose(conn, a.mates(asker, req)) {
 			name(m.id, a.overBridge(m, asker))
 		}
 	}
@@ -89,6 +88,21 @@ func (a *answers) choose(conn network.Conn, req *kadpb.Message) []peer.AddrInfo 
 	}
 	return chosen
 }
+
+// mates returns those mates of asker that the answer to req may name, the newest first.
+func (a *answers) mates(asker peer.ID, req *kadpb.Message) []peer.ID {
+	switch {
+	case req.GetType() == kadpb.Message_GET_VALUE:
+		return a.groups.mates(string(req.Key), asker, time.Now())
+	case req.GetType() == kadpb.Message_FIND_NODE && !isRecordKey(req.Key):
+		return a.groups.allMates(asker, time.Now())
+	}
+	return nil
+}
+
+// isRecordKey reports whether key is that of a record. The walk before a PUT asks
+// FIND_NODE for such a key.
+func isRecordKey(key []byte) bool { return strings.HasPrefix(string(key), recordPrefix) }
 
 // overBridge returns the addresses that we give asker of m, the bridge's last.
 func (a *answers) overBridge(m mate, asker peer.ID) []ma.Multiaddr {

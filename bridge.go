@@ -109,11 +109,13 @@ type bridge struct {
 	// the lock of either side, to change them hold both, unless a field says that one
 	// is enough. So a packet whose way is known takes the lock of its own socket
 	// only.
-	sides   [2]*side
-	clients map[peer.ID]*client
-	flows   int
-	holding int  // dials being held
-	closed  bool // no new flows
+	sides    [2]*side
+	clients  map[peer.ID]*client
+	flows    int
+	byCaller map[netip.Prefix]*callers // networks in which flows began
+	holding  int                       // dials being held
+	held     map[netip.Prefix][]*dial  // those of each network, the oldest first
+	closed   bool                      // no new flows
 }
 
 // side holds what the reader of one socket needs.
@@ -204,13 +206,24 @@ type target struct {
 // both dial at the same moment or one dials again.
 type flow struct {
 	bridge      *bridge
-	legs        [2]leg // from the first caller, and from its callee
+	legs        [2]leg   // from the first caller, and from its callee
+	callers     *callers // in the network where the first caller was then
 	began       clock
 	lastLong    clock // when a handshake packet was last forwarded, either way
 	dials       []*dial
 	answered    bool // the callee has answered at least once
 	established bool // both have sent packets that only follow a handshake
 	over        bool // nothing more is forwarded
+}
+
+// callers counts what those have who began flows in one network.
+type callers struct {
+	network netip.Prefix
+	flows   int
+
+	// What their flows carried in this second of the bridge's clock, in bytes. Only
+	// --max-bandwidth needs it. The readers of both sockets change it.
+	second, carried atomic.Int64
 }
 
 // leg carries one direction of a flow: the packets that come from end.
@@ -240,8 +253,9 @@ type leg struct {
 
 // dial tracks a handshake that has not been answered.
 type dial struct {
-	leg     *leg   // the caller's
-	id      uint64 // key of the caller's first ID, which the answer is sent to
+	leg     *leg         // the caller's
+	network netip.Prefix // where the caller is
+	id      uint64       // key of the caller's first ID, which the answer is sent to
 	began   clock
 	hold    time.Duration
 	held    [][]byte // datagrams to send when the hold is over
@@ -284,7 +298,7 @@ func newBridge(log *slog.Logger, t *tally, l limits, p *peers, isRelay func(peer
 	b := &bridge{
 		log: log, tally: t, limits: l, peers: p, isRelay: isRelay,
 		seed: maphash.MakeSeed(), began: time.Now(), done: make(chan struct{}),
-		clients: make(map[peer.ID]*client),
+		clients: make(map[peer.ID]*client), byCaller: make(map[netip.Prefix]*callers), held: make(map[netip.Prefix][]*dial),
 	}
 	for i := range b.sides {
 		b.sides[i] = &side{bridge: b, ends: make(map[netip.AddrPort]*end), legs: make(map[uint64]*leg), newcomers: make([]newcomer, newcomers)}
@@ -456,7 +470,11 @@ func (f *flow) finish(why string) {
 // remove forgets f.
 func (f *flow) remove(why string) {
 	f.finish(why)
-	f.bridge.flows--
+	b := f.bridge
+	b.flows--
+	if f.callers.flows--; f.callers.flows == 0 {
+		delete(b.byCaller, f.callers.network)
+	}
 	for _, d := range f.dials {
 		d.letGo()
 	}
@@ -599,7 +617,12 @@ func (b *bridge) debug(msg string, args ...any) {
 func (d *dial) letGo() {
 	if d.holding {
 		d.holding = false
-		d.leg.flow.bridge.holding--
+		b := d.leg.flow.bridge
+		b.holding--
+		b.held[d.network] = slices.DeleteFunc(b.held[d.network], func(o *dial) bool { return o == d })
+		if len(b.held[d.network]) == 0 {
+			delete(b.held, d.network)
+		}
 	}
 	d.held = nil
 }

@@ -5,6 +5,7 @@ package main
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -258,14 +259,14 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 	if callee == nil {
 		return hop{verdict: toNobody}
 	}
-	f := e.flowWith(callee)
+	f, network := e.flowWith(callee), networkOf(e.addr().Addr())
 	switch {
 	case b.closed:
 		b.tally.refuse(refusedStopping)
 		return hop{verdict: toNobody}
-	case b.holding >= b.limits.holding(),
-		f == nil && (b.flows >= b.limits.flows() || len(e.flows) >= flowsPerClient || len(callee.flows) >= flowsPerClient),
-		f != nil && len(f.dials) >= dialsPerFlow:
+	case f == nil && (len(e.flows) >= flowsPerClient || len(callee.flows) >= flowsPerClient || !b.roomForFlow(network)),
+		f != nil && len(f.dials) >= dialsPerFlow,
+		!b.roomForDial(network):
 		b.tally.refuse(refusedBridge)
 		return hop{verdict: toNobody}
 	}
@@ -274,16 +275,68 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 	}
 	l := f.legOf(e)
 	dial := &dial{
-		leg: l, id: callee.key(source), began: now, told: told, holding: true, held: [][]byte{slices.Clone(d)},
+		leg: l, network: network, id: callee.key(source), began: now, told: told, holding: true, held: [][]byte{slices.Clone(d)},
 		hold: min(minHold+(p.rtt+at.rtt)/2, maxHold),
 	}
 	f.dials = append(f.dials, dial)
 	b.holding++
+	b.held[network] = append(b.held[network], dial)
 	l.learn(dest, false)
 	l.other.learn(source, true)
 	b.debug("bridge dialled", "source_peer", e.client.id, "destination_peer", callee.client.id, "rtt", p.rtt+at.rtt)
 	b.after(dial.hold, dial.release)
 	return hop{verdict: toNobody}
+}
+
+// roomForDial reports whether another dial from that network can be held. If all places
+// are taken, the oldest dial of the network that has most gives up its own, unless the
+// one that asks would then have as many. Nothing is lost but a datagram: the caller
+// repeats it, and it goes on at once.
+func (b *bridge) roomForDial(network netip.Prefix) bool {
+	if b.holding < b.limits.holding() {
+		return true
+	}
+	most := network
+	for n, held := range b.held {
+		if len(held) > len(b.held[most]) {
+			most = n
+		}
+	}
+	if len(b.held[most]) <= len(b.held[network])+1 {
+		return false
+	}
+	b.held[most][0].letGo()
+	return true
+}
+
+// roomForFlow reports whether that network can begin another flow. If all are taken, the
+// network that has begun most loses one, unless the one that asks would then have as many:
+// one that nobody has answered, or else the one that began last.
+func (b *bridge) roomForFlow(network netip.Prefix) bool {
+	if b.flows < b.limits.flows() {
+		return true
+	}
+	var most *callers
+	for _, c := range b.byCaller {
+		if most == nil || c.flows > most.flows {
+			most = c
+		}
+	}
+	if c := b.byCaller[network]; c == nil && most.flows <= 1 || c != nil && most.flows <= c.flows+1 {
+		return false
+	}
+	var last *flow
+	for _, sd := range b.sides {
+		for _, e := range sd.ends {
+			for _, f := range e.flows {
+				if f.callers == most && (last == nil || last.answered && !f.answered || last.answered == f.answered && f.began > last.began) {
+					last = f
+				}
+			}
+		}
+	}
+	last.remove("others need its place")
+	return true
 }
 
 // stray drops an Initial for which the client has no mate, once: if the client wants
@@ -329,14 +382,21 @@ func (e *end) flowWith(other *end) *flow {
 }
 
 func newFlow(caller, callee *end, now clock) *flow {
-	f := &flow{bridge: caller.side.bridge, began: now}
+	b, network := caller.side.bridge, networkOf(caller.addr().Addr())
+	c := b.byCaller[network]
+	if c == nil {
+		c = &callers{network: network}
+		b.byCaller[network] = c
+	}
+	f := &flow{bridge: b, callers: c, began: now}
 	for i, e := range []*end{caller, callee} {
 		l := &f.legs[i]
 		l.flow, l.end, l.other, l.heard = f, e, &f.legs[1-i], now
 		l.credit.Store(unansweredDatagrams * maxDatagram)
 		e.flows = append(e.flows, f)
 	}
-	f.bridge.flows++
+	b.flows++
+	c.flows++
 	return f
 }
 

@@ -842,6 +842,8 @@ func TestBandwidthBoundsTheBridge(t *testing.T) {
 	for _, circuits := range []int{0, 3} {
 		u := newBridgeUnderTest(t, 100)
 		u.bandwidth = rate.NewLimiter(perSecond, perSecond/10)
+		one := &callers{flows: 1}
+		u.byCaller[one.network] = one
 		start := u.clock()
 		var carried, byCircuits int64
 		next := make([]clock, circuits) // when each circuit may send again
@@ -853,11 +855,35 @@ func TestBandwidthBoundsTheBridge(t *testing.T) {
 					byCircuits += turn
 				}
 			}
-			carried += u.allowed(60_000, 1000, now)
+			carried += u.allowed(one, 60_000, 1000, now)
 		}
 		if all := carried + byCircuits; all > (seconds+3)*perSecond || all < (seconds-1)*perSecond || carried < seconds*perSecond/8 {
 			t.Errorf("beside %d circuits the bridge carried %d bytes in %d s, and all together %d, want about %d", circuits, carried, seconds, all, seconds*perSecond)
 		}
+	}
+}
+
+// A bridge that wants all of --max-bandwidth leaves others their share of it.
+func TestBandwidthIsShared(t *testing.T) {
+	const perSecond, seconds = 1 << 20, 10
+	u := newBridgeUnderTest(t, 100)
+	u.bandwidth = rate.NewLimiter(perSecond, perSecond/10)
+	greedy, modest := &callers{network: netip.MustParsePrefix("192.0.2.1/32")}, &callers{network: netip.MustParsePrefix("192.0.2.2/32")}
+	u.byCaller[greedy.network], u.byCaller[modest.network] = greedy, modest
+	start := u.clock()
+	var carried, wanted, all int64
+	for now := start; now < start+seconds*time.Second; now += 10 * time.Millisecond {
+		all += u.allowed(greedy, 120_000, 1200, now) // twelve times the limit
+		wanted += 1200
+		carried += u.allowed(modest, 1200, 1200, now)
+	}
+	all += carried
+	t.Logf("%d of %d bytes of the modest one were carried, and %d in all", carried, wanted, all)
+	if carried < wanted {
+		t.Errorf("the modest one got %d of the %d bytes that it wanted", carried, wanted)
+	}
+	if all > (seconds+3)*perSecond {
+		t.Errorf("both carried %d bytes, want about %d", all, seconds*perSecond)
 	}
 }
 
@@ -929,6 +955,66 @@ func TestFloodsOfInitials(t *testing.T) {
 		t.Errorf("%d dials were held and %d flows open, want %d and at most %d", held, u.flows, u.limits.holding(), u.limits.flows())
 	}
 	u.counted(refusedBridge, refused+int64(5000-u.limits.holding()))
+}
+
+// One network that takes all places for dials, or all flows, takes them from nobody else.
+func TestOneNetworkLeavesBridgesToOthers(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		held bool // the attackers' dials are held, and not answered later
+	}{{"dials", true}, {"flows", false}} {
+		t.Run(tt.name, func(t *testing.T) {
+			u := newBridgeUnderTest(t, 64)
+			dial := func(i int, ips string) (refused bool) {
+				a, b := u.actor(fmt.Sprintf("%s:%d", ips, 1+2*i)), u.actor(fmt.Sprintf("%s:%d", ips, 2+2*i))
+				a.told(b)
+				before := u.tally.refused[refusedBridge].Load()
+				a.says(longPacket(initial, fmt.Sprintf("first%05d", i), fmt.Sprintf("id%06d", i)))
+				return u.tally.refused[refusedBridge].Load() > before
+			}
+			next := 0
+			attack := func() {
+				for refused := false; !refused; next++ {
+					refused = dial(next, "192.0.2.1")
+					if !tt.held {
+						u.tick(minHold)
+						u.due()
+					}
+				}
+			}
+			attack()
+			for i := range 12 {
+				if dial(i, "198.51.100.1") {
+					t.Fatalf("dial %d of another network is refused", i)
+				}
+				attack()
+			}
+			if u.holding > u.limits.holding() || u.flows > u.limits.flows() {
+				t.Errorf("%d dials are held and there are %d flows", u.holding, u.flows)
+			}
+			held := 0
+			for _, dials := range u.held {
+				held += len(dials)
+			}
+			flows := 0
+			for _, c := range u.byCaller {
+				flows += c.flows
+			}
+			if held != u.holding || flows != u.flows {
+				t.Errorf("networks have %d dials held and %d flows, want %d and %d", held, flows, u.holding, u.flows)
+			}
+			if others := u.byCaller[networkOf(netip.MustParseAddr("198.51.100.1"))]; others.flows != 12 {
+				t.Errorf("the other network has %d flows, want 12", others.flows)
+			}
+			// All ends with the flows.
+			u.tick(2 * groupAge)
+			u.sweep(u.now)
+			u.sweep(u.now)
+			if len(u.held) != 0 || len(u.byCaller) != 0 {
+				t.Errorf("left: %d networks with dials, %d with flows", len(u.held), len(u.byCaller))
+			}
+		})
+	}
 }
 
 // The flows of one device are limited, and so are those of all.

@@ -58,13 +58,16 @@ func (k *kadServer) serve(h host.Host) (*dht.IpfsDHT, error) {
 
 // hook sees each request before kad-dht handles it. If a record must not be stored, hook
 // takes it out of the request, and kad-dht then resets the stream.
-func (k *kadServer) hook(ctx context.Context, s network.Stream, req *kadpb.Message) {
-	stream := s.(*kadStream)
-	if stream.asked { // the first request has waited when the stream was opened
-		piecesOf(s.Conn()).wait(ctx)
-	}
-	stream.asked, stream.request = true, req
+func (k *kadServer) hook(_ context.Context, s network.Stream, req *kadpb.Message) {
+	s.(*kadStream).request = req
 	k.tally.dhtRequest(req.GetType())
+	// No request has a use for these. Of two bytes, each takes more than a hundred.
+	req.CloserPeers, req.ProviderPeers = nil, nil
+	// An answer with mates needs to know what the client says in identify. Wait here,
+	// where nothing has been allocated for the answer yet.
+	if len(k.answers.mates(s.Conn().RemotePeer(), req)) > 0 {
+		k.peers.awaitIdentify(s.Conn())
+	}
 	if req.GetType() != kadpb.Message_PUT_VALUE {
 		req.Record = nil // a request without a use for one
 	} else if err := checkRecord(req); err != nil {
@@ -146,10 +149,10 @@ type kadStream struct {
 	server *kadServer
 	frames frameReader
 
-	// request is the one being handled; nil: none. asked says that there has been one.
-	// hook sets both.
+	// request is the one being handled; nil: none. hook sets it.
 	request *kadpb.Message
-	asked   bool
+
+	asked bool // a request has begun
 
 	// answer holds what kad-dht has written of an answer so far or, if whole, the
 	// amended answer with its length, ready to send.
@@ -171,12 +174,30 @@ func (s *kadStream) Read(p []byte) (int, error) {
 	if frameErr != nil {
 		return 0, frameErr
 	}
+	s.pay(longest)
 	// kad-dht allocates a buffer when it has read the length of a message, and copies
 	// the message once more when it parses it.
 	if bookErr := s.book(2 * longest); bookErr != nil {
 		return 0, bookErr
 	}
 	return n, err
+}
+
+// pay takes a request of that length from the budget of the client's network, and waits
+// if there is none left. kad-dht does not have the length yet, so nothing is allocated
+// meanwhile. A long request costs more: one of 16 KiB can have 8 000 empty parts, which
+// take a millisecond and a megabyte when kad-dht parses them.
+func (s *kadStream) pay(length int) {
+	if length == 0 {
+		return
+	}
+	n := 1 + length/freeKadMessage
+	if !s.asked { // this has been paid for when the stream was accepted
+		s.asked, n = true, n-1
+	}
+	if n > 0 {
+		piecesOf(s.Conn()).wait(n)
+	}
 }
 
 // book raises what is reserved to n bytes. Up to freeKadMessage nothing is reserved,

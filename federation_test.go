@@ -14,7 +14,9 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/host"
@@ -358,6 +360,57 @@ func TestStopEndsAQuestionToAnotherRelay(t *testing.T) {
 	stop()
 	if err := <-ended; err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the question ended with %v, want that it ends when the relay stops", err)
+	}
+}
+
+// A relay that vouches for others at a victim's address, and for others again each time
+// that it is asked, does not make this one send much there.
+func TestRelayDialsFewWhomOthersVouchFor(t *testing.T) {
+	victim, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dials atomic.Int64
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		buf, seen := make([]byte, 2048), make(map[string]bool)
+		for {
+			n, err := victim.Read(buf)
+			if err != nil {
+				return
+			}
+			if id, ok := handshakeID(buf[:n]); ok && !seen[string(id)] {
+				seen[string(id)] = true
+				dials.Add(1)
+			}
+		}
+	}()
+	defer func() {
+		victim.Close()
+		<-read
+	}()
+	v := newVouching(t)
+	began := time.Now()
+	r := newTestRelay(t, defaultConfig(t, fmt.Sprintf("--bootstrap=%s/p2p/%s", v.Addrs()[0], v.ID())))
+	r.waitConnected(t, v.ID())
+	v.text <- "" // to the question that came with the connection
+	const lists = 10
+	for range lists {
+		var text strings.Builder
+		for range maxRelays - 2 {
+			fmt.Fprintf(&text, "/ip4/127.0.0.1/udp/%d/quic-v1/p2p/%s\n", victim.LocalAddr().(*net.UDPAddr).Port, newTestPeerID(t))
+		}
+		go func() { v.text <- text.String() }()
+		if err := r.federation.ask(testContext(t), v.ID()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "those of the first list are dialled", func() bool { return dials.Load() >= maxRelays-2 })
+	}
+	n, most := dials.Load(), maxRelays+vouchedDials*time.Since(began).Seconds()+1
+	t.Logf("%d of %d were dialled", n, lists*(maxRelays-2))
+	if float64(n) > most {
+		t.Errorf("%d were dialled, want at most %.0f", n, most)
 	}
 }
 

@@ -665,3 +665,9 @@ type memoryStream struct {
 
 func (s memoryStream) Read(p []byte) (int, error) { return s.Reader.Read(p) }
 func (memoryStream) Scope() network.StreamScope   { return &network.NullScope{} }
+func (memoryStream) Conn() network.Conn           { return notQUIC{} }
+
+// notQUIC is a connection that no budget is for.
+type notQUIC struct{ network.Conn }
+
+func (notQUIC) As(any) bool { return false }

@@ -198,6 +198,46 @@ func ecdsaKey(t *testing.T) *ecdsa.PrivateKey {
 	return key
 }
 
+// Clients with keys of all kinds get in, and those whose certificates would take much
+// memory do not.
+func TestCertificatesOfClients(t *testing.T) {
+	for _, kind := range []struct {
+		name string
+		typ  int
+		bits int
+	}{
+		{"Ed25519", crypto.Ed25519, 0}, {"ECDSA", crypto.ECDSA, 0}, {"Secp256k1", crypto.Secp256k1, 0}, {"RSA", crypto.RSA, 2048},
+	} {
+		key, _, err := crypto.GenerateKeyPair(kind.typ, kind.bits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		who, err := p2ptls.NewIdentity(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conf, _ := who.ConfigForPeer("")
+		cert, err := x509.ParseCertificate(conf.Certificates[0].Certificate[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := thin([]*x509.Certificate{cert}); err != nil {
+			t.Errorf("%s: %v", kind.name, err)
+		}
+		rest := len(cert.Raw) - len(cert.RawSubjectPublicKeyInfo) - len(cert.Signature)
+		for _, e := range cert.Extensions {
+			if e.Id.Equal(keyExtension) {
+				rest -= len(e.Value)
+			}
+		}
+		t.Logf("%s: %d bytes, %d beside keys and signatures", kind.name, len(cert.Raw), rest)
+		cert.Raw = append(cert.Raw, make([]byte, maxCertificateRest)...)
+		if thin([]*x509.Certificate{cert}) == nil {
+			t.Errorf("%s: %d bytes more are accepted", kind.name, maxCertificateRest)
+		}
+	}
+}
+
 // No certificate stops the relay, whatever the standard library makes of it.
 func TestPanicAtACertificateIsAnError(t *testing.T) {
 	if survives([]*x509.Certificate{nil}) == nil { // at which x509 panics

@@ -434,12 +434,12 @@ func TestAttackCircuitsNobodyReads(t *testing.T) {
 func TestAttackIdentifyAddresses(t *testing.T) {
 	s, g, c := besieged(t, 2)
 	var lies []ma.Multiaddr
-	for i := range 400 {
+	for i := range 200 {
 		lies = append(lies,
 			ma.StringCast(fmt.Sprintf("/ip4/11.9.%d.%d/udp/9/quic-v1", i/256, i%256)),
 			ma.StringCast(fmt.Sprintf("/ip4/10.9.%d.%d/udp/9/quic-v1", i/256, i%256)))
 	}
-	for range 200 {
+	for range 100 {
 		lies = append(lies, ma.StringCast("/ip4/11.8.0.1/udp/9/quic-v1/p2p/"+g.a.id.String()))
 	}
 	liars := make([]*lightClient, 50)

@@ -79,10 +79,14 @@ func newCrowdFrom(t testing.TB, conns []*net.UDPConn) *crowd {
 
 // close ends all connections.
 func (c *crowd) close() {
+	var closing sync.WaitGroup
 	for _, tr := range c.transports {
-		tr.Close()
-		tr.Conn.Close()
+		closing.Go(func() { // each takes its time
+			tr.Close()
+			tr.Conn.Close()
+		})
 	}
+	closing.Wait()
 }
 
 func (c *crowd) transport() *quicgo.Transport {

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -862,6 +863,42 @@ func TestAttackRequests(t *testing.T) {
 			}
 			return n
 		}},
+		{"pings, of which sixteen count as a request", func(ctx context.Context, c *lightClient) (n int64) {
+			s, err := c.open(ctx, "/ipfs/ping/1.0.0")
+			if err != nil {
+				return 0
+			}
+			pings := make([]byte, readsPerRequest*32)
+			for {
+				if _, err := s.Write(pings); err != nil {
+					return n
+				}
+				if _, err := io.ReadFull(s, pings); err != nil {
+					return n
+				}
+				n++
+			}
+		}},
+		{"protocols that the relay does not speak, eight as a request", func(ctx context.Context, c *lightClient) (n int64) {
+			proposals, refusals := bytes.Repeat([]byte("\x02x\n"), readsPerRequest/2), make([]byte, readsPerRequest/2*len("\x03na\n"))
+			for ctx.Err() == nil {
+				s, err := c.OpenStreamSync(ctx)
+				if err != nil {
+					return n
+				}
+				context.AfterFunc(ctx, func() { s.CancelRead(0) })
+				s.Write([]byte("\x13/multistream/1.0.0\n"))
+				_, err = io.ReadFull(s, make([]byte, 20))
+				for err == nil { // for the ten seconds that negotiation may take
+					s.Write(proposals)
+					if _, err = io.ReadFull(s, refusals); err == nil {
+						n++
+					}
+				}
+				s.CancelWrite(0)
+			}
+			return n
+		}},
 		{"streams opened and reset", func(ctx context.Context, c *lightClient) (n int64) {
 			for ctx.Err() == nil {
 				s, err := c.OpenStreamSync(ctx)
@@ -987,4 +1024,86 @@ func TestTwoPutsAtOnce(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Initials without end, to mates that do not answer, from all connections of one address:
+// two devices elsewhere are joined by a bridge all the same.
+func TestAttackBridges(t *testing.T) {
+	l := newLab(t)
+	s := l.siege(t)
+	ns := []string{l.public("honest", "11.0.0.2/8"), l.public("mate", "11.0.0.4/8"), l.public("attacker", "11.0.0.3/8")}
+	g := newGroup(t, newCrowdFrom(t, l.sockets(ns[0], "11.0.0.2", 1)), s.bootstrap)
+	target := net.UDPAddrFromAddrPort(netip.MustParseAddrPort("11.0.0.1:4001"))
+	join := func(ctx context.Context, c *crowd) (*lightClient, error) {
+		who, err := makeLightIdentity()
+		if err != nil {
+			return nil, err
+		}
+		who.sees = s.bootstrap.Addrs[0]
+		return c.dial(ctx, who, s.bootstrap)
+	}
+	attackers := make([]*lightClient, sized(64, 240))
+	groups := func(i int) []byte { return []byte(fmt.Sprint(recordPrefix, "syncgroup/", i/groupMembers)) }
+	crowd := newCrowdFrom(t, l.sockets(ns[2], "11.0.0.3", len(attackers))) // a socket for each
+	inParallel(t, len(attackers), 8, func(ctx context.Context, i int) (err error) {
+		if attackers[i], err = join(ctx, crowd); err != nil {
+			return err
+		}
+		_, err = attackers[i].ask(ctx, putMessage(groups(i), attackers[i].id))
+		return err
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	var attacking sync.WaitGroup
+	defer cancel()
+	var dials atomic.Int64
+	for i, client := range attackers {
+		attacking.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := client.ask(ctx, getMessage(groups(i))); err != nil {
+					return
+				}
+				for range 2 * groupMembers { // the mate that it was told of, and all others
+					packet, err := initialPacket(newConnID(), nil, 0, []byte{1})
+					if err != nil {
+						panic(err) // of a cipher that we have
+					}
+					client.transport.WriteTo(packet, target)
+					dials.Add(1)
+				}
+				select {
+				case <-time.After(50 * time.Millisecond):
+				case <-ctx.Done():
+				}
+			}
+		})
+	}
+	n, met := sized(10, 40), 0 // pairs
+	var took []time.Duration
+	for range n {
+		a, err := join(testContext(t), newCrowdFrom(t, l.sockets(ns[0], "11.0.0.2", 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := join(testContext(t), newCrowdFrom(t, l.sockets(ns[1], "11.0.0.4", 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		try, stop := context.WithTimeout(context.Background(), testTimeout)
+		began := time.Now()
+		if _, err := overBridge(try, a, b); err != nil {
+			t.Log(err)
+		} else {
+			met++
+			took = append(took, time.Since(began))
+		}
+		stop()
+	}
+	slices.Sort(took)
+	t.Logf("beside %d Initials, %d of %d pairs met, in %v, 99 %% within %v", dials.Load(), met, n, percentile(took, 0.5), percentile(took, 0.99))
+	if met < n {
+		t.Errorf("%d of %d pairs met", met, n)
+	}
+	cancel()
+	attacking.Wait() // while the relay still answers
+	s.end(g)
 }

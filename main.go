@@ -320,13 +320,13 @@ func serve(ctx context.Context, cfg config, id identity, log *slog.Logger, ready
 	})
 	srv := newHTTPServer(api, log)
 	broken := make(chan error, 2)
-	go func() { broken <- fmt.Errorf("serve identity endpoint: %w", srv.Serve(ln)) }() // ends with srv, below
+	go func() { broken <- fmt.Errorf("serve identity endpoint: %w", srv.Serve(thinListener{ln})) }() // ends with srv, below
 
 	metricsSrv := &http.Server{}
 	if metricsListener != nil {
 		n.metrics = metricsListener.Addr()
 		metricsSrv = newHTTPServer(newMetricsHandler(relay.registry, log), log)
-		go func() { broken <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(metricsListener)) }() // ends as srv does
+		go func() { broken <- fmt.Errorf("serve metrics: %w", metricsSrv.Serve(thinListener{metricsListener})) }() // ends as srv does
 	}
 
 	ready(n)

@@ -173,12 +173,18 @@ func (p *peers) forget(id peer.ID) {
 }
 
 // reachedAt returns the address at which the client of c says that it reaches this
-// relay, or nil. The first question of a client can arrive before its identify, so
-// reachedAt waits for that, at most identifyTimeout.
+// relay, or nil.
 func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
-	id := c.RemotePeer()
 	p.mu.Lock()
-	at, ok := p.identified[id].reachedAt[c]
+	defer p.mu.Unlock()
+	return p.identified[c.RemotePeer()].reachedAt[c]
+}
+
+// awaitIdentify waits until the client of c has identified itself, at most
+// identifyTimeout. Its first question can arrive before that.
+func (p *peers) awaitIdentify(c network.Conn) {
+	p.mu.Lock()
+	_, ok := p.identified[c.RemotePeer()].reachedAt[c]
 	done := p.awaited[c]
 	if !ok && done == nil {
 		done = make(chan struct{})
@@ -186,7 +192,7 @@ func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	}
 	p.mu.Unlock()
 	if ok {
-		return at
+		return
 	}
 	select {
 	case <-done:
@@ -197,7 +203,6 @@ func (p *peers) reachedAt(c network.Conn) ma.Multiaddr {
 	if p.awaited[c] == done { // a later caller makes its own
 		delete(p.awaited, c)
 	}
-	return p.identified[id].reachedAt[c]
 }
 
 // reserve notes that a connected peer has asked for a reservation.

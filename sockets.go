@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -59,6 +60,17 @@ const (
 	// have to prove their address by a Retry first (RFC 9000, 8.1.2). libp2p has
 	// the same rate.
 	handshakeRate = 1000
+
+	// maxCertificate limits a client's certificate, in bytes, and maxCertificateRest what
+	// is in it beside keys and signatures. go-libp2p's have at most 176 bytes beside
+	// (TestCertificatesOfClients), and 2 441 in all with the largest key, RSA with 8192
+	// bits. What is left holds 156 names of a byte, which cost 21 KiB.
+	maxCertificate     = 4 << 10
+	maxCertificateRest = 640
+
+	// maxServerName limits the name of the relay that a client asks for, in bytes, which is
+	// kept as well. It is a DNS name, and the clients send none.
+	maxServerName = 255
 
 	// acceptQueue is how many connections may wait after their handshakes until
 	// libp2p accepts them: a crowd that comes back when the relay has restarted.
@@ -291,9 +303,39 @@ func (t lentTransport) Dial(ctx context.Context, addr net.Addr, tlsConf *tls.Con
 func serverTLS(identity *libp2ptls.Identity) *tls.Config {
 	conf, _ := identity.ConfigForPeer("")
 	conf.VerifyPeerCertificate = nil
-	conf.VerifyConnection = func(state tls.ConnectionState) error { return survives(state.PeerCertificates) }
+	conf.VerifyConnection = func(state tls.ConnectionState) error {
+		if len(state.ServerName) > maxServerName {
+			return errors.New("server name too long")
+		}
+		if err := thin(state.PeerCertificates); err != nil {
+			return err
+		}
+		return survives(state.PeerCertificates)
+	}
 	return conf
 }
+
+// thin returns an error if the client's certificates say much that nobody needs. crypto/tls
+// keeps what it has read of them as long as the connection lasts: 9 KiB with 3 000 names
+// took 450 KiB.
+func thin(certs []*x509.Certificate) error {
+	for _, cert := range certs {
+		rest := len(cert.Raw) - len(cert.RawSubjectPublicKeyInfo) - len(cert.Signature)
+		for _, e := range cert.Extensions {
+			if e.Id.Equal(keyExtension) {
+				rest -= len(e.Value)
+			}
+		}
+		if len(cert.Raw) > maxCertificate || rest > maxCertificateRest {
+			return errors.New("certificate too long")
+		}
+	}
+	return nil
+}
+
+// keyExtension is the extension with the client's key.
+// https://github.com/libp2p/specs/blob/master/tls/tls.md#libp2p-public-key-extension
+var keyExtension = asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 53594, 1, 1}
 
 // survives returns an error if the standard library panics at a client's certificates,
 // as it once did (CVE-2024-24783). libp2p recovers from that in the handshake, and not
