@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strings"
 	"syscall"
 	"testing"
@@ -145,6 +146,11 @@ func TestReadersThatLeaveEndNothing(t *testing.T) {
 // Closing its terminal stops the relay as SIGTERM does, with its goodbye. nohup and
 // a second SIGHUP do not kill it.
 func TestHangupDrainsUnlessIgnored(t *testing.T) {
+	// The relay would inherit that SIGHUP is ignored if these tests ran under nohup.
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+
 	p := start(t)
 	src, dst := newClient(t), newClient(t)
 	circuitBetween(t, testRelay{info: p.bootstrap}, src, dst)
