@@ -138,9 +138,10 @@ func TestLeaverIsNotNamed(t *testing.T) {
 		_, found := findNode(t, seeker, r, leaver.ID())
 		return !found
 	})
-	r.peers.mu.Lock()
-	defer r.peers.mu.Unlock()
-	if _, ok := r.peers.identified[leaver.ID()]; ok {
-		t.Error("what the leaver reported is still kept")
-	}
+	eventually(t, "what the leaver reported is forgotten", func() bool {
+		r.peers.mu.Lock()
+		defer r.peers.mu.Unlock()
+		_, kept := r.peers.identified[leaver.ID()]
+		return !kept
+	})
 }
