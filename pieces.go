@@ -242,47 +242,7 @@ func (*connPieces) SupportsSchemas(string) bool        { return false }
 func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 	switch packet := e.(type) {
 	case qlog.PacketReceived:
-		progress := false
-		for _, f := range packet.Frames {
-			switch f := f.Frame.(type) {
-			case *qlog.StreamFrame:
-				if f.Length < wholeFrame || f.Fin {
-					c.add(f)
-				}
-			case *qlog.AckFrame:
-				if packet.Header.PacketType != qlog.PacketType1RTT {
-					continue
-				}
-				for _, r := range f.AckRanges {
-					c.flight.acked(int64(r.Smallest), int64(r.Largest))
-				}
-				c.flight.settle()
-				if largest := int64(f.LargestAcked()); largest > c.acked {
-					c.acked, progress = largest, true
-				}
-			case *qlog.CryptoFrame:
-				// quic-go reads CRYPTO frames itself, and keeps those that come out
-				// of order for as long as the connection lasts.
-				if f.Length > 0 {
-					c.crypto++
-					c.hold(smallPiece)
-				}
-			case *qlog.ResetStreamFrame:
-				if s := c.stream(f.StreamID); s != nil {
-					s.end(func(s *streamPieces) { s.final = true })
-				}
-				c.owe()
-			case *qlog.NewConnectionIDFrame, *qlog.RetireConnectionIDFrame, *qlog.StopSendingFrame, *qlog.PathChallengeFrame:
-				c.owe()
-			}
-		}
-		if c.crypto > usualCrypto && packet.Header.PacketType != qlog.PacketType1RTT && c.all.flooded != nil {
-			c.all.flooded(packet.Header.DestConnectionID.Bytes())
-		}
-		c.heard(progress)
-		if extra := len(packet.Frames) - usualFrames; extra > 0 {
-			c.spend(extra)
-		}
+		c.received(packet)
 	case qlog.PacketSent:
 		if packet.Header.PacketType != qlog.PacketType1RTT {
 			return
@@ -291,7 +251,8 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 			c.sent = number
 		}
 	case qlog.LossTimerUpdated:
-		if packet.Type == qlog.LossTimerUpdateTypeExpired && packet.TimerType == qlog.TimerTypePTO && qlog.EncryptionLevelToPacketType(packet.EncLevel) == qlog.PacketType1RTT {
+		if packet.Type == qlog.LossTimerUpdateTypeExpired && packet.TimerType == qlog.TimerTypePTO &&
+			qlog.EncryptionLevelToPacketType(packet.EncLevel) == qlog.PacketType1RTT {
 			c.flight.probe()
 		}
 	case qlog.PacketLost:
@@ -303,6 +264,51 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 			c.flight.allLost()
 			c.moves()
 		}
+	}
+}
+
+// received counts the frames of a packet.
+func (c *connPieces) received(packet qlog.PacketReceived) {
+	progress := false
+	for _, f := range packet.Frames {
+		switch f := f.Frame.(type) {
+		case *qlog.StreamFrame:
+			if f.Length < wholeFrame || f.Fin {
+				c.add(f)
+			}
+		case *qlog.AckFrame:
+			if packet.Header.PacketType != qlog.PacketType1RTT {
+				continue
+			}
+			for _, r := range f.AckRanges {
+				c.flight.acked(int64(r.Smallest), int64(r.Largest))
+			}
+			c.flight.settle()
+			if largest := int64(f.LargestAcked()); largest > c.acked {
+				c.acked, progress = largest, true
+			}
+		case *qlog.CryptoFrame:
+			// quic-go reads CRYPTO frames itself, and keeps those that come out
+			// of order for as long as the connection lasts.
+			if f.Length > 0 {
+				c.crypto++
+				c.hold(smallPiece)
+			}
+		case *qlog.ResetStreamFrame:
+			if s := c.stream(f.StreamID); s != nil {
+				s.end(func(s *streamPieces) { s.final = true })
+			}
+			c.owe()
+		case *qlog.NewConnectionIDFrame, *qlog.RetireConnectionIDFrame, *qlog.StopSendingFrame, *qlog.PathChallengeFrame:
+			c.owe()
+		}
+	}
+	if c.crypto > usualCrypto && packet.Header.PacketType != qlog.PacketType1RTT && c.all.flooded != nil {
+		c.all.flooded(packet.Header.DestConnectionID.Bytes())
+	}
+	c.heard(progress)
+	if extra := len(packet.Frames) - usualFrames; extra > 0 {
+		c.spend(extra)
 	}
 }
 
