@@ -394,11 +394,7 @@ func TestFlightBooks(t *testing.T) {
 func TestFlightBooksCuts(t *testing.T) {
 	scope := &countingScope{most: 2 * flightStep}
 	asked, most := 0, 0
-	f := &flight{scope: scope, burst: func(m bool) {
-		if asked++; m {
-			most++
-		}
-	}}
+	f := &flight{scope: scope, uncovered: func() { asked++ }, burst: func() { most++ }}
 	const size = 4 << 10
 	first, next := int64(0), int64(0) // packets
 	for length := int64(1024); length >= 1; length /= 2 {
@@ -440,7 +436,7 @@ func TestWhoHasMostCutIsClosed(t *testing.T) {
 			c.flight.sent(n, 1200, streamFrames(n, n+1))
 		}
 	}
-	asking.flight.burst(false)
+	asking.flight.uncovered()
 	if asking.doomed || !greedy.doomed || honest.doomed {
 		t.Errorf("closed: asking %v, greedy %v, honest %v, want only the greedy one", asking.doomed, greedy.doomed, honest.doomed)
 	}
