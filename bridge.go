@@ -218,13 +218,13 @@ type flow struct {
 	over        bool // nothing more is forwarded
 }
 
-// callers counts what those have who began flows in one network.
+// callers counts what the flows that began in one network take.
 type callers struct {
 	network netip.Prefix
 	flows   int
 
-	// What their flows carried in this second of the bridge's clock, in bytes. Only
-	// --max-bandwidth needs it. The readers of both sockets change it.
+	// carried is what the flows have carried in this second of the bridge's clock, in bytes.
+	// Only --max-bandwidth needs it. The readers of both sockets change it.
 	second, carried atomic.Int64
 }
 
