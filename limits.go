@@ -256,8 +256,8 @@ const (
 	// QUIC connection uses three, and two may begin at once.
 	legIDs = 8
 
-	// newcomers is of how many addresses, each for IPv4 and IPv6, it is known that
-	// somebody dials from there who is not here: 64 KiB of each.
+	// newcomers is how many addresses are remembered from which somebody dials who is not
+	// connected, for IPv4 and IPv6 each. They take 64 KiB each.
 	newcomers = 1024
 
 	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows
