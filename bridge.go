@@ -109,13 +109,15 @@ type bridge struct {
 	// the lock of either side, to change them hold both, unless a field says that one
 	// is enough. So a packet whose way is known takes the lock of its own socket
 	// only.
-	sides    [2]*side
-	clients  map[peer.ID]*client
-	flows    int
-	byCaller map[netip.Prefix]*callers // networks in which flows began
-	holding  int                       // dials being held
-	held     map[netip.Prefix][]*dial  // those of each network, the oldest first
-	closed   bool                      // no new flows
+	sides     [2]*side
+	clients   map[peer.ID]*client
+	flows     int
+	byCaller  map[netip.Prefix]*callers // networks in which flows began
+	flowRanks ranks                     // of byCaller, by their flows
+	holding   int                       // dials being held
+	held      map[netip.Prefix][]*dial  // those of each network, the oldest first
+	heldRanks ranks                     // of held, by their dials
+	closed    bool                      // no new flows
 }
 
 // side holds what the reader of one socket needs.
@@ -216,15 +218,37 @@ type flow struct {
 	over        bool // nothing more is forwarded
 }
 
-// callers counts what those have who began flows in one network.
+// callers counts what the flows that began in one network take.
 type callers struct {
 	network netip.Prefix
 	flows   int
 
-	// What their flows carried in this second of the bridge's clock, in bytes. Only
-	// --max-bandwidth needs it. The readers of both sockets change it.
+	// carried is what the flows have carried in this second of the bridge's clock, in bytes.
+	// Only --max-bandwidth needs it. The readers of both sockets change it.
 	second, carried atomic.Int64
 }
+
+// ranks has at n how many networks have n of something. It ends at the most that any has,
+// so that nobody has to look at all networks for that: in a flood of Initials, a look at
+// 5 000 networks would take 48 µs for each packet, under the locks of both sockets.
+type ranks []int
+
+// change notes that a network has had from, and has to now.
+func (r *ranks) change(from, to int) {
+	for len(*r) <= to {
+		*r = append(*r, 0)
+	}
+	(*r)[to]++
+	if from > 0 {
+		(*r)[from]--
+	}
+	for n := len(*r); n > 0 && (n == 1 || (*r)[n-1] == 0); n-- {
+		*r = (*r)[:n-1]
+	}
+}
+
+// most returns the most that any network has.
+func (r ranks) most() int { return max(0, len(r)-1) }
 
 // leg carries one direction of a flow: the packets that come from end.
 type leg struct {
@@ -472,6 +496,7 @@ func (f *flow) remove(why string) {
 	f.finish(why)
 	b := f.bridge
 	b.flows--
+	b.flowRanks.change(f.callers.flows, f.callers.flows-1)
 	if f.callers.flows--; f.callers.flows == 0 {
 		delete(b.byCaller, f.callers.network)
 	}
@@ -619,6 +644,7 @@ func (d *dial) letGo() {
 		d.holding = false
 		b := d.leg.flow.bridge
 		b.holding--
+		b.heldRanks.change(len(b.held[d.network]), len(b.held[d.network])-1)
 		b.held[d.network] = slices.DeleteFunc(b.held[d.network], func(o *dial) bool { return o == d })
 		if len(b.held[d.network]) == 0 {
 			delete(b.held, d.network)

@@ -264,9 +264,10 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 	case b.closed:
 		b.tally.refuse(refusedStopping)
 		return hop{verdict: toNobody}
-	case f == nil && (len(e.flows) >= flowsPerClient || len(callee.flows) >= flowsPerClient || !b.roomForFlow(network)),
+	case f == nil && (len(e.flows) >= flowsPerClient || len(callee.flows) >= flowsPerClient),
 		f != nil && len(f.dials) >= dialsPerFlow,
-		!b.roomForDial(network):
+		!b.roomForDial(network),
+		f == nil && !b.roomForFlow(network): // last, or a flow could be lost for nothing
 		b.tally.refuse(refusedBridge)
 		return hop{verdict: toNobody}
 	}
@@ -280,6 +281,7 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 	}
 	f.dials = append(f.dials, dial)
 	b.holding++
+	b.heldRanks.change(len(b.held[network]), len(b.held[network])+1)
 	b.held[network] = append(b.held[network], dial)
 	l.learn(dest, false)
 	l.other.learn(source, true)
@@ -289,47 +291,47 @@ func (e *end) begin(d, dest, source []byte, now clock) hop {
 }
 
 // roomForDial reports whether another dial from that network can be held. If all places
-// are taken, the oldest dial of the network that has most gives up its own, unless the
-// one that asks would then have as many. Nothing is lost but a datagram: the caller
-// repeats it, and it goes on at once.
+// are taken, the network that has most gives up the place of its oldest dial, unless the
+// one that asks would then have as many. Only a datagram is lost: the caller repeats it,
+// and then it goes on at once.
 func (b *bridge) roomForDial(network netip.Prefix) bool {
 	if b.holding < b.limits.holding() {
 		return true
 	}
-	most := network
-	for n, held := range b.held {
-		if len(held) > len(b.held[most]) {
-			most = n
-		}
-	}
-	if len(b.held[most]) <= len(b.held[network])+1 {
+	most := b.heldRanks.most()
+	if most <= len(b.held[network])+1 {
 		return false
 	}
-	b.held[most][0].letGo()
+	for _, held := range b.held {
+		if len(held) == most {
+			held[0].letGo()
+			break
+		}
+	}
 	return true
 }
 
 // roomForFlow reports whether that network can begin another flow. If all are taken, the
-// network that has begun most loses one, unless the one that asks would then have as many:
-// one that nobody has answered, or else the one that began last.
+// network that has begun most loses one, unless the one that asks would then have as many.
+// It loses one that nobody has answered, or else the one that began last. Finding that takes
+// 0.2 ms among 20 000 flows, but a network cannot have it done more often than it can begin
+// flows.
 func (b *bridge) roomForFlow(network netip.Prefix) bool {
 	if b.flows < b.limits.flows() {
 		return true
 	}
-	var most *callers
-	for _, c := range b.byCaller {
-		if most == nil || c.flows > most.flows {
-			most = c
-		}
+	own, most := 0, b.flowRanks.most()
+	if c := b.byCaller[network]; c != nil {
+		own = c.flows
 	}
-	if c := b.byCaller[network]; c == nil && most.flows <= 1 || c != nil && most.flows <= c.flows+1 {
+	if most <= own+1 {
 		return false
 	}
 	var last *flow
 	for _, sd := range b.sides {
 		for _, e := range sd.ends {
 			for _, f := range e.flows {
-				if f.callers == most && (last == nil || last.answered && !f.answered || last.answered == f.answered && f.began > last.began) {
+				if f.callers.flows == most && (last == nil || last.answered && !f.answered || last.answered == f.answered && f.began > last.began) {
 					last = f
 				}
 			}
@@ -396,6 +398,7 @@ func newFlow(caller, callee *end, now clock) *flow {
 		e.flows = append(e.flows, f)
 	}
 	b.flows++
+	b.flowRanks.change(c.flows, c.flows+1)
 	c.flows++
 	return f
 }

@@ -247,9 +247,10 @@ func (sd *side) charge(r *stretch, size int, now clock) {
 // --max-bandwidth. A circuit waits for its turn, but a packet cannot wait. So
 // allowed lets packets overdraw the limit as far as waiting circuits do.
 //
-// Those who began in a network that has carried less than its share in this second may
-// overdraw it twice as far. Otherwise, beside a bridge that sends twelve times the limit,
-// 99 of 100 packets of all others were dropped (TestBandwidthIsShared).
+// If the bridges that began in the caller's network have carried less than its share in
+// this second, they may overdraw the limit twice as far. Without that, beside a bridge that
+// sent twelve times the limit, 99 of 100 packets of all others were dropped
+// (TestBandwidthIsShared).
 func (b *bridge) allowed(by *callers, n, size int64, now clock) (allowed int64) {
 	at := b.began.Add(now)
 	limit := float64(b.bandwidth.Limit())

@@ -992,16 +992,21 @@ func TestOneNetworkLeavesBridgesToOthers(t *testing.T) {
 			if u.holding > u.limits.holding() || u.flows > u.limits.flows() {
 				t.Errorf("%d dials are held and there are %d flows", u.holding, u.flows)
 			}
-			held := 0
+			held, mostHeld := 0, 0
 			for _, dials := range u.held {
 				held += len(dials)
+				mostHeld = max(mostHeld, len(dials))
 			}
-			flows := 0
+			flows, mostFlows := 0, 0
 			for _, c := range u.byCaller {
 				flows += c.flows
+				mostFlows = max(mostFlows, c.flows)
 			}
 			if held != u.holding || flows != u.flows {
 				t.Errorf("networks have %d dials held and %d flows, want %d and %d", held, flows, u.holding, u.flows)
+			}
+			if u.heldRanks.most() != mostHeld || u.flowRanks.most() != mostFlows {
+				t.Errorf("the most that a network has is counted as %d dials and %d flows, want %d and %d", u.heldRanks.most(), u.flowRanks.most(), mostHeld, mostFlows)
 			}
 			if others := u.byCaller[networkOf(netip.MustParseAddr("198.51.100.1"))]; others.flows != 12 {
 				t.Errorf("the other network has %d flows, want 12", others.flows)
@@ -1010,8 +1015,8 @@ func TestOneNetworkLeavesBridgesToOthers(t *testing.T) {
 			u.tick(2 * groupAge)
 			u.sweep(u.now)
 			u.sweep(u.now)
-			if len(u.held) != 0 || len(u.byCaller) != 0 {
-				t.Errorf("left: %d networks with dials, %d with flows", len(u.held), len(u.byCaller))
+			if len(u.held) != 0 || len(u.byCaller) != 0 || len(u.heldRanks) != 0 || len(u.flowRanks) != 0 {
+				t.Errorf("left: %d networks with dials, %d with flows, %v and %v", len(u.held), len(u.byCaller), u.heldRanks, u.flowRanks)
 			}
 		})
 	}

@@ -5,10 +5,10 @@ package main
 // A request costs 0.14 to 0.16 ms of CPU while the relay is kept busy, and 0.2 to 0.4 ms
 // at the pace of a few thousand clients (docs/performance.md). A stream that is opened
 // and reset costs 13 µs, and a packet of hundreds of frames up to a millisecond. What an
-// honest client costs goes unnoticed, but a few hostile ones can keep all cores busy. So each network may
-// make a number of requests per second, and send a number of frames beyond the usual
-// ones. Requests beyond the budget wait. A client that sends frames beyond it is
-// disconnected.
+// honest client costs goes unnoticed, but a few hostile ones can keep all cores busy. So
+// each network may make a number of requests per second, and send a number of frames
+// beyond the usual ones. Requests beyond the budget wait. A client that sends frames
+// beyond it is disconnected. (HTTP requests have budgets of their own, in httpapi.go.)
 
 import (
 	"net/netip"
@@ -38,7 +38,7 @@ const (
 	framesPerSecond = 5000
 
 	// budgetAge sets how long we keep the budget of a network that has no connection
-	// left. After that time it is full again, unless requests had to wait.
+	// left. After that time it is full again, unless requests had to wait: see forget.
 	budgetAge = requestsPerClient / requestsPerSecond * time.Second
 )
 
@@ -103,15 +103,15 @@ func (b *budget) release() {
 	time.AfterFunc(budgetAge, b.forget)
 }
 
-// forget forgets a budget that nobody uses, once it is full. Else whoever leaves and comes
-// back would have a new one.
+// forget forgets a budget that nobody uses, once it is full. Otherwise a client could leave
+// and come back to a full one.
 func (b *budget) forget() {
 	b.all.mu.Lock()
 	defer b.all.mu.Unlock()
 	if b.users > 0 || b.all.by[b.network] != b {
 		return
 	}
-	if missing := float64(b.requests.Burst()) - b.requests.Tokens(); missing > 0 { // the others are full sooner
+	if missing := float64(b.requests.Burst()) - b.requests.Tokens(); missing > 0 { // pace and frames are full sooner
 		time.AfterFunc(time.Duration(missing/float64(b.requests.Limit())*float64(time.Second)), b.forget)
 		return
 	}

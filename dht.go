@@ -61,10 +61,10 @@ func (k *kadServer) serve(h host.Host) (*dht.IpfsDHT, error) {
 func (k *kadServer) hook(_ context.Context, s network.Stream, req *kadpb.Message) {
 	s.(*kadStream).request = req
 	k.tally.dhtRequest(req.GetType())
-	// No request has a use for these. Of two bytes, each takes more than a hundred.
+	// No request has a use for these peers. One of two bytes takes more than a hundred.
 	req.CloserPeers, req.ProviderPeers = nil, nil
-	// An answer with mates needs to know what the client says in identify. Wait here,
-	// where nothing has been allocated for the answer yet.
+	// An answer with mates depends on what the client says in identify. Wait for that
+	// here, where nothing has been allocated for the answer yet.
 	if len(k.answers.mates(s.Conn().RemotePeer(), req)) > 0 {
 		k.peers.awaitIdentify(s.Conn())
 	}
@@ -184,20 +184,19 @@ func (s *kadStream) Read(p []byte) (int, error) {
 }
 
 // pay takes a request of that length from the budget of the client's network, and waits
-// if there is none left. kad-dht does not have the length yet, so nothing is allocated
-// meanwhile. A long request costs more: one of 16 KiB can have 8 000 empty parts, which
-// take a millisecond and a megabyte when kad-dht parses them.
+// if there is none left. kad-dht does not know the length yet, so nothing is allocated
+// meanwhile. A long request costs more: one of 16 KiB can have 8 000 empty parts, and to
+// parse them takes kad-dht a millisecond and a megabyte. length is 0 if no request has
+// begun.
 func (s *kadStream) pay(length int) {
 	if length == 0 {
 		return
 	}
 	n := 1 + length/freeKadMessage
-	if !s.asked { // this has been paid for when the stream was accepted
+	if !s.asked { // one was paid for when the stream was accepted
 		s.asked, n = true, n-1
 	}
-	if n > 0 {
-		piecesOf(s.Conn()).wait(n)
-	}
+	piecesOf(s.Conn()).wait(n)
 }
 
 // book raises what is reserved to n bytes. Up to freeKadMessage nothing is reserved,

@@ -50,11 +50,11 @@ const (
 	minRetry    = time.Second
 	maxRetry    = 30 * time.Second
 
-	// vouchedDials bounds how many relays are dialled per second that only others vouch for,
-	// after the first maxRelays. It is what maxRelays need that are all down. Somebody who
-	// runs a relay chooses their addresses: with a new list each time that he was asked,
-	// which was whenever one of his connections ended, he had this relay send 4.6 MB/s to a
-	// victim, 19 times what he said.
+	// vouchedDials limits how many relays that only others vouch for are dialled per second,
+	// after the first maxRelays. It is enough for maxRelays that are all down. Whoever runs a
+	// relay chooses the addresses of those for which it vouches. Without the limit, one that
+	// gave a new list each time that it was asked, which was whenever one of its connections
+	// ended, had this relay send 4.6 MB/s to a victim, 19 times what it sent itself.
 	vouchedDials = 2
 
 	// vouchTimeout bounds the question which relays another one vouches for. It is asked
@@ -236,8 +236,8 @@ func (f *federation) keep(ctx context.Context, id peer.ID, left <-chan struct{})
 	for {
 		// We wait between attempts ourselves, so libp2p must not.
 		f.host.Network().(*swarm.Swarm).Backoff().Clear(id)
+		// Reserve no turn: a relay for which nobody vouches any more would take that of another.
 		for o := f.get(id); o != nil && o.voucher != "" && !f.pace.Allow(); o = f.get(id) {
-			// Wait for no reserved turn, or those that are gone would take the turns of others.
 			select {
 			case <-ctx.Done():
 				return
@@ -313,7 +313,7 @@ func (f *federation) read(ctx context.Context, id peer.ID) ([]peer.AddrInfo, err
 		return nil, err
 	}
 	defer s.Reset()
-	defer context.AfterFunc(ctx, func() { s.Reset() })() // no longer than ctx, which ends with vouchTimeout or with f
+	defer context.AfterFunc(ctx, func() { s.Reset() })() // ends what waits for the answer
 	text, err := io.ReadAll(io.LimitReader(s, maxVouched+1))
 	if err != nil {
 		return nil, err

@@ -14,8 +14,8 @@ package main
 // packet until quic-go sends it again, which it does before anything new (Append in its
 // framer.go). Where a packet has less room than the frame needs, quic-go cuts the frame in
 // two, and each part takes as much memory as the whole. So a client that acknowledges little
-// makes quic-go keep more and more, without any Write. That is booked, too, and who has too
-// much cut is closed.
+// makes quic-go keep more and more, without any Write. That is booked, too, and a client
+// for which too much is cut is closed.
 
 import (
 	"cmp"
@@ -35,7 +35,7 @@ import (
 const (
 	// fullFrame is what quic-go keeps for a STREAM frame with data that it has sent, in
 	// bytes: a buffer for a whole packet, whatever is in it, and what belongs to the
-	// packet. TestFlightCosts measures 1 680 to 1 910, with a little that is its own.
+	// packet. TestFlightCosts measures 1 680 to 1 910, with a little that the test takes.
 	// emptyFrame is the same without data.
 	fullFrame  = 1900
 	emptyFrame = 288
@@ -50,12 +50,13 @@ const (
 	// that it holds: half of the time after which the clients give up a connection.
 	stallTime = 5 * time.Second
 
-	// unfilledPacket is less than any packet has that quic-go has filled, in bytes: of the
-	// 1200 in sockets.go it leaves up to 128 free (MinStreamFrameSize in its params.go).
+	// unfilledPacket is the size below which quic-go has sent all that it had, in bytes. It
+	// leaves at most 128 bytes of a packet free (MinStreamFrameSize in its params.go), and
+	// a packet has 1200 (sockets.go).
 	unfilledPacket = 1200 - 256
 
-	// mostResets is of how many streams it is known that nothing is sent again: as many as
-	// the client can have open, and as many after them.
+	// mostResets limits how many streams that were reset are remembered: as many as the
+	// client can have open, and as many after them.
 	mostResets = 2 * maxIncomingStreams
 )
 
@@ -69,15 +70,17 @@ func flownCost(length int64) int {
 
 // flight is one connection's, and books in scope.
 type flight struct {
-	scope network.ResourceScope
-	short func()          // is called when a writer finds no more memory to book
-	burst func(most bool) // is called when it cannot book what is held, or when most, more than ever may be, is held
+	scope     network.ResourceScope
+	short     func() // called when a writer finds no more memory to book
+	uncovered func() // called when there is no memory to book for what quic-go has cut
+	burst     func() // called when more is held than one connection may ever have
 
-	// Only quic-go's goroutine uses these fields. frames are those in packets that quic-go
-	// waits for, by the packets' numbers. lost says where the frames that are to be sent
-	// again begin, and where they end. cost and lostCost are the sums over them.
+	// Only quic-go's goroutine uses these fields. frames has the frames of packets whose
+	// acknowledgement quic-go waits for, in the order of the packets' numbers. lost has
+	// those that are to be sent again: where each begins, and the offset at which it ends.
+	// cost and lostCost are what they cost.
 	frames         []flownFrame
-	live           int // of frames: those that are not gone
+	live           int // how many of frames are not gone
 	lost           map[flownPlace]int64
 	cost, lostCost int
 	probes         int                        // packets that are still to be sent for a timeout
@@ -88,12 +91,12 @@ type flight struct {
 	held    int           // cost and lostCost
 	writing int           // what Writes that have not returned may add
 	booked  int           // beyond freeFlight
-	cut     int           // of booked: what no writer has asked for
+	cut     int           // the part of booked that is for what quic-go has cut
 	heard   time.Time     // when something was acknowledged, or nothing was in flight
 	room    chan struct{} // closed when there may be room; nil: nobody waits
 }
 
-// flownFrame is a STREAM frame in a packet. A packet without any has one entry, of noData.
+// flownFrame is a STREAM frame in a packet. A packet without any has one entry, with noData.
 type flownFrame struct {
 	number int64 // of the packet
 	flownPlace
@@ -106,7 +109,7 @@ type flownState byte
 const (
 	withData flownState = iota
 	noData
-	gone // quic-go waits for it no more
+	gone // quic-go no longer waits for it
 )
 
 // flownPlace says where the data of a frame begins. No two frames begin at one place.
@@ -159,9 +162,9 @@ func (f *flight) sent(number int64, size int, frames []qlog.Frame) (eliciting bo
 		f.frames = append(f.frames, flownFrame{number: number, state: noData})
 		f.live++
 	}
-	// What waits would have found room here. (Not beside a PING alone: quic-go adds that to
-	// acknowledgements, which it sends while the window is full.) So nothing waits, and what
-	// is left was of streams that were reset.
+	// If frames waited to be sent again, they would have filled this packet. So none waits,
+	// and what is left in lost belongs to streams that were reset. A packet with a PING alone
+	// says nothing: quic-go adds one to acknowledgements, also while the window is full.
 	if usual && size < unfilledPacket {
 		f.lost, f.lostCost = nil, 0
 	}
@@ -208,8 +211,8 @@ func (f *flight) acked(first, last int64) {
 	}
 }
 
-// wasLost notes that the data of a packet has to be sent again. quic-go finds the oldest
-// first, so it has forgotten any that is older.
+// wasLost notes that the data of a packet has to be sent again. quic-go reports lost packets
+// from the oldest on, so it no longer has any that is older.
 func (f *flight) wasLost(number int64) {
 	for i := 0; i < len(f.frames) && f.frames[i].number < number; i++ {
 		f.drop(i)
@@ -295,18 +298,20 @@ func (f *flight) settle() {
 	if over > 0 {
 		over -= f.cover(over)
 	}
-	most := f.held > freeFlight+maxFlight+maxCut
+	tooMuch := f.held > freeFlight+maxFlight+maxCut
 	f.mu.Unlock()
-	// As much as is free may be missing, so that nobody is closed for a packet or two.
-	if most || over > freeFlight {
-		f.burst(most)
+	switch {
+	case tooMuch:
+		f.burst()
+	case over > freeFlight: // more than a few packets, for which nobody is closed
+		f.uncovered()
 	}
 }
 
 // cover books n bytes more for frames that quic-go has cut, or as much as it can, and
 // returns how much. It is called with the lock.
 func (f *flight) cover(n int) int {
-	priority := network.ReservationPriorityHigh // more than for writers, who can wait
+	priority := network.ReservationPriorityHigh // higher than for writers, who can wait
 	if f.cut == 0 {
 		priority = network.ReservationPriorityAlways // the first booking is small, and more urgent than a large one
 	}
@@ -480,8 +485,8 @@ func (s *flyingStream) SetWriteDeadline(t time.Time) error {
 }
 
 // deadline keeps when a stream's reads or writes have to end. The zero value is none. It
-// keeps the monotonic clock's reading, too: by the other clock, a circuit of an hour would
-// end at once when that is put right by an hour.
+// keeps the reading of the monotonic clock, too. With that of the wall clock alone, a circuit
+// of an hour would end at once when the wall clock is put forward by an hour.
 type deadline struct{ at atomic.Pointer[time.Time] } // nil: none
 
 func (d *deadline) set(t time.Time) {

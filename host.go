@@ -76,8 +76,9 @@ func newQUICHost(parts hostParts) (_ *quicHost, err error) {
 	bus := eventbus.NewBus(parts.busOptions...)
 	sw, err := swarm.NewSwarm(self, parts.addrBook(self, memory), bus, append(parts.swarmOptions,
 		// By itself the swarm stops dialling public addresses when fewer than 5 of its last
-		// 100 dials have succeeded, and then tries one dial in 100. A relay dials only others
-		// that it has lost, so one that stays away for an hour makes that so for all.
+		// 100 dials have succeeded, and then tries one dial in 100. This relay dials only
+		// relays that it has lost, so after an hour without one of them it would hardly dial
+		// any.
 		swarm.WithUDPBlackHoleSuccessCounter(nil),
 		swarm.WithIPv6BlackHoleSuccessCounter(nil),
 		swarm.WithConnectionGater(parts.gater),

@@ -28,20 +28,22 @@ import (
 
 const (
 	// httpBurst sets how many requests one network can make at once, and httpRate how
-	// many per second after that. A request costs 30 to 50 µs of CPU. A reverse proxy on
-	// another machine, which makes them for all clients, stays far below: a client asks
-	// once, when it is set up. A request beyond that waits, for at most httpPatience, and
-	// is then refused.
+	// many per second after that. A request costs 30 to 50 µs of CPU. Even a reverse proxy
+	// on another machine, which asks for all clients, stays far below that: a client asks
+	// once, when it is set up. A request beyond that waits. If it would have to wait for
+	// longer than httpPatience, it is refused after that time, so that who asks does not
+	// ask again at once.
 	httpBurst    = 1024
 	httpRate     = 256
 	httpPatience = 3 * time.Second
 
 	// httpBudgets sets how many budgets there are. They take 80 KiB. A hash of the network
-	// chooses one, so that networks that nobody has seen before take no memory.
+	// chooses one, so that a flood from many networks takes no more memory. (Those in
+	// budgets.go go by connections, of which there are only so many.)
 	httpBudgets = 1024
 
-	// maxHTTPLines limits the lines of a request. Browsers send about 15, and a proxy adds
-	// ten.
+	// maxHTTPLines limits the lines of a request's header. Browsers send about 15, and a
+	// proxy adds ten.
 	maxHTTPLines = 64
 )
 
@@ -54,7 +56,7 @@ type apiHandler struct {
 	stopping atomic.Bool
 
 	seed    maphash.Seed
-	budgets [httpBudgets]*rate.Limiter // of requests, for each network
+	budgets [httpBudgets]*rate.Limiter // chosen by budget
 }
 
 // healthRoute is the path at which monitors ask whether the relay is up.
@@ -120,8 +122,7 @@ func (h *apiHandler) wait(r *http.Request) bool {
 	if addr.IsLoopback() { // a reverse proxy: its limits count
 		return true
 	}
-	network := networkOf(addr)
-	turn := h.budgets[maphash.Comparable(h.seed, network)%httpBudgets].Reserve()
+	turn := h.budget(addr).Reserve()
 	wait := turn.Delay()
 	late := wait > httpPatience
 	if late {
@@ -135,6 +136,11 @@ func (h *apiHandler) wait(r *http.Request) bool {
 		}
 	}
 	return !late
+}
+
+// budget returns the budget of requests of the network that addr is in.
+func (h *apiHandler) budget(addr netip.Addr) *rate.Limiter {
+	return h.budgets[maphash.Comparable(h.seed, networkOf(addr))%httpBudgets]
 }
 
 // newHTTPServer serves h within bounds that a slow or hostile client cannot exceed.
@@ -162,8 +168,8 @@ func newHTTPServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// thinListener accepts connections whose requests have few lines. net/http bounds the
-// bytes of a request, and keeps its lines in a map: 8 KiB of short lines took 120 KiB.
+// thinListener accepts connections whose requests have few lines. net/http bounds only the
+// bytes of a header, and keeps its lines in a map: 8 KiB of short lines took 120 KiB.
 type thinListener struct{ net.Listener }
 
 func (l thinListener) Accept() (net.Conn, error) {
@@ -177,13 +183,14 @@ func (l thinListener) Accept() (net.Conn, error) {
 // thinConn is one of those connections. net/http reads from it in one goroutine at a time.
 type thinConn struct {
 	net.Conn
-	lines int  // of the request that is being read
-	begun bool // the last of them has a character
+	lines int  // since the last empty one, which ends a header
+	begun bool // the line that is being read is not empty
 }
 
 var errTooManyLines = fmt.Errorf("request has more than %d lines", maxHTTPLines)
 
-// Read returns an error in place of the first line that is too many.
+// Read returns an error in place of the first line that is too many. It does not know where a
+// body ends, so it counts the lines of bodies, too. The endpoint has no use for a body.
 func (c *thinConn) Read(p []byte) (int, error) {
 	if c.lines > maxHTTPLines {
 		return 0, errTooManyLines
@@ -191,7 +198,7 @@ func (c *thinConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	for i, b := range p[:n] {
 		switch {
-		case b == '\n' && !c.begun: // this ends the header
+		case b == '\n' && !c.begun:
 			c.lines = 0
 		case b == '\n':
 			c.lines, c.begun = c.lines+1, false
@@ -205,7 +212,8 @@ func (c *thinConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// CloseWrite lets net/http say goodbye after a refusal, as on a connection by TCP.
+// CloseWrite is what net/http looks for, so that a client can read why it was refused
+// before its connection is reset.
 func (c *thinConn) CloseWrite() error {
 	if tcp, ok := c.Conn.(*net.TCPConn); ok {
 		return tcp.CloseWrite()

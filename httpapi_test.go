@@ -16,10 +16,12 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -146,6 +148,99 @@ func TestHealthTurnsOnceStopping(t *testing.T) {
 			t.Errorf("stopping = %v: %d %q, want %d %q", tt.stopping, w.Code, w.Body, tt.status, tt.body)
 		}
 	}
+}
+
+// A client that makes many requests over one connection is not taken for one that sends too
+// many lines, and the latter is told so.
+func TestLinesOfRequestsAreCounted(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := newHTTPServer(newTestAPI(), slog.New(slog.DiscardHandler))
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(thinListener{ln}) }()
+	defer func() {
+		srv.Close()
+		<-served
+	}()
+	request := func(lines int) string { // the empty one is not counted
+		return "GET " + identityRoute + " HTTP/1.1\r\nHost: relay\r\n" + strings.Repeat("X-A: b\r\n", lines-2) + "\r\n"
+	}
+	post := "POST " + identityRoute + " HTTP/1.1\r\nHost: relay\r\nContent-Length: 100\r\n\r\n" + strings.Repeat("\n", 100)
+	for _, tt := range []struct {
+		name     string
+		requests []string
+		status   []int
+	}{
+		{"many requests of the most lines", slices.Repeat([]string{request(maxHTTPLines)}, 5), []int{200, 200, 200, 200, 200}},
+		{"a line too many", []string{request(3), request(maxHTTPLines + 1)}, []int{200, 400}},
+		{"a body of empty lines", []string{post, request(maxHTTPLines)}, []int{405, 200}},
+		{"a line too many after a body", []string{post, request(maxHTTPLines + 1)}, []int{405, 400}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c, err := net.Dial("tcp", ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(testTimeout))
+			answers := bufio.NewReader(c)
+			for i, r := range tt.requests {
+				if _, err := io.WriteString(c, r); err != nil {
+					t.Fatal(err)
+				}
+				resp, err := http.ReadResponse(answers, nil)
+				if err != nil {
+					t.Fatalf("request %d: %v", i, err)
+				}
+				io.Copy(io.Discard, resp.Body)
+				if resp.StatusCode != tt.status[i] {
+					t.Errorf("request %d: status %d, want %d", i, resp.StatusCode, tt.status[i])
+				}
+			}
+		})
+	}
+}
+
+// A network that asks without end waits, and is refused after a while. All others are
+// answered at once.
+func TestRequestsOfANetworkAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		api := newTestAPI()
+		greedy, other := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("198.51.100.1")
+		for api.budget(other) == api.budget(greedy) {
+			other = other.Next()
+		}
+		ask := func(from netip.Addr) (status int, took time.Duration) {
+			req, w, began := httptest.NewRequest("GET", identityRoute, nil), httptest.NewRecorder(), time.Now()
+			req.RemoteAddr = netip.AddrPortFrom(from, 1234).String()
+			api.ServeHTTP(w, req)
+			return w.Code, time.Since(began)
+		}
+		expect := func(from netip.Addr, wantStatus int, want time.Duration) {
+			t.Helper()
+			if status, took := ask(from); status != wantStatus || took.Round(time.Millisecond) != want {
+				t.Errorf("%v: status %d after %v, want %d after %v", from, status, took, wantStatus, want)
+			}
+		}
+		for range httpBurst {
+			expect(greedy, 200, 0)
+		}
+		var asking sync.WaitGroup
+		for range httpRate * int(httpPatience/time.Second) {
+			asking.Go(func() {
+				if status, took := ask(greedy); status != 200 || took == 0 {
+					t.Errorf("status %d after %v, want 200 after a while", status, took)
+				}
+			})
+		}
+		synctest.Wait()
+		expect(other, 200, 0)
+		expect(netip.MustParseAddr("127.0.0.1"), 200, 0)
+		expect(greedy, 429, httpPatience)
+		asking.Wait()
+	})
 }
 
 // A slow or hostile client costs others nothing: the relay ends its connections and

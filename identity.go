@@ -242,8 +242,8 @@ func syncDir(dir string) error {
 		return err
 	}
 	defer d.Close()
-	// Some file systems cannot sync a directory either, such as VirtualBox's shared folders
-	// (vboxsf has no fsync for them). The key is there all the same.
+	// Some file systems cannot sync a directory, such as VirtualBox's shared folders (vboxsf
+	// has no fsync for them). The key file is there all the same.
 	if err := d.Sync(); !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}

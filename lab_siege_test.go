@@ -431,7 +431,7 @@ func (p *puppet) note(packet []byte) {
 	for i := range length {
 		short = short<<8 | uint32(packet[at+i]^mask[1+i])
 	}
-	window := uint32(1) << (8 * length) // 0 with four bytes
+	window := uint32(1) << (8 * length) // 0 with four bytes, which are the whole number
 	number := p.largest&^(window-1) | short
 	if number+window/2 <= p.largest {
 		number += window

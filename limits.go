@@ -88,7 +88,9 @@ const (
 	// counts seconds in 32 bits.
 	maxCircuitDuration = math.MaxUint32 * time.Second
 
-	// maxHTTPConns is the most connections to the identity endpoint at once.
+	// maxHTTPConns is the most connections to the identity endpoint at once. With
+	// httpConnMemory they take 12 MiB. Others get their answers while somebody takes all
+	// of them again and again (TestAttackHTTP).
 	maxHTTPConns = 384
 
 	// minBandwidth is the least for --max-bandwidth, in bytes per second: with it
@@ -136,10 +138,10 @@ const (
 	// circuit on loopback carried 63 and 98 MiB/s, and without a cap 170 and 198.
 	maxFlight = 3 << 20
 
-	// maxCut caps what is booked beyond maxFlight, in bytes, because quic-go cuts frames in
-	// two when it sends them again: twice as many frames as the client was sent. An honest
-	// client that loses all of maxFlight eight times, while it sends as much itself, makes
-	// quic-go cut at most 496 KiB, and one that loses 5 % of its packets nothing.
+	// maxCut caps what is booked beyond maxFlight for frames that quic-go has cut in two to
+	// send them again, in bytes. With it, there may be twice as many frames as before the
+	// cuts. For an honest client that loses all of maxFlight eight times, and sends as much
+	// itself, quic-go cuts at most 496 KiB; for one that loses 5 % of its packets, nothing.
 	maxCut = maxFlight
 
 	// freeFlight is what the relay may send to a client before it has acknowledged any of
@@ -254,8 +256,8 @@ const (
 	// QUIC connection uses three, and two may begin at once.
 	legIDs = 8
 
-	// newcomers is of how many addresses, each for IPv4 and IPv6, it is known that
-	// somebody dials from there who is not here: 64 KiB of each.
+	// newcomers is how many addresses are remembered from which somebody dials who is not
+	// connected, for IPv4 and IPv6 each. They take 64 KiB each.
 	newcomers = 1024
 
 	// bridgeMemory is what the bridge takes for one client at most, in bytes: four flows

@@ -136,9 +136,9 @@ func availableMemory(root fs.FS) (available uint64, source string) {
 			available, source = limit, by
 		}
 	}
-	// By sysinfo(2) and its like, because a sandbox may hide /proc/meminfo. But in a
-	// container of LXC, sysinfo(2) tells of the host, and lxcfs puts what the container has
-	// into /proc/meminfo. Proxmox hides the limit of the cgroup from its containers
+	// TotalMemory asks sysinfo(2) or its like, because a sandbox may hide /proc/meminfo. But
+	// in an LXC container sysinfo(2) tells what the host has, and /proc/meminfo, by lxcfs,
+	// what the container has. There the cgroup's limit may be hidden, as Proxmox does it
 	// (lxc.cgroup.dir.container.inner in lxc.container.conf(5)).
 	atMost(memory.TotalMemory(), "machine")
 	atMost(procMemory(root), "machine")

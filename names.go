@@ -35,8 +35,8 @@ const (
 	// next one.
 	nameTimeout = 15 * time.Second
 
-	// nameDialWait limits how long a dial waits for what a name leads to if that is not
-	// known. All names of a relay are looked up before any of its addresses is dialled.
+	// nameDialWait limits how long a dial waits until a name that has led nowhere yet is
+	// looked up. The swarm looks up all names of a relay before it dials any address.
 	nameDialWait = 2 * time.Second
 
 	// nameFirstWait limits how long the start waits for the first answers, so that
@@ -174,8 +174,8 @@ func (n *names) lookUp(ctx context.Context, addr ma.Multiaddr) ([]ma.Multiaddr, 
 
 // ResolveDNSComponent makes n the swarm's resolver, with ResolveDNSAddr. The swarm asks for
 // each name among the addresses of another relay, one after the other, before it dials any
-// address. If n waited for a DNS that hangs, the swarm would never dial, although n knows
-// where the names led.
+// of them. If it had to wait for a DNS server that hangs, it would never dial, although n
+// knows where the names led.
 func (n *names) ResolveDNSComponent(ctx context.Context, addr ma.Multiaddr, most int) ([]ma.Multiaddr, error) {
 	if ips := n.known(addr); len(ips) > 0 {
 		return ips[:min(len(ips), most)], nil

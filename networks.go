@@ -81,8 +81,7 @@ func (c *followingConn) RemoteMultiaddr() ma.Multiaddr {
 	return addr
 }
 
-// followInterval is how often it is looked where clients are that move, to count them
-// there.
+// followInterval is how often networks looks where clients that move are now.
 const followInterval = 500 * time.Millisecond
 
 // networks counts the connections of each network. go-libp2p's resource manager counts
@@ -105,13 +104,13 @@ type networks struct {
 	mu    sync.Mutex
 	conns map[netip.Prefix]int
 
-	// moving has the places whose client may have another address now. One stays for two
-	// looks, because quic-go tells of a move a moment before it follows. The value says
-	// whether the first is over.
+	// moving has the places of clients that may have another address now. A place stays for
+	// two looks, because quic-go tells of a move a moment before it follows. The value says
+	// whether the first look is over.
 	moving map[*networkPlace]bool
 }
 
-// networkPlace is a connection's in a network. Make it with take, and leave it once the
+// networkPlace is the place of a connection in a network. take makes it; call leave once the
 // connection is closed.
 type networkPlace struct {
 	networks *networks
@@ -176,8 +175,8 @@ func (p *networkPlace) belongs(c *quic.Conn) {
 	p.conn = c
 }
 
-// moves has the place follow its client to another address, to which quic-go is about to
-// send from now on.
+// moves says that quic-go is about to send to another address of the client. The place
+// follows at the next look.
 func (p *networkPlace) moves() {
 	n := p.networks
 	n.mu.Lock()
@@ -234,8 +233,10 @@ func (n *networks) move() {
 		if p.conn == nil {
 			continue
 		}
-		if n.moving[p] = true; again {
+		if again {
 			delete(n.moving, p)
+		} else {
+			n.moving[p] = true
 		}
 		to := n.counted(whereIs(p.conn).Addr())
 		if to == p.network {

@@ -88,11 +88,14 @@ func (p *peers) follow(h host.Host) error {
 	if err != nil {
 		return err
 	}
-	h.Network().Notify(&network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
-		if p.served.add(string(c.RemotePeer())) {
-			p.log.Debug("new peer", "peer", c.RemotePeer(), "remote_addr", c.RemoteMultiaddr(), "peers_served", p.served.count())
-		}
-	}})
+	h.Network().Notify(&network.NotifyBundle{
+		ConnectedF: func(_ network.Network, c network.Conn) {
+			if p.served.add(string(c.RemotePeer())) {
+				p.log.Debug("new peer", "peer", c.RemotePeer(), "remote_addr", c.RemoteMultiaddr(), "peers_served", p.served.count())
+			}
+		},
+		DisconnectedF: func(_ network.Network, c network.Conn) { p.closed(c) },
+	})
 	p.done = make(chan struct{})
 	go p.loop() // close waits for it
 	return nil
@@ -136,13 +139,9 @@ func (p *peers) connected(id peer.ID) bool {
 // it reaches the relay over c, or nil if it did not say so.
 func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
 	id := c.RemotePeer()
-	open := p.network.ConnsToPeer(id)
-	said.reachedAt = make(map[network.Conn]ma.Multiaddr)
 	p.mu.Lock()
-	for _, o := range open {
-		if before, ok := p.identified[id].reachedAt[o]; ok {
-			said.reachedAt[o] = before
-		}
+	if said.reachedAt = p.identified[id].reachedAt; said.reachedAt == nil {
+		said.reachedAt = make(map[network.Conn]ma.Multiaddr)
 	}
 	if at != nil || said.reachedAt[c] == nil {
 		said.reachedAt[c] = at
@@ -153,11 +152,22 @@ func (p *peers) learn(c network.Conn, said identified, at ma.Multiaddr) {
 		delete(p.awaited, c)
 	}
 	p.mu.Unlock()
+	if c.IsClosed() { // maybe before it was noted
+		p.closed(c)
+	}
 	if !p.connected(id) {
 		// It left meanwhile. If loop has handled the event that says so before
 		// this, nobody else would forget it.
 		p.forget(id)
 	}
+}
+
+// closed forgets a connection that has ended. quic-go's part of it still holds what the
+// client has sent and nobody has read, which no longer counts as the client's memory.
+func (p *peers) closed(c network.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.identified[c.RemotePeer()].reachedAt, c)
 }
 
 // forget drops what was learned of a peer that has no connection any more.

@@ -59,6 +59,33 @@ func TestReportedAddrsAreHandedOutWithinBounds(t *testing.T) {
 	}
 }
 
+// A device that stays, and whose other connections end, leaves nothing of those behind: each
+// would hold all that it had not read yet.
+func TestClosedConnectionsAreForgotten(t *testing.T) {
+	r := newTestRelay(t, defaultConfig(t))
+	c, who := newCrowd(t, 3), newLightIdentity(t)
+	known := func(want int) func() bool {
+		return func() bool {
+			r.peers.mu.Lock()
+			defer r.peers.mu.Unlock()
+			return len(r.peers.identified[who.id].reachedAt) == want
+		}
+	}
+	var conns []*lightClient
+	for range 3 {
+		conn, err := c.dial(testContext(t), who, r.info)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	eventually(t, "the relay knows three connections", known(3))
+	for _, conn := range conns[1:] {
+		conn.CloseWithError(0, "")
+	}
+	eventually(t, "the relay knows one connection", known(1))
+}
+
 // Whoever says that he speaks a thousand protocols takes no more memory than others:
 // of what identify tells, the relay keeps what it uses.
 func TestIdentifyLeavesNoStringsBehind(t *testing.T) {

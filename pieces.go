@@ -13,10 +13,12 @@ package main
 // The tracer also sees what clients have not acknowledged (flight.go), and what honest
 // clients never do: send packets of hundreds of frames, each of which may take quic-go
 // as long as a whole packet, and send packet after packet without any acknowledgement,
-// so that quic-go has to keep all that it has sent.
+// so that quic-go has to keep all that it has sent. The wrapper also sees identify messages,
+// which take many times their length, and makes requests and small reads wait that are
+// beyond the budget of the client's network (budgets.go).
 //
-// This file relies on nothing inside quic-go except what a frame costs: see
-// pieceCost.
+// This file relies on nothing inside quic-go except what a frame costs: see pieceCost.
+// flight.go relies on more, and says where.
 
 import (
 	"context"
@@ -70,15 +72,16 @@ const (
 	smallRead       = 64
 	readsPerRequest = 16
 
-	// identifyPart sets what each byte of identify takes, in bytes, until go-libp2p has
-	// read all of it. A message may have ten parts of 8 KiB, and each empty address in
-	// them, of two bytes, is kept as a slice: 72 KiB took 988 KiB. maxIdentify limits all
-	// parts together, in bytes: two whole ones. Clients send about 1 KiB.
+	// identifyPart sets what each byte of an identify message takes, in bytes, until
+	// go-libp2p has read all of it. Such a message may have ten parts of 8 KiB. An empty
+	// address in it has two bytes, and go-libp2p keeps a slice for it: 72 KiB took 988 KiB.
+	// maxIdentify limits the whole message, in bytes, to two full parts. Clients send
+	// about 1 KiB.
 	identifyPart = 14
 	maxIdentify  = 16 << 10
 
-	// lookInterval limits how often it is looked who has stalled, because a circuit waits
-	// for memory. Looking at 10 000 connections takes 0.2 to 5 ms.
+	// lookInterval limits how often makeRoom looks for clients that have stalled because a
+	// circuit waits for memory. Looking at 10 000 connections takes 0.2 to 5 ms.
 	lookInterval = 100 * time.Millisecond
 
 	// usualCrypto sets how many CRYPTO frames a handshake may have. Those of the clients
@@ -151,13 +154,8 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
 		flight:              flight{scope: scope, short: func() { p.makeRoom(nil, nil) }},
 	}
-	c.flight.burst = func(most bool) {
-		if most {
-			c.close(refusedMemory)
-		} else {
-			p.makeRoom(c, func(c *connPieces) int { return c.flight.excess() })
-		}
-	}
+	c.flight.uncovered = func() { p.makeRoom(c, func(c *connPieces) int { return c.flight.excess() }) }
+	c.flight.burst = func() { c.close(refusedMemory) }
 	c.budget.Store(p.budgets.of(addrPort(from).Addr()))
 	p.mu.Lock()
 	p.conns[c] = struct{}{}
@@ -242,47 +240,7 @@ func (*connPieces) SupportsSchemas(string) bool        { return false }
 func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 	switch packet := e.(type) {
 	case qlog.PacketReceived:
-		progress := false
-		for _, f := range packet.Frames {
-			switch f := f.Frame.(type) {
-			case *qlog.StreamFrame:
-				if f.Length < wholeFrame || f.Fin {
-					c.add(f)
-				}
-			case *qlog.AckFrame:
-				if packet.Header.PacketType != qlog.PacketType1RTT {
-					continue
-				}
-				for _, r := range f.AckRanges {
-					c.flight.acked(int64(r.Smallest), int64(r.Largest))
-				}
-				c.flight.settle()
-				if largest := int64(f.LargestAcked()); largest > c.acked {
-					c.acked, progress = largest, true
-				}
-			case *qlog.CryptoFrame:
-				// quic-go reads CRYPTO frames itself, and keeps those that come out
-				// of order for as long as the connection lasts.
-				if f.Length > 0 {
-					c.crypto++
-					c.hold(smallPiece)
-				}
-			case *qlog.ResetStreamFrame:
-				if s := c.stream(f.StreamID); s != nil {
-					s.end(func(s *streamPieces) { s.final = true })
-				}
-				c.owe()
-			case *qlog.NewConnectionIDFrame, *qlog.RetireConnectionIDFrame, *qlog.StopSendingFrame, *qlog.PathChallengeFrame:
-				c.owe()
-			}
-		}
-		if c.crypto > usualCrypto && packet.Header.PacketType != qlog.PacketType1RTT && c.all.flooded != nil {
-			c.all.flooded(packet.Header.DestConnectionID.Bytes())
-		}
-		c.heard(progress)
-		if extra := len(packet.Frames) - usualFrames; extra > 0 {
-			c.spend(extra)
-		}
+		c.received(packet)
 	case qlog.PacketSent:
 		if packet.Header.PacketType != qlog.PacketType1RTT {
 			return
@@ -291,7 +249,8 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 			c.sent = number
 		}
 	case qlog.LossTimerUpdated:
-		if packet.Type == qlog.LossTimerUpdateTypeExpired && packet.TimerType == qlog.TimerTypePTO && qlog.EncryptionLevelToPacketType(packet.EncLevel) == qlog.PacketType1RTT {
+		if packet.Type == qlog.LossTimerUpdateTypeExpired && packet.TimerType == qlog.TimerTypePTO &&
+			qlog.EncryptionLevelToPacketType(packet.EncLevel) == qlog.PacketType1RTT {
 			c.flight.probe()
 		}
 	case qlog.PacketLost:
@@ -303,6 +262,51 @@ func (c *connPieces) RecordEvent(e qlogwriter.Event) {
 			c.flight.allLost()
 			c.moves()
 		}
+	}
+}
+
+// received counts the frames of a packet.
+func (c *connPieces) received(packet qlog.PacketReceived) {
+	progress := false
+	for _, f := range packet.Frames {
+		switch f := f.Frame.(type) {
+		case *qlog.StreamFrame:
+			if f.Length < wholeFrame || f.Fin {
+				c.add(f)
+			}
+		case *qlog.AckFrame:
+			if packet.Header.PacketType != qlog.PacketType1RTT {
+				continue
+			}
+			for _, r := range f.AckRanges {
+				c.flight.acked(int64(r.Smallest), int64(r.Largest))
+			}
+			c.flight.settle()
+			if largest := int64(f.LargestAcked()); largest > c.acked {
+				c.acked, progress = largest, true
+			}
+		case *qlog.CryptoFrame:
+			// quic-go reads CRYPTO frames itself, and keeps those that come out
+			// of order for as long as the connection lasts.
+			if f.Length > 0 {
+				c.crypto++
+				c.hold(smallPiece)
+			}
+		case *qlog.ResetStreamFrame:
+			if s := c.stream(f.StreamID); s != nil {
+				s.end(func(s *streamPieces) { s.final = true })
+			}
+			c.owe()
+		case *qlog.NewConnectionIDFrame, *qlog.RetireConnectionIDFrame, *qlog.StopSendingFrame, *qlog.PathChallengeFrame:
+			c.owe()
+		}
+	}
+	if c.crypto > usualCrypto && packet.Header.PacketType != qlog.PacketType1RTT && c.all.flooded != nil {
+		c.all.flooded(packet.Header.DestConnectionID.Bytes())
+	}
+	c.heard(progress)
+	if extra := len(packet.Frames) - usualFrames; extra > 0 {
+		c.spend(extra)
 	}
 }
 
@@ -476,9 +480,9 @@ func (c *connPieces) let(cost int) {
 }
 
 // makeRoom closes the connection that has most in flight and acknowledges nothing. If
-// there is none, it closes the one that has taken most, which may be asking itself; or none,
-// if asking is nil. While one is being closed, makeRoom closes no other, and the connection
-// that asks goes on.
+// there is none, it closes the connection for which taken returns most, which may be the
+// one that asks. If asking is nil, it then closes none, and does not need taken. While one
+// is being closed, makeRoom closes no other, and the connection that asks goes on.
 func (p *pieces) makeRoom(asking *connPieces, taken func(*connPieces) int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -723,15 +727,16 @@ func (c *connPieces) wait(n int) {
 type watchedStream struct {
 	network.MuxedStream
 	pieces *streamPieces
-	small  int // reads of smallRead bytes and less; one goroutine reads
+	small  int // reads of at most smallRead bytes so far; only one goroutine reads
 
-	identifies atomic.Bool  // what is read is identify
-	parts      atomic.Int64 // what all of that takes, in bytes
+	identifies atomic.Bool  // the stream carries an identify message
+	parts      atomic.Int64 // what has been read of that takes so much, in bytes
 	ended      atomic.Bool  // nothing more is read
 }
 
-// identifying are what the relay writes when it has agreed to read identify on a stream, or
-// asks for it.
+// identifying has what the relay writes before it reads an identify message: when it accepts
+// a push, and when it asks for one itself.
+// https://github.com/multiformats/multistream-select
 var identifying = []string{
 	fmt.Sprintf("%c%s\n", len(identify.IDPush)+1, identify.IDPush),
 	fmt.Sprintf("\x13/multistream/1.0.0\n%c%s\n", len(identify.ID)+1, identify.ID),
@@ -739,7 +744,8 @@ var identifying = []string{
 
 var errIdentifyTooLong = fmt.Errorf("identify message is above %d bytes", maxIdentify)
 
-// Write notices identify, which only the messages that choose a protocol tell here.
+// Write notices that the stream carries an identify message. At this level, only the
+// messages that choose the protocol tell.
 func (s *watchedStream) Write(p []byte) (int, error) {
 	if len(p) <= smallRead && slices.Contains(identifying, string(p)) {
 		s.identifies.Store(true)
@@ -747,10 +753,10 @@ func (s *watchedStream) Write(p []byte) (int, error) {
 	return s.MuxedStream.Write(p)
 }
 
-// Read waits if a stream is read in many small parts, and the client's network has spent
-// its budget. A protocol that is proposed and not spoken here takes two such reads, and a
-// ping takes one: 64 connections with nothing else took a core, and other clients'
-// requests 100 ms, 1.1 s at worst.
+// Read waits if the stream is read in many small parts and the client's network has spent
+// its budget. Each proposal of a protocol that the relay does not speak takes two such reads,
+// and a ping takes one. Without this, 64 connections with nothing else took a core, and other
+// clients' requests took 100 ms, 1.1 s at worst.
 func (s *watchedStream) Read(p []byte) (int, error) {
 	if len(p) <= smallRead {
 		if s.small++; s.small%readsPerRequest == 0 {

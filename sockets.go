@@ -61,15 +61,15 @@ const (
 	// the same rate.
 	handshakeRate = 1000
 
-	// maxCertificate limits a client's certificate, in bytes, and maxCertificateRest what
-	// is in it beside keys and signatures. go-libp2p's have at most 176 bytes beside
-	// (TestCertificatesOfClients), and 2 441 in all with the largest key, RSA with 8192
-	// bits. What is left holds 156 names of a byte, which cost 21 KiB.
+	// maxCertificate limits a client's certificate, and maxCertificateRest what it holds
+	// beside keys and signatures, both in bytes. A certificate of go-libp2p has at most 176
+	// bytes beside them (TestCertificatesOfClients), and 2 441 in all with the largest key,
+	// RSA with 8192 bits. The rest has room for 156 names of one byte, which cost 21 KiB.
 	maxCertificate     = 4 << 10
 	maxCertificateRest = 640
 
-	// maxServerName limits the name of the relay that a client asks for, in bytes, which is
-	// kept as well. It is a DNS name, and the clients send none.
+	// maxServerName limits the server name in a client's handshake, in bytes. crypto/tls
+	// keeps it as well. A DNS name has no more (RFC 1035, 2.3.4), and the clients send none.
 	maxServerName = 255
 
 	// acceptQueue is how many connections may wait after their handshakes until
@@ -315,9 +315,9 @@ func serverTLS(identity *libp2ptls.Identity) *tls.Config {
 	return conf
 }
 
-// thin returns an error if the client's certificates say much that nobody needs. crypto/tls
-// keeps what it has read of them as long as the connection lasts: 9 KiB with 3 000 names
-// took 450 KiB.
+// thin returns an error if the client's certificates hold much that nobody needs. crypto/tls
+// keeps what it has parsed of them as long as the connection lasts: a certificate of 9 KiB
+// with 3 000 names took 450 KiB.
 func thin(certs []*x509.Certificate) error {
 	for _, cert := range certs {
 		rest := len(cert.Raw) - len(cert.RawSubjectPublicKeyInfo) - len(cert.Signature)
