@@ -149,10 +149,15 @@ func (p *pieces) begin(ctx context.Context, scope network.ConnManagementScope, f
 		streams:             make(map[quic.StreamID]*streamPieces),
 		free:                initialWindow,
 		frames:              rate.NewLimiter(framesPerSecond/5, framesPerSecond),
-		flight:              flight{scope: scope, short: func() { p.makeRoom(nil, nil) }},
+		flight:              flight{scope: scope},
+	}
+	c.flight.short = func() {
+		if !c.peerHasMuch() {
+			p.makeRoom(nil, nil)
+		}
 	}
 	c.flight.burst = func(most bool) {
-		if most {
+		if most || c.peerHasMuch() {
 			c.close(refusedMemory)
 		} else {
 			p.makeRoom(c, func(c *connPieces) int { return c.flight.excess() })
@@ -406,11 +411,19 @@ func (c *connPieces) add(f *qlog.StreamFrame) {
 // cover. If there is no room, a connection is closed.
 func (c *connPieces) hold(cost int) {
 	switch err := c.book(int(c.held.Add(int64(cost)))); {
-	case err == errMaxPieces:
+	case err == errMaxPieces, errors.Is(err, network.ErrResourceLimitExceeded) && c.peerHasMuch():
 		c.close(refusedMemory)
 	case errors.Is(err, network.ErrResourceLimitExceeded):
 		c.all.makeRoom(c, (*connPieces).bookedForPieces)
 	}
+}
+
+// peerHasMuch reports whether the connection's peer has more than one connection may take.
+// It may then be at the peer's own limit that there is no room, and nobody else is closed
+// for that.
+func (c *connPieces) peerHasMuch() bool {
+	p := c.PeerScope()
+	return p != nil && p.Stat().Memory > peerMemory/connsPerPeer
 }
 
 // take is hold for those who can do without: if there is no room, it returns an error.

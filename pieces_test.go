@@ -16,6 +16,8 @@ import (
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	ma "github.com/multiformats/go-multiaddr"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
 
@@ -155,6 +157,57 @@ func TestGreediestIsClosed(t *testing.T) {
 	}
 	if n := counts.refused[refusedMemory].Load(); n != 2 {
 		t.Errorf("%d refusals were counted, want 2", n)
+	}
+}
+
+// Who has taken all that one peer may take has nobody else closed, neither for small pieces,
+// nor for frames that are cut, nor for what its circuits would like to send.
+func TestPeerAtItsLimitIsClosedItself(t *testing.T) {
+	lim := limits{clients: 10_000, perNetwork: 256}
+	manager, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(lim.resourceLimits(0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	p := newPieces(newBudgets(lim), new(tally))
+	connect := func(id peer.ID) *connPieces {
+		scope, err := manager.OpenConnection(network.DirInbound, false, ma.StringCast("/ip4/11.0.0.1/udp/1/quic-v1"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, scope = p.begin(t.Context(), scope, &net.UDPAddr{}, func() {})
+		t.Cleanup(scope.Done)
+		if err := scope.SetPeer(id); err != nil {
+			t.Fatal(err)
+		}
+		return scope.(*connPieces)
+	}
+	honest := connect(newTestPeerID(t)) // in the middle of an outage, with much in flight and many pieces
+	honest.hold(initialWindow + maxPieces/2)
+	honest.flight.claim(maxFlight)
+	honest.flight.sent(1, 1200, streamFrames(0, 1100))
+	honest.flight.heard = time.Now().Add(-stallTime)
+	for what, asks := range map[string]func(c *connPieces){
+		"small pieces": func(c *connPieces) { c.hold(initialWindow + pieceStep) },
+		"frames cut":   func(c *connPieces) { c.flight.burst(false) },
+		"data for it":  func(c *connPieces) { c.flight.short() },
+	} {
+		id := newTestPeerID(t)
+		greedy, other := connect(id), connect(id)
+		for size := 1 << 20; size > 0; size /= 2 {
+			for other.ReserveMemory(size, network.ReservationPriorityAlways) == nil {
+			}
+		}
+		p.looked = time.Time{}
+		asks(greedy)
+		if honest.doomed {
+			t.Fatalf("%s: the honest client is closed", what)
+		}
+		if want := what != "data for it"; greedy.doomed != want {
+			t.Errorf("%s: the greedy one is closed %v, want %v", what, greedy.doomed, want)
+		}
+		greedy.Done()
+		other.Done()
 	}
 }
 
