@@ -18,6 +18,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 	ma "github.com/multiformats/go-multiaddr"
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/qlog"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
 
@@ -208,6 +210,35 @@ func TestPeerAtItsLimitIsClosedItself(t *testing.T) {
 		}
 		greedy.Done()
 		other.Done()
+	}
+}
+
+// Whoever loses a packet of each stream, and sends all the rest in frames that quic-go or
+// quinn has cut in two, is not closed. In pieces half as long, it is.
+func TestWindowInHalfFramesIsHeld(t *testing.T) {
+	const window = maxWindow * 3 / 2
+	for _, tt := range []struct {
+		length int64
+		doomed bool
+	}{{flownData / 2, false}, {flownData / 4, true}} {
+		c := newAccount(t, newPieces(newBudgets(limits{perNetwork: 1}), new(tally)))
+		c.ReserveMemory(window-initialWindow, 0) // the window has grown
+		for id := range quic.StreamID(2) {
+			for at := int64(flownData); at < window/2; at += tt.length {
+				c.RecordEvent(qlog.PacketReceived{Frames: []qlog.Frame{{Frame: &qlog.StreamFrame{StreamID: 4 * id, Offset: at, Length: tt.length}}}})
+			}
+		}
+		if c.doomed != tt.doomed {
+			t.Errorf("in pieces of %d bytes: closed %v with %d bytes held and %d booked, want %v", tt.length, c.doomed, c.held.Load(), c.booked, tt.doomed)
+		}
+		for id := range quic.StreamID(2) {
+			s := c.stream(4 * id)
+			s.read.Store(window)
+			s.settle()
+		}
+		if c.held.Load() != 0 || c.booked != 0 {
+			t.Errorf("in pieces of %d bytes: once all is read, %d bytes are held and %d booked", tt.length, c.held.Load(), c.booked)
+		}
 	}
 }
 
