@@ -218,6 +218,75 @@ func (r testRelay) usage(t *testing.T) (stat network.ScopeStat) {
 	return stat
 }
 
+// holdsNothing waits until the relay's rooms hold nothing for clients, who have left.
+func (r testRelay) holdsNothing(t *testing.T) {
+	t.Helper()
+	var left string
+	defer func() {
+		if left != "" {
+			t.Log("what the relay still holds: ", left)
+		}
+	}()
+	eventually(t, "the relay holds nothing for anybody", func() bool {
+		left = r.left()
+		return left == ""
+	})
+}
+
+// left says what the relay's rooms still hold for clients; empty: nothing.
+func (r testRelay) left() string {
+	var left []string
+	add := func(what string, n int) {
+		if n != 0 {
+			left = append(left, fmt.Sprint(n, " ", what))
+		}
+	}
+	networks, pieces := &r.sockets.networks, r.sockets.pieces
+	networks.mu.Lock()
+	add("networks with connections", len(networks.conns))
+	add("places that move", len(networks.moving))
+	networks.mu.Unlock()
+	pieces.mu.Lock()
+	add("accounts", len(pieces.conns))
+	pieces.mu.Unlock()
+	pieces.budgets.mu.Lock()
+	for _, b := range pieces.budgets.by {
+		add("users of a budget", b.users)
+	}
+	pieces.budgets.mu.Unlock()
+	add("unproven connections", int(r.sockets.unproven.Load()))
+	r.peers.mu.Lock()
+	add("identified peers", len(r.peers.identified))
+	add("reserved peers", len(r.peers.reserved))
+	add("connections whose identify is awaited", len(r.peers.awaited))
+	r.peers.mu.Unlock()
+	r.groups.mu.Lock()
+	add("groups", len(r.groups.members))
+	add("peers in groups", len(r.groups.keys))
+	r.groups.mu.Unlock()
+	r.circuits.mu.Lock()
+	add("parts of circuits", len(r.circuits.parts))
+	r.circuits.mu.Unlock()
+	for i := range clock(3) { // to see that they are gone, and to forget them
+		r.bridge.sweep(r.bridge.clock() + i*groupAge)
+	}
+	r.bridge.lock()
+	add("clients of the bridge", len(r.bridge.clients))
+	add("flows", r.bridge.flows)
+	add("networks with flows", len(r.bridge.byCaller))
+	add("dials held", r.bridge.holding+len(r.bridge.held))
+	for _, side := range r.bridge.sides {
+		add("ends", len(side.ends))
+		add("legs", len(side.legs))
+	}
+	r.bridge.unlock()
+	c := r.counters()
+	for what, n := range map[string]int{"clients": c.clients, "connections": c.connections, "reservations": int(c.reservations), "circuits": c.circuits, "bridges": int(c.bridges)} {
+		add(what+" in the metrics", n)
+	}
+	return strings.Join(left, ", ")
+}
+
 // misbehaviours are things that a pair of clients can do to a relay. Each returns the
 // streams that it leaves open.
 var misbehaviours = []struct {
@@ -328,7 +397,8 @@ var misbehaviours = []struct {
 func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 	const pairs = 20
 	var r testRelay
-	goroutines := ownGoroutines(t, func() { r = newTestRelay(t, defaultConfig(t)) })
+	lim := limits{clients: 5000, perNetwork: 5000, testOnlyLimitLoopback: true} // so that networks are counted
+	goroutines := ownGoroutines(t, func() { r = newTestRelayWithin(t, lim, defaultConfig(t), newTestKey(t)) })
 	c := newCrowd(t, 2*pairs+2)
 	// The same clients in every round, because libp2p remembers peers for a minute or two.
 	var who [pairs + 1][2]lightIdentity
@@ -369,7 +439,8 @@ func TestMisbehaviourLeavesNothingBehind(t *testing.T) {
 				for _, client := range clients {
 					client.CloseWithError(0, "")
 				}
-				eventually(t, "the relay holds nothing for anybody", func() bool { return r.usage(t) == network.ScopeStat{} })
+				eventually(t, "the resource manager counts nothing", func() bool { return r.usage(t) == network.ScopeStat{} })
+				r.holdsNothing(t)
 			}
 			misbehave() // first for memory that is allocated only once
 			before := liveHeap()

@@ -206,6 +206,50 @@ func TestConnectionsAreCountedWhereTheyAre(t *testing.T) {
 	}
 }
 
+// Clients that move to and fro all the time, into one network, and leave while they move,
+// leave no place taken.
+func TestPlacesOfMovingClientsAreLeft(t *testing.T) {
+	const most, clients = 3, 8
+	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: most, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
+	var nats []*movingNAT
+	var hosts []host.Host
+	var relays []testRelay
+	for i := range clients {
+		nat, behind := newMovingNAT(t, r, netip.AddrFrom4([4]byte{127, 0, 1, byte(i)}).String())
+		h := newClient(t)
+		connect(t, h, behind)
+		nats, hosts, relays = append(nats, nat), append(hosts, h), append(relays, behind)
+	}
+	for round := range 4 {
+		for i, nat := range nats {
+			nat.move(netip.AddrFrom4([4]byte{127, 0, 2, byte(i * (round % 2))}).String())
+		}
+		moved := netip.MustParsePrefix("127.0.2.0/24")
+		eventually(t, "somebody is counted at a new address", func() bool {
+			for i, h := range hosts {
+				// Who is closed is not to come back.
+				if s, err := h.NewStream(network.WithNoDial(testContext(t), "test"), relays[i].info.ID, identify.ID); err == nil {
+					s.Reset()
+				}
+			}
+			r.sockets.networks.move()
+			r.sockets.networks.mu.Lock()
+			defer r.sockets.networks.mu.Unlock()
+			for at := range r.sockets.networks.conns {
+				if moved.Contains(at.Addr()) {
+					return true
+				}
+			}
+			return false
+		})
+	}
+	for i, h := range hosts {
+		nats[i].move("127.0.2.0")
+		h.Close()
+	}
+	r.holdsNothing(t)
+}
+
 // The requests of a client that has moved are paid for by the network where it is now:
 // the one that it has left may be somebody else's.
 func TestBudgetFollowsWhereClientsGo(t *testing.T) {

@@ -16,6 +16,10 @@ import (
 	kadpb "github.com/libp2p/go-libp2p-kad-dht/pb"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	ma "github.com/multiformats/go-multiaddr"
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/qlog"
 	"google.golang.org/protobuf/encoding/protodelim"
 )
 
@@ -174,6 +178,86 @@ func TestGreediestIsClosed(t *testing.T) {
 	}
 	if n := counts.refused[refusedMemory].Load(); n != 2 {
 		t.Errorf("%d refusals were counted, want 2", n)
+	}
+}
+
+// Who has taken all that one peer may take has nobody else closed, neither for small pieces,
+// nor for frames that are cut, nor for what its circuits would like to send.
+func TestPeerAtItsLimitIsClosedItself(t *testing.T) {
+	lim := limits{clients: 10_000, perNetwork: 256}
+	manager, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(lim.resourceLimits(0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	p := newPieces(newBudgets(lim), new(tally))
+	connect := func(id peer.ID) *connPieces {
+		scope, err := manager.OpenConnection(network.DirInbound, false, ma.StringCast("/ip4/11.0.0.1/udp/1/quic-v1"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, scope = p.begin(t.Context(), scope, &net.UDPAddr{}, func() {})
+		t.Cleanup(scope.Done)
+		if err := scope.SetPeer(id); err != nil {
+			t.Fatal(err)
+		}
+		return scope.(*connPieces)
+	}
+	honest := connect(newTestPeerID(t)) // in the middle of an outage, with much in flight and many pieces
+	honest.hold(initialWindow + maxPieces/2)
+	honest.flight.claim(maxFlight)
+	honest.flight.sent(1, 1200, streamFrames(0, 1100))
+	honest.flight.heard = time.Now().Add(-stallTime)
+	for what, asks := range map[string]func(c *connPieces){
+		"small pieces": func(c *connPieces) { c.hold(initialWindow + pieceStep) },
+		"frames cut":   func(c *connPieces) { c.flight.uncovered() },
+		"data for it":  func(c *connPieces) { c.flight.short() },
+	} {
+		id := newTestPeerID(t)
+		greedy, other := connect(id), connect(id)
+		for size := 1 << 20; size > 0; size /= 2 {
+			for other.ReserveMemory(size, network.ReservationPriorityAlways) == nil {
+			}
+		}
+		p.looked = time.Time{}
+		asks(greedy)
+		if honest.doomed {
+			t.Fatalf("%s: the honest client is closed", what)
+		}
+		if want := what != "data for it"; greedy.doomed != want {
+			t.Errorf("%s: the greedy one is closed %v, want %v", what, greedy.doomed, want)
+		}
+		greedy.Done()
+		other.Done()
+	}
+}
+
+// Whoever loses a packet of each stream, and sends all the rest in frames that quic-go or
+// quinn has cut in two, is not closed. In pieces half as long, it is.
+func TestWindowInHalfFramesIsHeld(t *testing.T) {
+	const window = maxWindow * 3 / 2
+	for _, tt := range []struct {
+		length int64
+		doomed bool
+	}{{flownData / 2, false}, {flownData / 4, true}} {
+		c := newAccount(t, newPieces(newBudgets(limits{perNetwork: 1}), new(tally)))
+		c.ReserveMemory(window-initialWindow, 0) // the window has grown
+		for id := range quic.StreamID(2) {
+			for at := int64(flownData); at < window/2; at += tt.length {
+				c.RecordEvent(qlog.PacketReceived{Frames: []qlog.Frame{{Frame: &qlog.StreamFrame{StreamID: 4 * id, Offset: at, Length: tt.length}}}})
+			}
+		}
+		if c.doomed != tt.doomed {
+			t.Errorf("in pieces of %d bytes: closed %v with %d bytes held and %d booked, want %v", tt.length, c.doomed, c.held.Load(), c.booked, tt.doomed)
+		}
+		for id := range quic.StreamID(2) {
+			s := c.stream(4 * id)
+			s.read.Store(window)
+			s.settle()
+		}
+		if c.held.Load() != 0 || c.booked != 0 {
+			t.Errorf("in pieces of %d bytes: once all is read, %d bytes are held and %d booked", tt.length, c.held.Load(), c.booked)
+		}
 	}
 }
 
