@@ -156,19 +156,24 @@ func TestClientIsFollowedWhereItGoes(t *testing.T) {
 	}
 }
 
-// One address must not hold more connections than it may open.
-func TestConnectionsAreCountedWhereTheyAre(t *testing.T) {
-	const most, clients = 3, 5
-	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: most, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
-	var nats []*movingNAT
-	var hosts []host.Host
-	var relays []testRelay
-	for i := range clients {
+// newMovers connects n clients to r, each from an address of its own and through a NAT that
+// can move. relays is r as each client sees it.
+func newMovers(t *testing.T, r testRelay, n int) (nats []*movingNAT, hosts []host.Host, relays []testRelay) {
+	t.Helper()
+	for i := range n {
 		nat, behind := newMovingNAT(t, r, netip.AddrFrom4([4]byte{127, 0, 1, byte(i)}).String())
 		h := newClient(t)
 		connect(t, h, behind)
 		nats, hosts, relays = append(nats, nat), append(hosts, h), append(relays, behind)
 	}
+	return nats, hosts, relays
+}
+
+// One address must not hold more connections than it may open.
+func TestConnectionsAreCountedWhereTheyAre(t *testing.T) {
+	const most, clients = 3, 5
+	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: most, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
+	nats, hosts, relays := newMovers(t, r, clients)
 	for _, nat := range nats {
 		nat.move("127.0.0.2")
 	}
@@ -211,15 +216,7 @@ func TestConnectionsAreCountedWhereTheyAre(t *testing.T) {
 func TestPlacesOfMovingClientsAreLeft(t *testing.T) {
 	const most, clients = 3, 8
 	r := newTestRelayWithin(t, limits{clients: 100, perNetwork: most, testOnlyLimitLoopback: true}, defaultConfig(t), newTestKey(t))
-	var nats []*movingNAT
-	var hosts []host.Host
-	var relays []testRelay
-	for i := range clients {
-		nat, behind := newMovingNAT(t, r, netip.AddrFrom4([4]byte{127, 0, 1, byte(i)}).String())
-		h := newClient(t)
-		connect(t, h, behind)
-		nats, hosts, relays = append(nats, nat), append(hosts, h), append(relays, behind)
-	}
+	nats, hosts, relays := newMovers(t, r, clients)
 	for round := range 4 {
 		for i, nat := range nats {
 			nat.move(netip.AddrFrom4([4]byte{127, 0, 2, byte(i * (round % 2))}).String())
